@@ -1,0 +1,198 @@
+"""Who computes it: one adapter for each implementation, ours and the peers.
+
+An adapter answers two questions: ``available`` (None, or why it can't run here) and ``prepare``
+(a call ready to be timed, or None where it can't do the workload). Everything that is not the
+call itself (views, lengths, masks) is done in ``prepare``. All read the same memory: tokens
+before heads, as in our own interface; peers that name heads first get a transposed view.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from bench.workloads import EVERYTHING, Tensors, Workload
+
+
+def first(result: Any) -> torch.Tensor:
+    """The output of a call that may return more than the output."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def tokens_first(result: Any) -> torch.Tensor:
+    return first(result).transpose(1, 2)
+
+
+class Prepared(NamedTuple):
+    call: Callable[[], Any]  # what is timed
+    output: Callable[[Any], torch.Tensor] = first  # its result in q's layout; not timed
+
+
+@dataclass(frozen=True)
+class Implementation:
+    name: str
+    available: Callable[[], str | None]
+    prepare: Callable[[Workload, Tensors], Prepared | None]
+    # Entered around the calls, outside what is timed.
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    on_request: bool = False  # runs only when named
+
+
+def missing(module: str) -> str | None:
+    """Why ``module`` can't be used here, or None."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a peer's import may fail in any way: that is its answer
+        return f"import {module}: {next(iter(str(error).splitlines()), type(error).__name__)}"
+    return None
+
+
+# -- ours --------------------------------------------------------------------------------------
+
+
+def prepare_mini(workload: Workload, tensors: Tensors) -> Prepared | None:
+    mini = importlib.import_module("mini_flash_attention")
+    q, k, v = tensors.q, tensors.k, tensors.v
+    mask: dict[str, Any] = {"causal": workload.causal, "window_size": workload.window}
+    if workload.kind == "dense":
+        return Prepared(lambda: mini.flash_attn_func(q, k, v, **mask))
+    if workload.kind == "decode":
+        cache: dict[str, Any] = {
+            "cache_seqlens": tensors.seqlens_k,
+            "block_table": tensors.block_table,
+        }
+        return Prepared(lambda: mini.flash_attn_with_kvcache(q, k, v, **cache, **mask))
+    lengths = (
+        *(tensors.cu_seqlens_q, tensors.cu_seqlens_k),
+        *(max(workload.seqlens_q), max(workload.seqlens_k)),
+    )
+    table = tensors.block_table
+    return Prepared(
+        lambda: mini.flash_attn_varlen_func(q, k, v, *lengths, block_table=table, **mask)
+    )
+
+
+# -- PyTorch -----------------------------------------------------------------------------------
+
+
+def only(backend: SDPBackend) -> Callable[[], AbstractContextManager[Any]]:
+    """SDPA may use this back end and no other: it fails rather than fall back."""
+    return lambda: sdpa_kernel(backend)
+
+
+def fa2_available() -> str | None:
+    built = torch.backends.cuda.is_flash_attention_available()
+    return None if built else "this PyTorch is built without it"
+
+
+def cudnn_available() -> str | None:
+    return None if torch.backends.cudnn.is_available() else "this PyTorch has no cuDNN"
+
+
+def prepare_sdpa(workload: Workload, tensors: Tensors) -> Prepared | None:
+    """scaled_dot_product_attention: dense keys of one length; its causal mask is top-left."""
+    dense = workload.kind == "dense" or (workload.kind == "decode" and workload.uniform)
+    if not dense or workload.page_size is not None or workload.window != EVERYTHING:
+        return None
+    seqlen_q, seqlen_k = workload.seqlens_q[0], workload.seqlens_k[0]
+    causal = workload.causal and seqlen_q > 1  # a single last query sees every key
+    if causal and seqlen_q != seqlen_k:
+        return None
+    q, k, v = (t.transpose(1, 2) for t in (tensors.q, tensors.k, tensors.v))
+    grouped = workload.heads != workload.heads_k
+    return Prepared(
+        lambda: sdpa(q, k, v, is_causal=causal, enable_gqa=grouped),
+        tokens_first,
+    )
+
+
+def prepare_fa2(workload: Workload, tensors: Tensors) -> Prepared | None:
+    """SDPA where it can, else the operator under it: varlen, windows, a bottom-right mask."""
+    through_sdpa = prepare_sdpa(workload, tensors)
+    if through_sdpa is not None:
+        return through_sdpa
+    if workload.page_size is not None or (workload.kind == "decode" and not workload.uniform):
+        return None
+    forward = torch.ops.aten._flash_attention_forward
+    window: dict[str, int] = {}
+    if workload.window != EVERYTHING:
+        left, right = workload.window
+        window = {"window_size_left": left, "window_size_right": 0 if workload.causal else right}
+    arguments = (
+        *(tensors.q, tensors.k, tensors.v, tensors.cu_seqlens_q, tensors.cu_seqlens_k),
+        *(max(workload.seqlens_q), max(workload.seqlens_k)),
+        *(0.0, workload.causal, False),  # dropout, mask, debug mask
+    )
+    return Prepared(lambda: forward(*arguments, **window))
+
+
+def prepare_flex(workload: Workload, tensors: Tensors) -> Prepared | None:
+    """FlexAttention, compiled for this shape: dense only."""
+    if workload.kind != "dense":
+        return None
+    import torch._dynamo
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.config.recompile_limit = 1000  # a benchmark is one function at many shapes
+    seqlen_q, seqlen_k = workload.seqlens_q[0], workload.seqlens_k[0]
+    left, right = workload.window
+    right = 0 if workload.causal else right
+    offset = seqlen_k - seqlen_q
+
+    def sees(_batch: Any, _head: Any, query: Any, key: Any) -> Any:
+        distance = key - query - offset
+        after = distance <= right if right >= 0 else distance <= seqlen_k
+        return after & (distance >= -left) if left >= 0 else after
+
+    mask = None
+    if left >= 0 or right >= 0:
+        mask = create_block_mask(sees, None, None, seqlen_q, seqlen_k, device=tensors.q.device)
+    q, k, v = (t.transpose(1, 2) for t in (tensors.q, tensors.k, tensors.v))
+    grouped = workload.heads != workload.heads_k
+    flex = torch.compile(flex_attention, dynamic=False)
+    return Prepared(lambda: flex(q, k, v, block_mask=mask, enable_gqa=grouped), tokens_first)
+
+
+# -- FlashAttention-3 --------------------------------------------------------------------------
+
+
+def fa3_available() -> str | None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+        return "its kernels are for compute capability 9"
+    return missing("flash_attn_interface")
+
+
+def prepare_fa3(workload: Workload, tensors: Tensors) -> Prepared | None:
+    fa3 = importlib.import_module("flash_attn_interface")
+    q, k, v = tensors.q, tensors.k, tensors.v
+    mask: dict[str, Any] = {"causal": workload.causal, "window_size": workload.window}
+    if workload.kind == "dense":
+        return Prepared(lambda: fa3.flash_attn_func(q, k, v, **mask))
+    longest_q, longest_k = max(workload.seqlens_q), max(workload.seqlens_k)
+    cu_q, cu_k = tensors.cu_seqlens_q, tensors.cu_seqlens_k
+    if workload.kind == "varlen":
+        return Prepared(
+            lambda: fa3.flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest_q, longest_k, **mask)
+        )
+    cache: dict[str, Any] = {"cache_seqlens": tensors.seqlens_k, "page_table": tensors.block_table}
+    if workload.kind == "paged":
+        # One split, as its own varlen function has it; decoding keeps its heuristic.
+        cache |= {"cu_seqlens_q": cu_q, "max_seqlen_q": longest_q, "num_splits": 1}
+    return Prepared(lambda: fa3.flash_attn_with_kvcache(q, k, v, **cache, **mask))
+
+
+IMPLEMENTATIONS = (
+    Implementation("mini", lambda: missing("mini_flash_attention"), prepare_mini),
+    Implementation("fa2", fa2_available, prepare_fa2, only(SDPBackend.FLASH_ATTENTION)),
+    Implementation("cudnn", cudnn_available, prepare_sdpa, only(SDPBackend.CUDNN_ATTENTION)),
+    Implementation("fa3", fa3_available, prepare_fa3),
+    Implementation("flex", lambda: None, prepare_flex, on_request=True),
+)

@@ -1,0 +1,311 @@
+"""What is measured: workloads by name, their work in FLOPs or bytes, and their tensors.
+
+A workload says nothing about who computes it or how it is timed. torch is imported only where
+tensors are made, so that the suites can be listed anywhere.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import product
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["dense", "varlen", "paged", "decode"]
+Window = tuple[int, int]
+
+EVERYTHING: Window = (-1, -1)
+TOKENS = 16 * 1024  # batch * seqlen of every prefill cell
+WIDTH = 2048  # heads * head_dim of every prefill cell
+SPARE_PAGES = 8  # pages of the pool that no sequence owns
+
+
+@cache
+def visible_area(seqlen_q: int, seqlen_k: int, causal: bool, window: Window = EVERYTHING) -> int:
+    """Pairs (query, key) that see each other: causal and windows align to the bottom right."""
+    left, right = window
+    if causal:
+        right = 0
+    area = 0
+    for query in range(seqlen_q):
+        diagonal = query + seqlen_k - seqlen_q
+        first = max(0, diagonal - left) if left >= 0 else 0
+        last = min(seqlen_k - 1, diagonal + right) if right >= 0 else seqlen_k - 1
+        area += max(0, last - first + 1)
+    return area
+
+
+def visible_keys(seqlen_q: int, seqlen_k: int, causal: bool, window: Window = EVERYTHING) -> int:
+    """Keys that at least one query sees: what a kernel has to read."""
+    left = window[0]
+    if seqlen_q == 0:
+        return 0
+    # The right edge hides no key: the last query stands at the last key.
+    return seqlen_k - max(0, seqlen_k - seqlen_q - left) if left >= 0 else seqlen_k
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """One set of inputs. Token-packed q (total, heads, head_dim) when ``cu_seqlens_q`` is there."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    seqlens_k: torch.Tensor  # (batch,) int32, on the device
+    block_table: torch.Tensor | None
+
+    def of_queries(
+        self, workload: Workload, entry: int, packed_or_dense: torch.Tensor
+    ) -> torch.Tensor:
+        """The rows of batch entry ``entry`` in q or in an output."""
+        if self.cu_seqlens_q is None:
+            return packed_or_dense[entry]
+        start = sum(workload.seqlens_q[:entry])
+        return packed_or_dense[start : start + workload.seqlens_q[entry]]
+
+    def of_keys(self, workload: Workload, entry: int, keys_or_values: torch.Tensor) -> torch.Tensor:
+        """The rows of batch entry ``entry`` in k or v, pages put in order."""
+        length = workload.seqlens_k[entry]
+        if self.block_table is not None:
+            assert workload.page_size is not None
+            used = self.block_table[entry, : -(-length // workload.page_size)].long()
+            return keys_or_values[used].flatten(0, 1)[:length]
+        if self.cu_seqlens_k is not None:
+            start = sum(workload.seqlens_k[:entry])
+            return keys_or_values[start : start + length]
+        return keys_or_values[entry, :length]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call, described: every kind is a list of sequences with their lengths.
+
+    ``dense``: q, k, v (batch, seqlen, heads, head_dim). ``varlen``: tokens packed, cu_seqlens.
+    ``paged``: queries packed, keys in pages behind a block table. ``decode``: queries dense,
+    keys in a cache, dense or (with ``page_size``) paged.
+    """
+
+    name: str
+    kind: Kind
+    seqlens_q: tuple[int, ...]
+    seqlens_k: tuple[int, ...]
+    heads: int
+    heads_k: int
+    head_dim: int
+    causal: bool = False
+    window: Window = EVERYTHING
+    dtype: str = "bfloat16"
+    page_size: int | None = None
+    graph: bool = False  # timed as a CUDA graph
+    cell: str = ""  # workloads of one cell are timed together, round by round
+
+    def __post_init__(self) -> None:
+        if len(self.seqlens_q) != len(self.seqlens_k) or not self.seqlens_q:
+            raise ValueError(f"{self.name}: seqlens_q and seqlens_k need one length a sequence")
+        if self.heads % self.heads_k:
+            raise ValueError(f"{self.name}: heads must be a multiple of heads_k")
+        if self.kind in ("dense", "decode") and len(set(self.seqlens_q)) != 1:
+            raise ValueError(f"{self.name}: {self.kind} queries have one length")
+        if self.kind == "dense" and len(set(self.seqlens_k)) != 1:
+            raise ValueError(f"{self.name}: dense keys have one length")
+        if (self.page_size is not None) != (self.kind == "paged" or self.decodes_pages):
+            raise ValueError(f"{self.name}: page_size goes with paged keys")
+
+    @property
+    def decodes_pages(self) -> bool:
+        return self.kind == "decode" and self.page_size is not None
+
+    @property
+    def batch(self) -> int:
+        return len(self.seqlens_q)
+
+    @property
+    def uniform(self) -> bool:
+        return len(set(self.seqlens_q)) == len(set(self.seqlens_k)) == 1
+
+    @property
+    def group(self) -> str:
+        """The name without its last part: what a geometric mean runs over."""
+        return self.name.rpartition("/")[0]
+
+    @property
+    def variant(self) -> tuple[object, ...]:
+        """Workloads that may share compiled kernels: all but the lengths and the batch."""
+        shared_heads = self.heads // self.heads_k
+        window = (self.window[0] >= 0, self.window[1] >= 0)
+        return (
+            *(self.kind, self.head_dim, self.causal, window),
+            *(self.dtype, self.page_size, shared_heads),
+        )
+
+    @cached_property
+    def flops(self) -> int:
+        """Two matrix products over the visible area, a multiply and an add each."""
+        area = sum(
+            visible_area(q, k, self.causal, self.window)
+            for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True)
+        )
+        return 4 * area * self.heads * self.head_dim
+
+    @cached_property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V that have to be read once."""
+        keys = sum(
+            visible_keys(q, k, self.causal, self.window)
+            for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True)
+        )
+        return 2 * keys * self.heads_k * self.head_dim * self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        return {"float16": 2, "bfloat16": 2, "float32": 4}[self.dtype]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """About how much memory one set of inputs takes."""
+        rows = self.batch * max(self.seqlens_k) if self.kind == "decode" else sum(self.seqlens_k)
+        keys_and_values = 2 * rows * self.heads_k
+        return (keys_and_values + sum(self.seqlens_q) * self.heads) * self.head_dim * self.itemsize
+
+    @property
+    def unit(self) -> Literal["tflops", "gigabytes_per_second"]:
+        """Decoding is bound by reading the cache, prefill by arithmetic."""
+        return "gigabytes_per_second" if self.kind == "decode" else "tflops"
+
+    def rate(self, milliseconds: float) -> float:
+        if self.kind == "decode":
+            return self.kv_bytes / milliseconds * 1e-6
+        return self.flops / milliseconds * 1e-9
+
+    def tensors(self, device: torch.device, copy: int = 0) -> Tensors:
+        """Random normal inputs; the seed comes from the name and the number of the copy."""
+        import torch
+
+        seed = zlib.crc32(f"{self.name}#{copy}".encode())
+        generator = torch.Generator(device=device).manual_seed(seed)
+        dtype = getattr(torch, self.dtype)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+        def int32(values: list[int] | tuple[int, ...]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        def offsets(lengths: tuple[int, ...]) -> torch.Tensor:
+            return int32([sum(lengths[:i]) for i in range(len(lengths) + 1)])
+
+        packed = self.kind in ("varlen", "paged")
+        rows_q = (sum(self.seqlens_q),) if packed else (self.batch, self.seqlens_q[0])
+        block_table = None
+        rows_k: tuple[int, ...]
+        if self.page_size is not None:
+            counts = [-(-length // self.page_size) for length in self.seqlens_k]
+            pages = sum(counts) + SPARE_PAGES
+            shuffled = torch.randperm(pages, generator=generator, device=device).int()
+            block_table = torch.zeros((self.batch, max(counts)), dtype=torch.int32, device=device)
+            for entry, count in enumerate(counts):
+                start = sum(counts[:entry])
+                block_table[entry, :count] = shuffled[start : start + count]
+            rows_k = (pages, self.page_size)
+        elif packed:
+            rows_k = (sum(self.seqlens_k),)
+        else:
+            rows_k = (self.batch, max(self.seqlens_k))
+        return Tensors(
+            q=normal(*rows_q, self.heads, self.head_dim),
+            k=normal(*rows_k, self.heads_k, self.head_dim),
+            v=normal(*rows_k, self.heads_k, self.head_dim),
+            cu_seqlens_q=offsets(self.seqlens_q) if packed else None,
+            cu_seqlens_k=offsets(self.seqlens_k) if packed else None,
+            seqlens_k=int32(self.seqlens_k),
+            block_table=block_table,
+        )
+
+
+def ragged_lengths(total: int, count: int, seed: int = 1) -> tuple[int, ...]:
+    """``count`` lengths of at least 1 that add up to ``total``: a seeded random cut of it."""
+    cuts = sorted(random.Random(seed).sample(range(1, total), count - 1))
+    return tuple(b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True))
+
+
+def prefill_cell(head_dim: int, causal: bool, seqlen: int) -> Iterator[Workload]:
+    """The dense workload first, then the same tokens packed, ragged and paged."""
+    batch = TOKENS // seqlen
+    heads = WIDTH // head_dim
+    cell = f"d{head_dim}/{'causal' if causal else 'none'}/s{seqlen}"
+
+    def workload(
+        prefix: str, kind: Kind, lengths: tuple[int, ...], page: int | None = None
+    ) -> Workload:
+        return Workload(
+            name=f"{prefix}/{cell}",
+            kind=kind,
+            seqlens_q=lengths,
+            seqlens_k=lengths,
+            heads=heads,
+            heads_k=heads,
+            head_dim=head_dim,
+            causal=causal,
+            page_size=page,
+            cell=cell,
+        )
+
+    equal = (seqlen,) * batch
+    yield workload("dense", "dense", equal)
+    yield workload("varlen", "varlen", equal)
+    if batch > 1:
+        yield workload("ragged", "varlen", ragged_lengths(TOKENS, batch))
+    for page in (16, 256):
+        yield workload(f"paged/p{page}", "paged", equal, page)
+
+
+def small(name: str, kind: Kind, lengths: tuple[int, ...], **changes: object) -> Workload:
+    """A workload of a few microseconds on a GPU."""
+    fields: dict[str, object] = {
+        "seqlens_q": (1,) * len(lengths) if kind == "decode" else lengths,
+        "seqlens_k": lengths,
+        "heads": 8,
+        "heads_k": 2,
+        "head_dim": 64,
+        "causal": True,
+    }
+    return Workload(name=name, kind=kind, **{**fields, **changes})  # type: ignore[arg-type]
+
+
+PORTABLE = tuple(
+    workload
+    for head_dim, causal, seqlen in product((64, 128), (False, True), (1024, 4096, 16384))
+    for workload in prefill_cell(head_dim, causal, seqlen)
+)
+
+# One of each kind, small: shows within seconds that the harness runs on a machine.
+SMOKE = (
+    small("smoke/dense", "dense", (100, 100)),
+    small("smoke/window", "dense", (100, 100), window=(30, 0)),
+    small("smoke/varlen", "varlen", (1, 37, 100)),
+    small("smoke/paged", "paged", (1, 37, 100), page_size=16),
+    small("smoke/prefix", "paged", (50, 100), seqlens_q=(7, 20), page_size=16),
+    small("smoke/decode", "decode", (100, 100)),
+    small("smoke/decode-graph", "decode", (100, 100), graph=True),
+    small("smoke/decode-ragged", "decode", (1, 37, 100)),
+    small("smoke/decode-paged", "decode", (1, 37, 100), page_size=16, graph=True),
+)
+
+# Calls so small that only the CPU's side of them takes time.
+HOST = (
+    small("host/dense", "dense", (64,), head_dim=128),
+    small("host/varlen", "varlen", (32, 32), head_dim=128),
+    small("host/paged", "paged", (32, 32), head_dim=128, page_size=16),
+    small("host/decode", "decode", (64,), head_dim=128),
+    small("host/decode-paged", "decode", (64,), head_dim=128, page_size=16),
+)
+
+SUITES: dict[str, tuple[Workload, ...]] = {"portable": PORTABLE, "smoke": SMOKE}

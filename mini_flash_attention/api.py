@@ -1,0 +1,185 @@
+"""The three public functions. Names, order and meaning of the arguments are flash-attn 2.8's."""
+
+from typing import Any
+
+import torch
+
+from . import dispatch, problem
+
+Window = tuple[int | None, int | None]
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    s_aux: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> Any:
+    """Attention of a batch of sequences of one length: softmax(q kᵀ · softmax_scale) v.
+
+    Source: FlashAttention-2 (arXiv:2307.08691), Algorithm 1. fp16 and bf16 on a GPU of compute
+    capability 8.0 or newer; those and fp32 on the CPU. Every tensor may have any strides as long
+    as the last dimension is contiguous; none is copied.
+
+    Args:
+        q: (batch, seqlen_q, nheads, head_dim), head_dim from 1 to 256.
+        k, v: (batch, seqlen_k, nheads_k, head_dim), nheads_k a divisor of nheads: query heads
+            `g * nheads / nheads_k` and the following share KV head g.
+        dropout_p: 0.0; anything else is not implemented yet.
+        softmax_scale: factor on the scores; `head_dim ** -0.5` by default. Any finite number.
+        causal: query i sees key j when `j <= i + seqlen_k - seqlen_q`: the last query stands on
+            the last key.
+        window_size: (left, right) in tokens: query i sees the keys from
+            `i + seqlen_k - seqlen_q - left` to `i + seqlen_k - seqlen_q + right`. -1 or None is
+            unbounded. `causal` sets right to 0.
+        softcap, alibi_slopes, s_aux: not implemented yet.
+        deterministic: accepted; the forward pass is always bitwise repeatable.
+        return_attn_probs: return `(out, softmax_lse, None)` instead of `out`. Probabilities are
+            never materialised; the third entry keeps flash-attn's shape of the result.
+        out: tensor like q to write the result to, sharing no memory with q, k and v.
+
+    Returns:
+        out, shaped like q, in q's dtype; with `return_attn_probs` also softmax_lse,
+        (batch, nheads, seqlen_q) in fp32, natural logarithm. A query that sees no key gives 0
+        and an LSE of -inf.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and what to do.
+        NotImplementedError: dropout, gradients and the arguments above.
+    """
+    p = problem.dense(
+        "flash_attn_func", q, k, v, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, deterministic, return_attn_probs, s_aux, out,
+    )  # fmt: skip
+    result, lse = dispatch.run(p)
+    return (result, lse, None) if return_attn_probs else result
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+    *,
+    seqused_k: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    num_splits: int = 0,
+    out: torch.Tensor | None = None,
+) -> Any:
+    """Attention of sequences of different lengths, packed one after the other.
+
+    Arguments not listed are those of `flash_attn_func`; so are dtypes, meaning and errors.
+
+    Args:
+        q: (total_q, nheads, head_dim).
+        k, v: (total_k, nheads_k, head_dim); with `block_table` the paged caches
+            (num_blocks, page_size, nheads_k, head_dim), page_size 1 or more.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,), int32, starting at 0: sequence b is the rows
+            `cu_seqlens[b]` to `cu_seqlens[b + 1]`. With `block_table` only the differences of
+            `cu_seqlens_k` matter, and with `seqused_k` as well it may be None.
+        max_seqlen_q, max_seqlen_k: at least the longest length, as int; a tensor of no
+            dimensions is read, which waits for the GPU if it lives there. Queries past
+            `max_seqlen_q` give 0, keys past `max_seqlen_k` are not seen.
+        block_table: (batch, max_blocks), int32: key j of sequence b lies in page
+            `block_table[b, j // page_size]`. Entries past a sequence's end may hold anything.
+        seqused_k: (batch,), int32: keys of each sequence in use.
+        num_splits: 0 or 1; more is not implemented yet.
+
+    Returns:
+        out, shaped like q; with `return_attn_probs` `(out, softmax_lse, None)` with softmax_lse
+        (nheads, total_q). Rows of q that belong to no sequence give 0 and -inf.
+
+    Lengths and page numbers are clamped on the device to what the tensors hold: bad ones give a
+    wrong answer, never an access outside the tensors. Nothing is read back to the host.
+    """
+    p = problem.varlen(
+        "flash_attn_varlen_func", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs, block_table, seqused_k, s_aux, num_splits, out,
+    )  # fmt: skip
+    result, lse = dispatch.run(p)
+    return (result, lse, None) if return_attn_probs else result
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> Any:
+    """Attention of new tokens to a KV cache, which it may extend first, in place.
+
+    Arguments not listed are those of `flash_attn_func`; so are dtypes, meaning and errors.
+
+    Args:
+        q: (batch, seqlen_q, nheads, head_dim), any seqlen_q.
+        k_cache, v_cache: (batch, seqlen_cache, nheads_k, head_dim); with `block_table` the pages
+            (num_blocks, page_size, nheads_k, head_dim), page_size 1 or more.
+        k, v: (batch, seqlen_new, nheads_k, head_dim), written to the caches at `cache_seqlens`
+            and then attended to. What does not fit into the cache is not written.
+        cache_seqlens: keys in use before k and v: an int, or (batch,) int32 on the device. It is
+            not changed. None means the whole cache. 0 gives 0 and an LSE of -inf.
+        block_table: as in `flash_attn_varlen_func`.
+        num_splits: programs that share the keys of one sequence: 0 decides from the shapes (never
+            from lengths on the device), 1 gives results for a sequence that are bitwise
+            independent of the rest of the batch.
+        return_softmax_lse: return `(out, softmax_lse)`, softmax_lse (batch, nheads, seqlen_q).
+        rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, cu_seqlens_q, max_seqlen_q: not
+            implemented yet. `rotary_interleaved` has no effect without them.
+
+    Returns:
+        out, shaped like q, or `(out, softmax_lse)`.
+
+    No length or page number is read back to the host, so a call can be captured in a CUDA graph
+    and replayed after `cache_seqlens` and `block_table` changed in place.
+    """
+    p = problem.kvcache(
+        "flash_attn_with_kvcache", q, k_cache, v_cache, k, v, rotary_cos, rotary_sin,
+        cache_seqlens, cache_batch_idx, cache_leftpad, block_table, softmax_scale, causal,
+        window_size, softcap, rotary_interleaved, alibi_slopes, num_splits, return_softmax_lse,
+        cu_seqlens_q, max_seqlen_q, s_aux, out,
+    )  # fmt: skip
+    result, lse = dispatch.run(p)
+    return (result, lse) if return_softmax_lse else result

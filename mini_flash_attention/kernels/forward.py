@@ -1,0 +1,210 @@
+"""Algorithm 1 of FlashAttention-2 (arXiv:2307.08691) in Triton, for every NVIDIA GPU from SM 80.
+
+One program owns BLOCK_M query rows of one head. It asks the rules which keys they see, walks the
+key tiles that the mask cuts with a mask and the clear ones without, and writes its rows of the
+output once.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..plan import Forward
+from ..problem import Problem
+from ..rules import grid, heads, mask, paging, sequence, softmax
+from .strides import strides
+
+LOG2E = math.log2(math.e)
+
+
+@triton.jit
+def load_rows(base, offset, row_ok, WHOLE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """Rows at base + offset as a tile [N, D]; zero past HEAD_DIM, and where row_ok is false."""
+    d = tl.arange(0, D)
+    pointers = base + offset[:, None] + d[None, :]
+    if WHOLE and HEAD_DIM == D:
+        return tl.load(pointers)
+    if WHOLE:
+        return tl.load(pointers, mask=(d < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(pointers, mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def locate_tile(
+    start, j, seqlen_k, table, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Places of the keys j = start..start + BLOCK_N; one look at the table if a page holds them."""
+    if PAGE_SIZE % BLOCK_N == 0:
+        page, slot, real = paging.locate(start, start < seqlen_k, table, num_pages, PAGE_SIZE)
+        slot += tl.arange(0, BLOCK_N)
+        real = real & (j < seqlen_k)
+    else:
+        page, slot, real = paging.locate(j, j < seqlen_k, table, num_pages, PAGE_SIZE)
+    return page, slot, real
+
+
+@triton.jit
+def attend(
+    m, l, o, q, i, begin, end, CUT: tl.constexpr,  # [M], [M], [M, D], [M, D], [M]
+    k, v, stride_k, stride_v, page_stride_k, page_stride_v, table, num_pages,
+    diagonal, left, right, seqlen_k, scale,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Lines 7 to 11 of Algorithm 1 over the keys begin..end; CUT where the mask cuts tiles."""
+    for start in tl.range(begin, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        in_use = j < seqlen_k
+        if PAGE_SIZE:
+            page, slot, real = locate_tile(start, j, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N)
+            offset_k = page * page_stride_k + slot * stride_k
+            offset_v = page * page_stride_v + slot * stride_v
+        else:
+            real = in_use
+            offset_k = j.to(tl.int64) * stride_k
+            offset_v = j.to(tl.int64) * stride_v
+        WHOLE: tl.constexpr = not (CUT or PAGE_SIZE)
+        k_tile = load_rows(k, offset_k, real, WHOLE, HEAD_DIM, D)  # [N, D]
+        s = tl.dot(q, k_tile.T)  # [M, N]
+        if CUT:
+            seen = mask.sees(i[:, None], j[None, :], diagonal, left, right, seqlen_k, LEFT, RIGHT)
+            s = tl.where(seen, s, float("-inf"))
+        if PAGE_SIZE:
+            s = tl.where(real[None, :], s, float("-inf"))
+        m, alpha, p = softmax.rescale(m, s, scale)
+        l = l * alpha + tl.sum(p, 1)
+        v_tile = load_rows(v, offset_v, real, WHOLE, HEAD_DIM, D)  # [N, D]
+        o = tl.dot(p.to(v_tile.dtype), v_tile, o * alpha[:, None])
+    return m, l, o
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_lse_b", "stride_lse_h", "stride_table", "batch", "nheads", "group", "tiles",
+        "per_group", "seqlen_q", "seqlen_k", "total_q", "total_k", "num_pages", "left", "right",
+        "appended",
+    ]
+)  # fmt: skip
+def forward_kernel(
+    q, k, v, out, lse,
+    cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
+    stride_q_b, stride_q_t, stride_q_h,
+    stride_k_b, stride_k_t, stride_k_h,
+    stride_v_b, stride_v_t, stride_v_h,
+    stride_o_b, stride_o_t, stride_o_h,
+    stride_lse_b, stride_lse_h, stride_table,
+    batch, nheads, group, tiles, per_group,
+    seqlen_q, seqlen_k, total_q, total_k, num_pages,
+    scale, left, right, appended,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # Which rows are mine?
+    if cu_seqlens_q is None:
+        units = batch * nheads
+        tile, unit = grid.place(tl.program_id(0), tiles, units, per_group)
+        b = unit // nheads
+        first_q, rows_q = 0, seqlen_q
+        writable = seqlen_q
+    else:
+        tile, unit = grid.place(tl.program_id(0), tiles, nheads, per_group)
+        b, tile = sequence.find(tile, cu_seqlens_q, batch, total_q, BLOCK_M)
+        first_q, length_q = sequence.span(b, cu_seqlens_q, total_q)
+        rows_q = tl.minimum(length_q, seqlen_q)
+        writable = tl.where(b == batch - 1, total_q - first_q, length_q)
+    head = unit % nheads
+    b = b.to(tl.int64)
+    first = tile * BLOCK_M
+    i = first + tl.arange(0, BLOCK_M)
+
+    # Which keys are theirs?
+    first_k = 0
+    length_k = seqlen_k
+    if cu_seqlens_k is not None:
+        first_k, length_k = sequence.span(b, cu_seqlens_k, total_k)
+    if seqused_k is not None:
+        length_k = sequence.used_length(b, seqused_k, appended, length_k)
+    length_k = tl.minimum(length_k, seqlen_k)
+
+    d = tl.arange(0, D)
+    q += b * stride_q_b + head.to(tl.int64) * stride_q_h
+    row_q = (first_q + i).to(tl.int64)
+    q_tile = tl.load(
+        q + row_q[:, None] * stride_q_t + d[None, :],
+        mask=(i < rows_q)[:, None] & (d < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    q_tile, scale = softmax.positive_scale(q_tile, scale)
+    k += heads.kv_head(head, group).to(tl.int64) * stride_k_h
+    v += heads.kv_head(head, group).to(tl.int64) * stride_v_h
+    if PAGE_SIZE == 0:
+        k += b * stride_k_b + tl.cast(first_k, tl.int64) * stride_k_t
+        v += b * stride_v_b + tl.cast(first_k, tl.int64) * stride_v_t
+    else:
+        block_table += b * stride_table
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    o = tl.zeros([BLOCK_M, D], tl.float32)
+    diagonal = length_k - rows_q
+    last = tl.minimum(first + BLOCK_M, rows_q) - 1
+    begin, clear_begin, clear_end, end = mask.key_tiles(
+        first, last, diagonal, left, right, length_k, BLOCK_N, LEFT, RIGHT
+    )
+    end = tl.where(first < rows_q, end, begin)
+    clear_end = tl.minimum(clear_end, end)
+    if LEFT:
+        m, l, o = attend(
+            m, l, o, q_tile, i, begin, clear_begin, True,
+            k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
+            diagonal, left, right, length_k, scale,
+            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D,
+        )  # fmt: skip
+    m, l, o = attend(
+        m, l, o, q_tile, i, clear_begin, clear_end, False,
+        k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
+        diagonal, left, right, length_k, scale,
+        LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D,
+    )  # fmt: skip
+    m, l, o = attend(
+        m, l, o, q_tile, i, clear_end, end, True,
+        k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
+        diagonal, left, right, length_k, scale,
+        LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D,
+    )  # fmt: skip
+
+    o, lse_tile = softmax.finish(m, l, o, scale)
+    out += b * stride_o_b + head.to(tl.int64) * stride_o_h
+    tl.store(
+        out + row_q[:, None] * stride_o_t + d[None, :],
+        o.to(out.dtype.element_ty),
+        mask=(i < writable)[:, None] & (d < HEAD_DIM)[None, :],
+    )
+    if lse is not None:
+        lse += b * stride_lse_b + head.to(tl.int64) * stride_lse_h
+        tl.store(lse + row_q, lse_tile, mask=i < writable)
+
+
+def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forward) -> None:
+    """Write attention of p to out, and its LSE where that is wanted."""
+    tiles = plan.tiles
+    nheads, head_dim = p.q.shape[-2:]
+    packed = p.cu_seqlens_q is not None
+    paged = p.block_table is not None
+    lse_strides = (0, 0) if lse is None else (0 if packed else lse.stride(0), lse.stride(-2))
+    forward_kernel[(plan.rows * plan.units,)](
+        p.q, p.k, p.v, out, lse,
+        p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_k, p.block_table,
+        *strides(p.q), *strides(p.k), *strides(p.v), *strides(out), *lse_strides,
+        p.block_table.stride(0) if paged else 0,
+        p.batch, nheads, nheads // p.k.shape[-2], plan.rows, plan.per_group,
+        p.seqlen_q, p.seqlen_k, p.q.shape[0], p.k.shape[0], p.k.shape[0],
+        p.softmax_scale * LOG2E, p.left, p.right, p.appended,
+        LEFT=p.left >= 0, RIGHT=p.right >= 0, PAGE_SIZE=p.page_size,
+        HEAD_DIM=head_dim, D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip

@@ -1,0 +1,206 @@
+"""One call, described: the form of it that every kernel and the CPU path understand.
+
+`dense`, `varlen` and `kvcache` turn the arguments of the three public functions into a `Problem`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from . import refusals as check
+from .refusals import later, refuse
+
+
+class Problem(NamedTuple):
+    """A checked call. Lengths in tokens; `left` and `right` are -1 where the window is open."""
+
+    function: str
+    q: torch.Tensor  # (batch, seqlen_q, nheads, head_dim), packed (total_q, nheads, head_dim)
+    k: torch.Tensor  # like q with nheads_k; paged (num_blocks, page_size, nheads_k, head_dim)
+    v: torch.Tensor
+    out: torch.Tensor | None  # the caller's
+    cu_seqlens_q: torch.Tensor | None  # (batch + 1,): q is packed
+    cu_seqlens_k: torch.Tensor | None  # (batch + 1,): k is packed, or key lengths if paged
+    seqused_k: torch.Tensor | None  # (batch,): keys in use before any are appended
+    block_table: torch.Tensor | None  # (batch, max_blocks): k and v are paged
+    k_new: torch.Tensor | None  # (batch, appended, nheads_k, head_dim)
+    v_new: torch.Tensor | None
+    batch: int
+    seqlen_q: int  # upper bound of the query lengths
+    seqlen_k: int  # upper bound of the key lengths, what is appended included
+    appended: int
+    page_size: int  # 0 unless paged
+    softmax_scale: float
+    left: int
+    right: int
+    num_splits: int
+    need_lse: bool
+
+
+
+def dense(
+    function: str, q: Any, k: Any, v: Any, dropout_p: Any, softmax_scale: Any, causal: Any,
+    window_size: Any, softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any,
+    s_aux: Any, out: Any,
+) -> Problem:  # fmt: skip
+    """The call `flash_attn_func(...)`."""
+    check.qkv(function, q, k, v, "k v", 4, 4)
+    if k.shape[0] != q.shape[0]:
+        refuse(ValueError, function, "k", f"batch {q.shape[0]}, as q", k.shape[0])
+    check.dropout(function, dropout_p)
+    check.flag(function, "deterministic", deterministic)
+    check.flag(function, "return_attn_probs", return_attn_probs)
+    check.softcap(function, softcap)
+    if alibi_slopes is not None:
+        later(function, "alibi_slopes", "None")
+    if s_aux is not None:
+        later(function, "s_aux", "None")
+    check.differentiable(function, q, k, v)
+    if out is not None:
+        check.out(function, out, q, k, v)
+    batch, seqlen_q, _, head_dim = q.shape
+    seqlen_k = k.shape[1]
+    left, right = check.window(function, causal, window_size, seqlen_q, seqlen_k)
+    scale = check.scale(function, softmax_scale, head_dim)
+    return Problem(
+        function, q, k, v, out, None, None, None, None, None, None,
+        batch, seqlen_q, seqlen_k, 0, 0, scale, left, right, 1, return_attn_probs,
+    )  # fmt: skip
+
+
+def varlen(
+    function: str, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any,
+    max_seqlen_k: Any, dropout_p: Any, softmax_scale: Any, causal: Any, window_size: Any,
+    softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any, block_table: Any,
+    seqused_k: Any, s_aux: Any, num_splits: Any, out: Any,
+) -> Problem:  # fmt: skip
+    """The call `flash_attn_varlen_func(...)`."""
+    check.qkv(function, q, k, v, "k v", 3, 3 if block_table is None else 4)
+    check.index_tensor(function, "cu_seqlens_q", cu_seqlens_q, q, (None,))
+    batch = cu_seqlens_q.shape[0] - 1
+    if batch < 0 or (batch == 0 and q.shape[0] > 0):
+        wanted = "batch + 1 entries, starting at 0"
+        refuse(ValueError, function, "cu_seqlens_q", wanted, f"{batch + 1} for {q.shape[0]} tokens")
+    if cu_seqlens_k is not None:
+        check.index_tensor(function, "cu_seqlens_k", cu_seqlens_k, q, (batch + 1,))
+    elif block_table is None or seqused_k is None:
+        hint = "only paged keys with seqused_k can go without"
+        refuse(TypeError, function, "cu_seqlens_k", "an int32 torch.Tensor", "None", hint)
+    if seqused_k is not None:
+        check.index_tensor(function, "seqused_k", seqused_k, q, (batch,))
+    seqlen_q = min(check.length(function, "max_seqlen_q", max_seqlen_q), q.shape[0])
+    seqlen_k = check.length(function, "max_seqlen_k", max_seqlen_k)
+    page_size = 0
+    if block_table is None:
+        seqlen_k = min(seqlen_k, k.shape[0])
+    else:
+        page_size, capacity = _pages(function, block_table, batch, q, k)
+        seqlen_k = min(seqlen_k, capacity)
+    check.dropout(function, dropout_p)
+    check.flag(function, "deterministic", deterministic)
+    check.flag(function, "return_attn_probs", return_attn_probs)
+    check.softcap(function, softcap)
+    if alibi_slopes is not None:
+        later(function, "alibi_slopes", "None")
+    if s_aux is not None:
+        later(function, "s_aux", "None")
+    if check.splits(function, num_splits) > 1:
+        later(function, "num_splits", "0 or 1")
+    check.differentiable(function, q, k, v)
+    if out is not None:
+        check.out(function, out, q, k, v)
+    left, right = check.window(function, causal, window_size, seqlen_q, seqlen_k)
+    scale = check.scale(function, softmax_scale, q.shape[-1])
+    return Problem(
+        function, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, None, None,
+        batch, seqlen_q, seqlen_k, 0, page_size, scale, left, right, 1, return_attn_probs,
+    )  # fmt: skip
+
+
+def kvcache(
+    function: str, q: Any, k_cache: Any, v_cache: Any, k: Any, v: Any, rotary_cos: Any,
+    rotary_sin: Any, cache_seqlens: Any, cache_batch_idx: Any, cache_leftpad: Any, block_table: Any,
+    softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, rotary_interleaved: Any,
+    alibi_slopes: Any, num_splits: Any, return_softmax_lse: Any, cu_seqlens_q: Any,
+    max_seqlen_q: Any, s_aux: Any, out: Any,
+) -> Problem:  # fmt: skip
+    """The call `flash_attn_with_kvcache(...)`."""
+    check.qkv(function, q, k_cache, v_cache, "k_cache v_cache", 4, 4)
+    for name, value in (
+        ("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin), ("cache_leftpad", cache_leftpad),
+        ("cache_batch_idx", cache_batch_idx), ("alibi_slopes", alibi_slopes), ("s_aux", s_aux),
+        ("cu_seqlens_q", cu_seqlens_q), ("max_seqlen_q", max_seqlen_q),
+    ):  # fmt: skip
+        if value is not None:
+            if name == "cache_batch_idx" and block_table is not None:
+                refuse(ValueError, function, name, "None with a block_table", "both", "drop one")
+            later(function, name, "None")
+    check.flag(function, "rotary_interleaved", rotary_interleaved)
+    check.flag(function, "return_softmax_lse", return_softmax_lse)
+    check.softcap(function, softcap)
+    splits = check.splits(function, num_splits)
+    batch, seqlen_q, _, head_dim = q.shape
+    if block_table is not None:
+        page_size, capacity = _pages(function, block_table, batch, q, k_cache)
+    else:
+        page_size, capacity = 0, k_cache.shape[1]
+        if k_cache.shape[0] != batch:
+            refuse(ValueError, function, "k_cache", f"batch {batch}, as q", k_cache.shape[0])
+    appended = _append(function, q, k_cache, v_cache, k, v, cache_seqlens)
+    seqused, seqlen_k = None, capacity
+    if isinstance(cache_seqlens, torch.Tensor):
+        check.index_tensor(function, "cache_seqlens", cache_seqlens, q, (batch,))
+        seqused = cache_seqlens
+    elif cache_seqlens is not None:
+        seqlen_k = check.length(function, "cache_seqlens", cache_seqlens) + appended
+        if seqlen_k > capacity:
+            hint = "the keys to append count too" if appended else ""
+            wanted = f"at most the cache's {capacity} tokens"
+            refuse(ValueError, function, "cache_seqlens", wanted, seqlen_k, hint)
+    check.differentiable(function, q, k_cache, v_cache, k, v)
+    if out is not None:
+        check.out(function, out, q, k_cache, v_cache, *(() if k is None else (k, v)))
+    left, right = check.window(function, causal, window_size, seqlen_q, seqlen_k)
+    scale = check.scale(function, softmax_scale, head_dim)
+    return Problem(
+        function, q, k_cache, v_cache, out, None, None, seqused, block_table, k, v,
+        batch, seqlen_q, seqlen_k, appended, page_size, scale, left, right, splits,
+        return_softmax_lse,
+    )  # fmt: skip
+
+
+def _pages(
+    function: str, table: Any, batch: int, q: torch.Tensor, k: torch.Tensor
+) -> tuple[int, int]:
+    """(page_size, tokens that one row of the block table can reach)."""
+    check.index_tensor(function, "block_table", table, q, (batch, None))
+    page_size = k.shape[1]
+    if page_size < 1:
+        refuse(ValueError, function, "block_table", "pages of at least one token", page_size)
+    return page_size, table.shape[1] * page_size
+
+
+def _append(
+    function: str, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    k: Any, v: Any, cache_seqlens: Any,
+) -> int:  # fmt: skip
+    """Number of tokens that k and v append to every sequence."""
+    if (k is None) != (v is None):
+        name = "v" if v is None else "k"
+        refuse(ValueError, function, name, "k and v together", "one of them", "pass both or none")
+    if k is None:
+        return 0
+    check.tensor(function, "k", k, 4, q)
+    check.tensor(function, "v", v, 4, q)
+    wanted = (q.shape[0], k.shape[1], *k_cache.shape[-2:])
+    for name, x in (("k", k), ("v", v)):
+        if tuple(x.shape) != wanted:
+            refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape))
+    if cache_seqlens is None:
+        hint = "it says where the new keys go"
+        refuse(ValueError, function, "cache_seqlens", "lengths when k, v are given", "None", hint)
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if check.overlaps_itself(x):
+            hint = "an expanded cache can't be written"
+            refuse(ValueError, function, name, "memory of its own", f"strides {x.stride()}", hint)
+    return int(k.shape[1])

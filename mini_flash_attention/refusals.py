@@ -1,0 +1,231 @@
+"""The judgement of one argument, or of a few that must fit each other.
+
+Every message reads *function: argument: expected X, got Y (what to do)*. Nothing here looks at
+what a device tensor holds, so no check waits for the GPU.
+"""
+
+import math
+import numbers
+import operator
+from typing import Any, NoReturn
+
+import torch
+from torch.autograd import forward_ad
+
+MAX_HEAD_DIM = 256
+MAX_SPLITS = 128
+GPU_DTYPES = (torch.float16, torch.bfloat16)
+CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def refuse(
+    error: type[Exception], function: str, argument: str, expected: str, got: object, hint: str = ""
+) -> NoReturn:
+    raise error(
+        f"{function}: {argument}: expected {expected}, got {got}" + (f" ({hint})" if hint else "")
+    )
+
+
+def later(function: str, argument: str, value: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{function}: {argument}: not implemented yet; pass {value} or leave it out"
+    )
+
+
+# -- one argument at a time -------------------------------------------------------------------
+
+
+def tensor(function: str, name: str, x: Any, rank: int, like: torch.Tensor | None = None) -> None:
+    """x is a plain strided tensor of this rank; dtype, device and last stride that kernels take."""
+    if not isinstance(x, torch.Tensor):
+        refuse(TypeError, function, name, "a torch.Tensor", type(x).__name__)
+    if x.layout is not torch.strided or x.is_nested:
+        refuse(TypeError, function, name, "a dense tensor", f"{x.layout}", "use .to_dense()")
+    if x.dim() != rank:
+        what = "(total, heads, head_dim)" if rank == 3 else "(batch, seqlen, heads, head_dim)"
+        hint = "flash_attn_varlen_func takes packed tensors, the others batched ones"
+        refuse(ValueError, function, name, f"{rank} dimensions {what}", tuple(x.shape), hint)
+    if like is not None:
+        if x.device != like.device:
+            refuse(ValueError, function, name, f"a tensor on {like.device}, as q", x.device)
+        if x.dtype is not like.dtype:
+            refuse(TypeError, function, name, f"dtype {like.dtype}, as q", x.dtype, "cast it")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        refuse(
+            ValueError, function, name, "a contiguous last dimension", f"strides {x.stride()}",
+            "call .contiguous()",
+        )  # fmt: skip
+
+
+def index_tensor(
+    function: str, name: str, x: Any, q: torch.Tensor, shape: tuple[int | None, ...]
+) -> None:
+    """x holds int32 numbers on q's device in this shape (None: any size), rows contiguous."""
+    if not isinstance(x, torch.Tensor):
+        refuse(TypeError, function, name, "an int32 torch.Tensor", type(x).__name__)
+    if x.dtype is not torch.int32:
+        refuse(TypeError, function, name, "dtype torch.int32", x.dtype, "call .int()")
+    if x.device != q.device:
+        refuse(ValueError, function, name, f"a tensor on {q.device}, as q", x.device)
+    fits = x.dim() == len(shape) and all(s in (None, n) for s, n in zip(shape, x.shape, strict=True))
+    if not fits:
+        wanted = tuple("any" if n is None else n for n in shape)
+        refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape))
+    if x.numel() > 1 and x.stride(-1) != 1 and x.shape[-1] > 1:
+        refuse(
+            ValueError, function, name, "contiguous rows", f"strides {x.stride()}",
+            "call .contiguous()",
+        )  # fmt: skip
+
+
+def length(function: str, name: str, x: Any) -> int:
+    """A length as int; a 0-dim integer tensor is read, which waits for the GPU if it lives there."""
+    if isinstance(x, bool):
+        refuse(TypeError, function, name, "an int", "bool")
+    try:
+        n = operator.index(x)
+    except (TypeError, RuntimeError):
+        refuse(TypeError, function, name, "an int", type(x).__name__)
+    if not 0 <= n < 2**31:
+        refuse(ValueError, function, name, "0 <= length < 2**31", n)
+    return n
+
+
+def flag(function: str, name: str, x: Any) -> None:
+    if not isinstance(x, bool):
+        refuse(TypeError, function, name, "a bool", type(x).__name__)
+
+
+def real(function: str, name: str, x: Any) -> float:
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        refuse(TypeError, function, name, "a finite number", type(x).__name__)
+    number = float(x)
+    if not math.isfinite(number):
+        refuse(ValueError, function, name, "a finite number", x)
+    return number
+
+
+def dropout(function: str, dropout_p: Any) -> None:
+    if isinstance(dropout_p, bool):
+        hint = "the fourth argument is dropout_p; write causal=True"
+        refuse(TypeError, function, "dropout_p", "a number", f"{dropout_p}", hint)
+    if not 0 <= real(function, "dropout_p", dropout_p) < 1:
+        refuse(ValueError, function, "dropout_p", "0 <= dropout_p < 1", dropout_p)
+    if dropout_p:
+        later(function, "dropout_p", "0.0")
+
+
+def scale(function: str, softmax_scale: Any, head_dim: int) -> float:
+    if softmax_scale is None:
+        return head_dim**-0.5
+    return real(function, "softmax_scale", softmax_scale)
+
+
+def softcap(function: str, softcap: Any) -> None:
+    if real(function, "softcap", softcap) < 0:
+        refuse(ValueError, function, "softcap", "softcap >= 0", softcap)
+    if softcap:
+        later(function, "softcap", "0.0")
+
+
+def window(
+    function: str, causal: Any, window_size: Any, seqlen_q: int, seqlen_k: int
+) -> tuple[int, int]:
+    """(left, right), -1 where open. A bound that can cut nothing off at these lengths is open."""
+    flag(function, "causal", causal)
+    try:
+        left, right = (-1 if w is None else operator.index(w) for w in window_size)
+    except (TypeError, ValueError):
+        refuse(TypeError, function, "window_size", "two ints (left, right)", window_size)
+    if left < -1 or right < -1:
+        refuse(ValueError, function, "window_size", "-1 (open) or more", window_size)
+    if causal:
+        right = 0
+    # The last query stands on the last key, so left < seqlen_k - 1 is what can cut; and the first
+    # of seqlen_q queries stands seqlen_q - 1 keys before the last.
+    return (-1 if left >= seqlen_k - 1 else left), (-1 if right >= seqlen_q - 1 else right)
+
+
+def splits(function: str, num_splits: Any) -> int:
+    splits = length(function, "num_splits", num_splits)
+    if splits > MAX_SPLITS:
+        refuse(ValueError, function, "num_splits", f"0 (automatic) to {MAX_SPLITS}", num_splits)
+    return splits
+
+
+# -- what the arguments must be to each other ---------------------------------------------------
+
+
+def qkv(function: str, q: Any, k: Any, v: Any, names: str, rank_q: int, rank_k: int) -> None:
+    """q, k and v fit one another in dtype, device, heads and head_dim."""
+    k_name, v_name = names.split()
+    tensor(function, "q", q, rank_q)
+    kind = q.device.type
+    if kind not in ("cuda", "cpu"):
+        refuse(ValueError, function, "q", "a tensor on a CUDA device or the CPU", q.device)
+    dtypes = CPU_DTYPES if kind == "cpu" else GPU_DTYPES
+    if q.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        refuse(TypeError, function, "q", f"dtype {wanted} on {kind}", q.dtype, "cast q, k and v")
+    tensor(function, k_name, k, rank_k, q)
+    tensor(function, v_name, v, rank_k, q)
+    nheads, head_dim = q.shape[-2:]
+    nheads_k, head_dim_k = k.shape[-2:]
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        refuse(ValueError, function, "q", f"head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
+    if head_dim_k != head_dim:
+        refuse(ValueError, function, k_name, f"head_dim {head_dim}, as q", head_dim_k)
+    if k.shape[:-1] != v.shape[:-1]:
+        wanted = f"{tuple(k.shape[:-1])} before head_dim, as {k_name}"
+        refuse(ValueError, function, v_name, wanted, tuple(v.shape[:-1]))
+    if v.shape[-1] != head_dim:
+        later(function, v_name, f"head_dim {head_dim}, as q,")
+    if nheads_k == 0 or nheads % nheads_k:
+        hint = "each KV head serves nheads / nheads_k query heads"
+        wanted = f"a number of heads that divides q's {nheads}"
+        refuse(ValueError, function, k_name, wanted, nheads_k, hint)
+
+
+def differentiable(function: str, *tensors: torch.Tensor | None) -> None:
+    """Refuse whoever expects a gradient, a tangent or a vmap: it would be lost in silence."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise NotImplementedError(
+            f"{function}: backward: not implemented yet; call it under torch.no_grad() or detach q, k and v"
+        )
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError(f"{function}: forward-mode AD: not implemented")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(f"{function}: torch.func transforms (vmap, grad): not implemented")
+
+
+def overlaps_itself(x: torch.Tensor) -> bool:
+    """Whether two elements share memory: some stride is less than what lies inside it spans."""
+    reach = 1
+    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach = stride * (size - 1) + reach
+    return False
+
+
+def extent(x: torch.Tensor) -> tuple[int, int]:
+    """First byte and the one after the last that x can touch."""
+    span = sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True)) + 1
+    start = x.data_ptr()
+    return start, start + span * x.element_size() * (x.numel() > 0)
+
+
+def out(function: str, out: Any, q: torch.Tensor, *inputs: torch.Tensor) -> None:
+    tensor(function, "out", out, q.dim(), q)
+    if out.shape != q.shape:
+        refuse(ValueError, function, "out", f"shape {tuple(q.shape)}", tuple(out.shape))
+    if overlaps_itself(out):
+        refuse(ValueError, function, "out", "elements that don't overlap", f"strides {out.stride()}")
+    first, end = extent(out)
+    for x in (q, *inputs):
+        x_first, x_end = extent(x)
+        if first < x_end and x_first < end:
+            hint = "pass a tensor of its own memory"
+            refuse(ValueError, function, "out", "memory apart from the inputs'", "an overlap", hint)

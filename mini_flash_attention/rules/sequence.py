@@ -1,0 +1,51 @@
+"""Where the tokens of batch entry b live: dense, packed, or with a used length.
+
+Lengths come from device tensors whose content nobody checked, so every one is clamped to what
+the tensors passed in can hold: a bad length gives a wrong answer, never a stray access.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def clamp(x, low, high):
+    """x limited to low..high; low wins when they cross."""
+    return tl.maximum(tl.minimum(x, high), low)
+
+
+@triton.jit
+def span(b, cu_seqlens, total):
+    """Packed tokens of entry b: (first row, number of rows), inside 0..total."""
+    start = clamp(tl.load(cu_seqlens + b), 0, total)
+    return start, clamp(tl.load(cu_seqlens + b + 1), start, total) - start
+
+
+@triton.jit
+def first_tile(b, cu_seqlens, total, BLOCK: tl.constexpr):
+    """Number of the first tile of entry b when tiles of all entries are counted through.
+
+    `cu_seqlens[b] // BLOCK + b` leaves each entry room for all its tiles (at most one stays
+    unused), grows with b, and needs no prefix sum over the batch.
+    """
+    return clamp(tl.load(cu_seqlens + b), 0, total) // BLOCK + b
+
+
+@triton.jit
+def find(tile, cu_seqlens, batch, total, BLOCK: tl.constexpr):
+    """The entry that a counted-through tile belongs to, and the tile's number inside it."""
+    b = 0
+    above = batch
+    while above - b > 1:
+        middle = (b + above) // 2
+        if first_tile(middle, cu_seqlens, total, BLOCK) <= tile:
+            b = middle
+        else:
+            above = middle
+    return b, tile - first_tile(b, cu_seqlens, total, BLOCK)
+
+
+@triton.jit
+def used_length(b, seqused, appended, capacity):
+    """Keys in use: `seqused[b]` (negative counts as 0) and those just appended, within capacity."""
+    return tl.minimum(clamp(tl.load(seqused + b), 0, capacity) + appended, capacity)

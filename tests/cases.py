@@ -1,0 +1,193 @@
+"""Random calls of the three functions, and what the definition says they must give.
+
+A case is built from a seed and a few words, so a failure is reproduced by one line. Every slot
+that no sequence uses holds NaN, and every output lies between margins of NaN.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import mini_flash_attention as mfa
+from mini_flash_attention import reference
+
+MARGIN = 512
+
+
+@dataclass
+class Case:
+    """A call, ready to be made as often as wanted, and its oracle."""
+
+    function: str
+    arguments: dict[str, Any]
+    rows: list[tuple[Any, Any, torch.Tensor, torch.Tensor, torch.Tensor]]
+    """(index into out, index into lse, q, k, v) of each sequence."""
+    meaning: dict[str, Any] = field(default_factory=dict)
+    """softmax_scale, causal and window_size as the reference takes them."""
+
+    def run(self, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        arguments = self.arguments | changes
+        if self.function == "flash_attn_with_kvcache":
+            return mfa.flash_attn_with_kvcache(**arguments, return_softmax_lse=True)
+        out, lse, _ = getattr(mfa, self.function)(**arguments, return_attn_probs=True)
+        return out, lse
+
+    def check(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Within the numerical promise of the contract, everywhere; 0 and -inf where no key is."""
+        untouched = torch.ones_like(out, dtype=torch.bool)
+        for at, lse_at, q, k, v in self.rows:
+            untouched[at] = False
+            ref, ref_lse = reference.attention(q, k, v, **self.meaning)
+            plain, _ = reference.attention(q, k, v, **self.meaning, dtype=q.dtype)
+            error = _largest(out[at].double() - ref)
+            promise = 2 * _largest(plain.double() - ref) + 2 * rounding(ref, q.dtype)
+            if q.dtype is torch.float32:  # no GPU dtype: one row's luck should not decide
+                promise += 8 * torch.finfo(q.dtype).eps * _largest(v)
+            assert error <= promise, f"error {error:.3g} over {promise:.3g}"
+            there = ref_lse > float("-inf")
+            assert torch.equal(lse[lse_at] > float("-inf"), there)
+            lse_error = _largest(lse[lse_at].double()[there] - ref_lse[there])
+            assert lse_error <= 1e-5 * max(1.0, _largest(ref_lse[there]))
+        assert not out[untouched].any(), "rows of no sequence are not 0"
+
+
+def rounding(ref: torch.Tensor, dtype: torch.dtype) -> float:
+    """What rounding to dtype costs at the reference's magnitude."""
+    rounded = ref.to(dtype)
+    return _largest(rounded + 0.3 - 0.3 - rounded)
+
+
+def _largest(x: torch.Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def margined(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """A tensor of NaN inside a larger one of NaN; `margins_intact` looks at the rest."""
+    numel = torch.Size(shape).numel()
+    whole = torch.full((numel + 2 * MARGIN,), float("nan"), dtype=dtype, device=device)
+    return whole[MARGIN : MARGIN + numel].view(shape)
+
+
+def margins_intact(x: torch.Tensor) -> bool:
+    """Nothing but x itself was written in the memory around it."""
+    storage = x.untyped_storage()
+    whole = torch.empty(0, dtype=x.dtype, device=x.device).set_(
+        storage, 0, (storage.nbytes() // x.element_size(),), (1,)
+    )
+    end = x.storage_offset() + x.numel()
+    return bool(whole[: x.storage_offset()].isnan().all() and whole[end:].isnan().all())
+
+
+def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+
+def dense(
+    seed: int, batch: int, seqlen_q: int, seqlen_k: int, nheads: int, nheads_k: int,
+    head_dim: int, dtype: torch.dtype, device: str, **meaning: Any,
+) -> Case:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    q = randn(g, batch, seqlen_q, nheads, head_dim, dtype=dtype, device=device)
+    k, v = (
+        randn(g, batch, seqlen_k, nheads_k, head_dim, dtype=dtype, device=device) for _ in "kv"
+    )
+    rows = [(b, b, q[b], k[b], v[b]) for b in range(batch)]
+    return Case("flash_attn_func", {"q": q, "k": k, "v": v} | meaning, rows, meaning)
+
+
+def _packed(
+    g: torch.Generator, lengths: list[int], padding: int, nheads: int, head_dim: int,
+    dtype: torch.dtype, device: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Tokens of all sequences, NaN in the padding rows after them; cu_seqlens."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    tokens = randn(g, sum(lengths) + padding, nheads, head_dim, dtype=dtype, device=device)
+    tokens[sum(lengths) :] = float("nan")
+    return tokens, cu_seqlens.int().to(device)
+
+
+def _paged(
+    g: torch.Generator, lengths: list[int], page_size: int, nheads_k: int, head_dim: int,
+    dtype: torch.dtype, device: str, room: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Caches whose pages lie in random order, NaN in every unused slot; table with junk at ends."""
+    needed = [-(-(n + room) // page_size) for n in lengths]
+    columns = max([1, *needed]) + 1
+    num_blocks = sum(needed) + 2
+    caches = torch.full((2, num_blocks, page_size, nheads_k, head_dim), float("nan")).to(dtype)
+    table = torch.randint(-(2**31), 2**31 - 1, (len(lengths), columns), generator=g)
+    order = torch.randperm(num_blocks, generator=g).tolist()
+    for b, n in enumerate(lengths):
+        mine = torch.tensor([order.pop() for _ in range(needed[b])], dtype=torch.long)
+        table[b, : len(mine)] = mine
+        j = torch.arange(n)
+        tokens = torch.randn(2, n, nheads_k, head_dim, generator=g).to(dtype)
+        caches[:, mine[j // page_size], j % page_size] = tokens
+    caches = caches.to(device)
+    return caches[0], caches[1], table.int().to(device)
+
+
+def varlen(
+    seed: int, lengths_q: list[int], lengths_k: list[int], page_size: int, nheads: int,
+    nheads_k: int, head_dim: int, dtype: torch.dtype, device: str, padding: int = 3,
+    **meaning: Any,
+) -> Case:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    q, cu_q = _packed(g, lengths_q, padding, nheads, head_dim, dtype, device)
+    arguments: dict[str, Any] = {"q": q, "cu_seqlens_q": cu_q} | meaning
+    arguments |= {"max_seqlen_q": max(lengths_q, default=0)}
+    arguments |= {"max_seqlen_k": max(lengths_k, default=0)}
+    cu_k = torch.tensor([0, *lengths_k]).cumsum(0).int()
+    if page_size:
+        k, v, table = _paged(g, lengths_k, page_size, nheads_k, head_dim, dtype, device)
+        arguments |= {"block_table": table}
+        keys = [
+            tuple(reference.pages(x, table[b], n) for x in (k, v)) for b, n in enumerate(lengths_k)
+        ]
+    else:
+        k, _ = _packed(g, lengths_k, padding, nheads_k, head_dim, dtype, device)
+        v, _ = _packed(g, lengths_k, padding, nheads_k, head_dim, dtype, device)
+        keys = [tuple(x[cu_k[b] : cu_k[b + 1]] for x in (k, v)) for b in range(len(lengths_k))]
+    arguments |= {"k": k, "v": v, "cu_seqlens_k": cu_k.to(device)}
+    rows = []
+    for b, (k_b, v_b) in enumerate(keys):
+        mine = slice(sum(lengths_q[:b]), sum(lengths_q[: b + 1]))
+        rows.append((mine, (slice(None), mine), q[mine], k_b, v_b))
+    return Case("flash_attn_varlen_func", arguments, rows, meaning)
+
+
+def kvcache(
+    seed: int, seqlen_q: int, lengths: list[int], appended: int, page_size: int, nheads: int,
+    nheads_k: int, head_dim: int, dtype: torch.dtype, device: str, num_splits: int = 0,
+    **meaning: Any,
+) -> Case:  # fmt: skip
+    """`lengths` are what the cache holds before `appended` tokens are added."""
+    g = torch.Generator().manual_seed(seed)
+    batch = len(lengths)
+    q = randn(g, batch, seqlen_q, nheads, head_dim, dtype=dtype, device=device)
+    used = torch.tensor(lengths).int().to(device)
+    arguments: dict[str, Any] = {"q": q, "cache_seqlens": used, "num_splits": num_splits}
+    if page_size:
+        size = (page_size, nheads_k, head_dim, dtype, device)
+        k, v, table = _paged(g, lengths, *size, room=appended)
+        arguments |= {"block_table": table}
+        old = [[reference.pages(x, table[b], n) for x in (k, v)] for b, n in enumerate(lengths)]
+    else:
+        capacity = max(lengths, default=0) + appended + 5
+        shape = (batch, capacity, nheads_k, head_dim)
+        k, v = (margined(shape, dtype, device) for _ in "kv")
+        for b, n in enumerate(lengths):
+            k[b, :n], v[b, :n] = (
+                randn(g, n, nheads_k, head_dim, dtype=dtype, device=device) for _ in "kv"
+            )
+        old = [[x[b, :n].clone() for x in (k, v)] for b, n in enumerate(lengths)]
+    arguments |= {"k_cache": k, "v_cache": v}
+    if appended:
+        new = [
+            randn(g, batch, appended, nheads_k, head_dim, dtype=dtype, device=device) for _ in "kv"
+        ]
+        arguments |= {"k": new[0], "v": new[1]}
+        old = [[torch.cat([o, n[b]]) for o, n in zip(old[b], new, strict=True)] for b in range(batch)]
+    rows = [(b, b, q[b], old[b][0], old[b][1]) for b in range(batch)]
+    return Case("flash_attn_with_kvcache", arguments | meaning, rows, meaning)

@@ -1,0 +1,58 @@
+"""The three functions against the definition, on whatever runs here.
+
+On the CPU twice: PyTorch behind the functions, and, with TRITON_INTERPRET=1, the GPU kernels in
+Triton's interpreter. `tests/test_gpu.py` runs the same cases on a GPU.
+"""
+
+import pytest
+import torch
+from cases import dense, kvcache, varlen
+
+MASKS = [
+    {},
+    {"causal": True},
+    {"window_size": (5, 0), "causal": True},
+    {"window_size": (7, 3)},
+    {"window_size": (-1, 2)},
+    {"window_size": (4, -1)},
+]
+HEADS = [(2, 2), (4, 2), (3, 1)]
+DTYPES = [torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("meaning", MASKS, ids=str)
+@pytest.mark.parametrize(("nheads", "nheads_k"), HEADS)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 1), (65, 65), (33, 97), (97, 33), (1, 80)])
+def test_dense(meaning, nheads, nheads_k, seqlen_q, seqlen_k):
+    dtype = DTYPES[(seqlen_q + nheads) % 2]
+    case = dense(1, 2, seqlen_q, seqlen_k, nheads, nheads_k, 16, dtype, "cpu", **meaning)
+    case.check(*case.run())
+
+
+@pytest.mark.parametrize("meaning", MASKS, ids=str)
+@pytest.mark.parametrize("page_size", [0, 1, 5, 16, 128])
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k"), [([70, 0, 3, 1], [70, 9, 40, 0]), ([20, 64], [90, 30])]
+)
+def test_varlen(meaning, page_size, lengths_q, lengths_k):
+    dtype = DTYPES[page_size % 2]
+    case = varlen(2, lengths_q, lengths_k, page_size, 4, 2, 32, dtype, "cpu", **meaning)
+    case.check(*case.run())
+
+
+@pytest.mark.parametrize("meaning", MASKS, ids=str)
+@pytest.mark.parametrize("page_size", [0, 1, 7, 16, 64])
+@pytest.mark.parametrize("appended", [0, 1, 3])
+@pytest.mark.parametrize("seqlen_q", [1, 3, 40])
+def test_kvcache(meaning, page_size, appended, seqlen_q):
+    dtype = DTYPES[(page_size + appended) % 2]
+    case = kvcache(
+        3, seqlen_q, [50, 0, 17], appended, page_size, 4, 2, 16, dtype, "cpu", **meaning
+    )
+    case.check(*case.run())
+
+
+@pytest.mark.parametrize("head_dim", [1, 3, 8, 17, 40, 64, 96, 128, 256])
+def test_head_dims(head_dim):
+    case = dense(4, 1, 20, 30, 2, 1, head_dim, torch.float16, "cpu", causal=True)
+    case.check(*case.run())
