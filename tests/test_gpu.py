@@ -111,13 +111,11 @@ def test_strides_give_the_same_bits():
     q, k, v = qkv.unbind(2)
     plain = mfa.flash_attn_func(q.contiguous(), k.contiguous(), v.contiguous(), causal=True)
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    wide = torch.zeros(2, 200, 4, 65, device="cuda", dtype=torch.bfloat16)[..., 1:]
-    odd = [wide.clone().copy_(x) for x in (q, k, v)]
     shifted = []
     for x in (q, k, v):
         room = torch.zeros(2, 200, 4, 65, device="cuda", dtype=torch.bfloat16)[..., 1:]
         shifted.append(room.copy_(x))
-    for views in ((q, k, v), heads_first, odd, shifted):
+    for views in ((q, k, v), heads_first, shifted):
         assert torch.equal(mfa.flash_attn_func(*views, causal=True), plain)
     expanded = k[:, :, :1].expand(-1, -1, 4, -1)
     same = mfa.flash_attn_func(q, expanded, expanded)
