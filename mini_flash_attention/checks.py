@@ -6,7 +6,8 @@ waits for the GPU, and says which number is wrong. A tool for finding a mistake,
 """
 
 import os
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 
 import torch
 
@@ -21,65 +22,63 @@ OLDEST_TRITON = (3, 6)
 def values(p: Problem) -> None:
     """Refuse lengths and page numbers that the kernels would clamp."""
     if p.q.is_cuda and torch.cuda.is_current_stream_capturing():
-        hint = "the checks read lengths back, and a graph can't"
+        hint = "the checks read lengths back, which a graph can't"
         refuse(ValueError, p.function, SWITCH, "0 during CUDA-graph capture", 1, hint)
     if p.cu_seqlens_q is not None:
         queries = _differences(p, "cu_seqlens_q", p.cu_seqlens_q, p.q.shape[0])
         if max(queries, default=0) > p.seqlen_q:
             refuse(ValueError, p.function, "max_seqlen_q", f"at least {max(queries)}", p.seqlen_q)
     keys = _key_lengths(p)
-    if p.page_size and max(keys, default=0) > _room(p):
-        wanted = f"columns for {max(keys)} tokens"
-        got = f"{_room(p)} in pages of {p.page_size}"
-        refuse(ValueError, p.function, "block_table", wanted, got, _appended(p))
-    if p.cu_seqlens_k is not None and max(keys, default=0) > p.seqlen_k:
-        refuse(ValueError, p.function, "max_seqlen_k", f"at least {max(keys)}", p.seqlen_k)
+    longest = max(keys, default=0)
+    hint = "the keys to append count too" if p.appended else ""
     if p.block_table is not None:
+        room = p.block_table.shape[1] * p.page_size
+        if longest > room:
+            wanted, got = f"columns for {longest} tokens", f"room for {room}"
+            refuse(ValueError, p.function, "block_table", wanted, got, hint)
         _pages(p, p.block_table, keys)
+    if longest > p.seqlen_k:
+        if _used(p) == "cache_seqlens":
+            wanted = f"at most the cache's {p.seqlen_k} tokens"
+            refuse(ValueError, p.function, "cache_seqlens", wanted, longest, hint)
+        refuse(ValueError, p.function, "max_seqlen_k", f"at least {longest}", p.seqlen_k)
+
+
+def _used(p: Problem) -> str:
+    """What the caller knows `p.seqused_k` as."""
+    return "cache_seqlens" if p.function == "flash_attn_with_kvcache" else "seqused_k"
 
 
 def _differences(p: Problem, name: str, cu_seqlens: torch.Tensor, total: int | None) -> list[int]:
-    """Lengths between neighbours; where they are rows of a tensor (of total), 0 to total."""
+    """Lengths of sequences; total is None where they are no rows and so may start anywhere."""
     ends = cu_seqlens.tolist()
     if total is not None and ends[0] != 0:
-        refuse(ValueError, p.function, name, "a start at 0", ends[0])
-    lengths = [end - start for start, end in zip(ends, ends[1:])]  # noqa: B905
-    for b, length in enumerate(lengths):
-        if length < 0:
-            got = f"{ends[b]} before {ends[b + 1]} at entry {b + 1}"
+        refuse(ValueError, p.function, name, "0 in entry 0", ends[0])
+    for b, (start, end) in enumerate(pairwise(ends)):
+        if end < start:
+            got = f"{end} after {start} in entry {b + 1}"
             refuse(ValueError, p.function, name, "entries that never decrease", got)
     if total is not None and ends[-1] > total:
-        refuse(ValueError, p.function, name, f"at most the {total} tokens there are", ends[-1])
-    return lengths
+        refuse(ValueError, p.function, name, f"an end at {total} tokens or before", ends[-1])
+    return [end - start for start, end in pairwise(ends)]
 
 
 def _key_lengths(p: Problem) -> list[int]:
-    """Keys that each sequence has in the end, those to append included."""
+    """Keys of each sequence, those to append included."""
     lengths = [p.seqlen_k] * p.batch
     if p.cu_seqlens_k is not None:
         total = None if p.page_size else p.k.shape[0]
         lengths = _differences(p, "cu_seqlens_k", p.cu_seqlens_k, total)
     if p.seqused_k is None:
         return lengths
-    name = "cache_seqlens" if p.function == "flash_attn_with_kvcache" else "seqused_k"
     used = p.seqused_k.tolist()
-    for b, (length, n) in enumerate(zip(lengths, used, strict=True)):
+    for b, (n, length) in enumerate(zip(used, lengths, strict=True)):
         if n < 0:
-            refuse(ValueError, p.function, name, "lengths of 0 or more", f"{n} in entry {b}")
-        # A block table is to be named where it is what is too short, so the caller looks at it.
-        if n + p.appended > length and (p.cu_seqlens_k is not None or not p.page_size):
-            wanted, got = f"at most {length} in entry {b}", n + p.appended
-            refuse(ValueError, p.function, name, wanted, got, _appended(p))
+            refuse(ValueError, p.function, _used(p), "0 or more", f"{n} in entry {b}")
+        if p.cu_seqlens_k is not None and n > length:
+            wanted = f"at most the {length} of cu_seqlens_k"
+            refuse(ValueError, p.function, _used(p), wanted, f"{n} in entry {b}")
     return [n + p.appended for n in used]
-
-
-def _room(p: Problem) -> int:
-    """Tokens that one row of the block table can reach."""
-    return 0 if p.block_table is None else p.block_table.shape[1] * p.page_size
-
-
-def _appended(p: Problem) -> str:
-    return "the keys to append count too" if p.appended else ""
 
 
 def _pages(p: Problem, block_table: torch.Tensor, lengths: list[int]) -> None:
@@ -92,20 +91,20 @@ def _pages(p: Problem, block_table: torch.Tensor, lengths: list[int]) -> None:
                 refuse(ValueError, p.function, "block_table", wanted, got)
 
 
-@lru_cache(maxsize=None)
+@cache
 def require_triton() -> None:
-    """Say what is missing before a kernel is imported, where Triton has no wheel or is too old."""
+    """Say what is missing before a kernel is imported: there is no Triton, or one too old."""
     oldest = ".".join(map(str, OLDEST_TRITON))
     hint = "pip install --upgrade triton; tensors on the CPU need none"
     try:
         import triton
+
+        found = triton.__version__
     except ImportError as error:
         raise ImportError(
-            f"mini_flash_attention: triton: expected {oldest} or newer for tensors on a GPU, "
-            f"got none ({hint})"
+            f"mini_flash_attention: triton: expected {oldest} or newer, got none ({hint})"
         ) from error
-    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+    if tuple(int(n) for n in found.split(".")[:2]) < OLDEST_TRITON:
         raise ImportError(
-            f"mini_flash_attention: triton: expected {oldest} or newer, "
-            f"got {triton.__version__} ({hint})"
+            f"mini_flash_attention: triton: expected {oldest} or newer, got {found} ({hint})"
         )

@@ -14,7 +14,12 @@ def run(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Append p's new keys, then write attention to out and its LSE to lse."""
     if p.k_new is not None:
         _append(p)
-    if p.cu_seqlens_q is None and p.cu_seqlens_k is None and p.seqused_k is None and not p.page_size:
+    if (
+        p.cu_seqlens_q is None
+        and p.cu_seqlens_k is None
+        and p.seqused_k is None
+        and not p.page_size
+    ):
         k, v = p.k[:, : p.seqlen_k], p.v[:, : p.seqlen_k]
         result, result_lse = _attention(p, p.q, k, v, None)
         out.copy_(result)
@@ -47,21 +52,17 @@ def _attention(
     if not seqlen_k or not q.numel():
         empty = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32)
         return torch.zeros_like(q).transpose(1, 2), empty
-    # SDPA takes positive factors on the scores; the sign goes into q.
-    scale = abs(p.softmax_scale) or 1.0
-    if p.softmax_scale <= 0:
-        q = -q if p.softmax_scale else torch.zeros_like(q)
     seen = _seen(p, seqlen_q, seqlen_k, real)
     grouped = q.shape[1] != k.shape[1]
     result = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped
+        q, k, v, attn_mask=seen, scale=p.softmax_scale, enable_gqa=grouped
     )
     if seen is not None:
         result = result.masked_fill(~seen.any(-1, keepdim=True), 0.0)
     lse = q.new_empty(0)
     if p.need_lse:
         heads = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = (q.float() @ heads.float().transpose(-1, -2)) * scale
+        scores = (q.float() @ heads.float().transpose(-1, -2)) * p.softmax_scale
         if seen is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
         lse = scores.logsumexp(-1)

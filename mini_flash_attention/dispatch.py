@@ -23,6 +23,11 @@ def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
         packed = p.cu_seqlens_q is not None
         shape = (nheads, p.q.shape[0]) if packed else (p.batch, nheads, p.seqlen_q)
         lse = torch.empty(shape, dtype=torch.float32, device=p.q.device)
+    if p.softmax_scale <= 0:
+        # The online softmax tracks the largest raw score, which is the largest scaled one only
+        # for a positive scale, so the sign goes into q.
+        q = -p.q if p.softmax_scale else torch.zeros_like(p.q)
+        p = p._replace(q=q, softmax_scale=abs(p.softmax_scale) or 1.0)
     if not (p.q.is_cuda or INTERPRETED):
         cpu.run(p, out, lse)
     elif p.q.is_cuda and torch.cuda.current_device() != p.q.device.index:

@@ -37,7 +37,6 @@ class Problem(NamedTuple):
     need_lse: bool
 
 
-
 def dense(
     function: str, q: Any, k: Any, v: Any, dropout_p: Any, softmax_scale: Any, causal: Any,
     window_size: Any, softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any,

@@ -67,7 +67,9 @@ def index_tensor(
         refuse(TypeError, function, name, "dtype torch.int32", x.dtype, "call .int()")
     if x.device != q.device:
         refuse(ValueError, function, name, f"a tensor on {q.device}, as q", x.device)
-    fits = x.dim() == len(shape) and all(s in (None, n) for s, n in zip(shape, x.shape, strict=True))
+    fits = x.dim() == len(shape) and all(
+        s in (None, n) for s, n in zip(shape, x.shape, strict=True)
+    )
     if not fits:
         wanted = tuple("any" if n is None else n for n in shape)
         refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape))
@@ -197,7 +199,9 @@ def differentiable(function: str, *tensors: torch.Tensor | None) -> None:
     ):
         raise NotImplementedError(f"{function}: forward-mode AD: not implemented")
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise NotImplementedError(f"{function}: torch.func transforms (vmap, grad): not implemented")
+        raise NotImplementedError(
+            f"{function}: torch.func transforms (vmap, grad): not implemented"
+        )
 
 
 def overlaps_itself(x: torch.Tensor) -> bool:
@@ -222,7 +226,9 @@ def out(function: str, out: Any, q: torch.Tensor, *inputs: torch.Tensor) -> None
     if out.shape != q.shape:
         refuse(ValueError, function, "out", f"shape {tuple(q.shape)}", tuple(out.shape))
     if overlaps_itself(out):
-        refuse(ValueError, function, "out", "elements that don't overlap", f"strides {out.stride()}")
+        refuse(
+            ValueError, function, "out", "elements that don't overlap", f"strides {out.stride()}"
+        )
     first, end = extent(out)
     for x in (q, *inputs):
         x_first, x_end = extent(x)

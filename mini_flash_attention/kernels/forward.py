@@ -17,6 +17,7 @@ from ..rules import grid, heads, mask, paging, sequence, softmax
 from .strides import strides
 
 LOG2E = math.log2(math.e)
+MAX_INT = 2**31 - 1
 
 
 @triton.jit
@@ -137,7 +138,6 @@ def forward_kernel(
         mask=(i < rows_q)[:, None] & (d < HEAD_DIM)[None, :],
         other=0.0,
     )
-    q_tile, scale = softmax.positive_scale(q_tile, scale)
     k += heads.kv_head(head, group).to(tl.int64) * stride_k_h
     v += heads.kv_head(head, group).to(tl.int64) * stride_v_h
     if PAGE_SIZE == 0:
@@ -177,6 +177,9 @@ def forward_kernel(
     )  # fmt: skip
 
     o, lse_tile = softmax.finish(m, l, o, scale)
+    if cu_seqlens_q is not None:  # rows after the last sequence's end
+        o = tl.where((i < rows_q)[:, None], o, 0.0)
+        lse_tile = tl.where(i < rows_q, lse_tile, float("-inf"))
     out += b * stride_o_b + head.to(tl.int64) * stride_o_h
     tl.store(
         out + row_q[:, None] * stride_o_t + d[None, :],
@@ -201,7 +204,7 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forwar
         *strides(p.q), *strides(p.k), *strides(p.v), *strides(out), *lse_strides,
         p.block_table.stride(0) if paged else 0,
         p.batch, nheads, nheads // p.k.shape[-2], plan.rows, plan.per_group,
-        p.seqlen_q, p.seqlen_k, p.q.shape[0], p.k.shape[0], p.k.shape[0],
+        p.seqlen_q, p.seqlen_k, p.q.shape[0], MAX_INT if paged else p.k.shape[0], p.k.shape[0],
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,
         LEFT=p.left >= 0, RIGHT=p.right >= 0, PAGE_SIZE=p.page_size,
         HEAD_DIM=head_dim, D=max(16, triton.next_power_of_2(head_dim)),

@@ -1,22 +1,13 @@
 """The online softmax: scores arrive tile by tile, the maximum so far is the reference point.
 
 The state of a row is m (largest raw score so far), l (sum of `exp2((s - m) * scale)`) and o (the
-same sum weighted by v). `scale` already holds log2(e), because the GPU's exponential is `exp2`.
+same sum weighted by v). `scale` is positive, so that the largest raw score is also the largest
+scaled one, and already holds log2(e), because the GPU's exponential is `exp2`.
 Source: FlashAttention-2, arXiv:2307.08691, section 3.1.
 """
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def positive_scale(q, scale):
-    """(q, scale) with the same products q * scale, and scale > 0.
-
-    The maximum of raw scores is the maximum of scaled ones only if scale > 0.
-    """
-    q = tl.where(scale == 0, 0.0, tl.where(scale < 0, -q, q)).to(q.dtype)
-    return q, tl.where(scale == 0, 1.0, tl.abs(scale))
 
 
 @triton.jit
