@@ -12,6 +12,7 @@ from . import cpu, plan
 from .problem import Problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
 
 def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -23,11 +24,12 @@ def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
         packed = p.cu_seqlens_q is not None
         shape = (nheads, p.q.shape[0]) if packed else (p.batch, nheads, p.seqlen_q)
         lse = torch.empty(shape, dtype=torch.float32, device=p.q.device)
-    if p.softmax_scale <= 0:
+    if p.softmax_scale < FLOAT32_TINY:
         # The online softmax tracks the largest raw score, which is the largest scaled one only
         # for a positive scale, so the sign goes into q.
-        q = -p.q if p.softmax_scale else torch.zeros_like(p.q)
-        p = p._replace(q=q, softmax_scale=abs(p.softmax_scale) or 1.0)
+        zero = p.softmax_scale > -FLOAT32_TINY
+        q = torch.zeros_like(p.q) if zero else -p.q
+        p = p._replace(q=q, softmax_scale=1.0 if zero else -p.softmax_scale)
     if not (p.q.is_cuda or INTERPRETED):
         cpu.run(p, out, lse)
     elif p.q.is_cuda and torch.cuda.current_device() != p.q.device.index:
@@ -39,10 +41,16 @@ def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-    from .kernels import append, forward
+    from .kernels import append, combine, decode, forward
 
     gpu = plan.gpu(p.q.device)
     if p.k_new is not None and p.k_new.numel():
         append.launch(p)
-    if out.numel():
+    if not out.numel():
+        return
+    if not plan.decodes(p):
         forward.launch(p, out, lse, plan.forward(p, gpu))
+        return
+    parts = decode.launch(p, out, lse, plan.decode(p, gpu))
+    if parts is not None:
+        combine.launch(p, parts, out, lse)

@@ -3,12 +3,13 @@
 Every heuristic of the package stands here, and none looks at a length on the device.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
 
 from .problem import Problem
+from .refusals import MAX_SPLITS
 
 
 class Gpu(NamedTuple):
@@ -35,11 +36,19 @@ class Forward(NamedTuple):
     per_group: int  # units whose keys share the L2 cache
 
 
-@lru_cache(maxsize=None)
+class Decode(NamedTuple):
+    """A launch of the decode kernel."""
+
+    tiles: Tiles
+    splits: int  # programs that share the keys of one row block
+    programs: int
+
+
+@cache
 def gpu(device: torch.device) -> Gpu:
     """What `device` is; a stand-in for the CPU, where the interpreter runs the kernels."""
     if device.type == "cpu":
-        return Gpu("Triton interpreter", 80, 1)
+        return Gpu("Triton interpreter", 80, 2)
     properties = torch.cuda.get_device_properties(device)
     arch = 10 * properties.major + properties.minor
     if arch < 80:
@@ -50,26 +59,29 @@ def gpu(device: torch.device) -> Gpu:
     return Gpu(properties.name, arch, properties.multi_processor_count)
 
 
-# Tiles of the forward kernel by head_dim, without and with what costs registers (windows, pages).
-# BIG is for the architectures with 227 KB of shared memory, SMALL fits the 99 KB of the others.
-# Chosen on an H200 among those that compile without a spill: bench/NOTES.md.
-BIG = {
+# Tiles of the forward kernel by head_dim, without and with what costs registers: windows, pages,
+# a head_dim that is no power of two. HOPPER is for architectures with 227 KB of shared memory,
+# SMALL fits the 99 KB of the smallest. Chosen on an H200 (bench/NOTES.md) among those that
+# compile without a spill; tests/test_compile.py holds that for every architecture.
+HOPPER = {
     64: (Tiles(64, 128, 4, 2), Tiles(64, 64, 4, 2)),
     128: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2)),
     256: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
 }
+BLACKWELL = HOPPER | {64: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2))}
 SMALL = {
     64: (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
     128: (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
     256: (Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2)),
 }
+TILES = {90: HOPPER, 100: BLACKWELL, 103: BLACKWELL}
 
 
 def forward_tiles(arch: int, head_dim: int, window: bool, paged: bool) -> Tiles:
     """Tiles of the forward kernel; each fits the architecture's shared memory without a spill."""
-    table = BIG if arch in (90, 100, 103) else SMALL
-    plain, heavy = table[64 if head_dim <= 64 else 128 if head_dim <= 128 else 256]
-    return heavy if window or paged else plain
+    size = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    plain, heavy = TILES.get(arch, SMALL)[size]
+    return heavy if window or paged or head_dim & (head_dim - 1) else plain
 
 
 # Keys and values of the heads that run at the same time should fit in the L2 cache: 50 MB on an
@@ -89,3 +101,54 @@ def forward(p: Problem, gpu: Gpu) -> Forward:
     group = nheads // p.k.shape[-2]
     bytes_of_unit = 2 * p.seqlen_k * head_dim * p.k.element_size() // group
     return Forward(tiles, rows, units, max(1, min(units, L2_BYTES // max(1, bytes_of_unit))))
+
+
+# Up to here all query tokens of a KV head fit in a tile or two, and reading keys is the cost.
+DECODE_SEQLEN_Q = 16
+
+
+def decodes(p: Problem) -> bool:
+    """Whether a call is the decode kernel's: not packed, few queries or splits asked for."""
+    packed = p.cu_seqlens_q is not None or p.cu_seqlens_k is not None
+    return not packed and (p.seqlen_q <= DECODE_SEQLEN_Q or p.num_splits > 1)
+
+
+def decode_tiles(arch: int, head_dim: int, rows: int, paged: bool) -> Tiles:
+    """Tiles of the decode kernel: as many keys in flight as shared memory holds twice."""
+    big = arch in TILES
+    block_m = 16 if rows <= 16 else 64 if rows > 32 and big and head_dim <= 128 else 32
+    block_n = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
+    # A load that waits for the block table takes one more stage to start as early.
+    return Tiles(block_m, block_n, 4, (3 if big else 2) + paged)
+
+
+@lru_cache(maxsize=4096)
+def splits(programs: int, key_tiles: int, multiprocessors: int) -> int:
+    """How many parts to split the keys of each program into, so that the GPU is full.
+
+    Programs run in waves of two a multiprocessor; a wave takes as long as the tiles of a part and
+    a start-up of about four tiles, and folding the parts costs as much as about eight.
+    """
+    resident = 2 * multiprocessors
+
+    def cost(parts: int) -> int:
+        waves = -(-programs * parts // resident)
+        return waves * (-(-key_tiles // parts) + 4) + (8 if parts > 1 else 0)
+
+    return min(range(1, max(1, min(MAX_SPLITS, key_tiles)) + 1), key=cost)
+
+
+def decode(p: Problem, gpu: Gpu) -> Decode:
+    """The launch of the decode kernel for a call."""
+    nheads, head_dim = p.q.shape[-2:]
+    nheads_k = p.k.shape[-2]
+    rows = p.seqlen_q * (nheads // nheads_k)
+    tiles = decode_tiles(gpu.arch, head_dim, rows, p.page_size > 0)
+    programs = p.batch * nheads_k * -(-rows // tiles.block_m)
+    parts = p.num_splits
+    if not parts:
+        visible = p.seqlen_k
+        if p.left >= 0 and p.right >= 0:
+            visible = min(visible, p.left + p.right + p.seqlen_q)
+        parts = splits(programs, -(-visible // tiles.block_n), gpu.multiprocessors)
+    return Decode(tiles, parts, programs * parts)

@@ -63,7 +63,7 @@ def dense(
     scale = check.scale(function, softmax_scale, head_dim)
     return Problem(
         function, q, k, v, out, None, None, None, None, None, None,
-        batch, seqlen_q, seqlen_k, 0, 0, scale, left, right, 1, return_attn_probs,
+        batch, seqlen_q, seqlen_k, 0, 0, scale, left, right, 0, return_attn_probs,
     )  # fmt: skip
 
 

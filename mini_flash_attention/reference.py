@@ -36,7 +36,7 @@ def attention(
 def visibility(
     seqlen_q: int, seqlen_k: int, causal: bool, window_size: tuple[int, int]
 ) -> torch.Tensor:
-    """(seqlen_q, seqlen_k) bool: the last query stands on the last key, windows reach from there."""
+    """(seqlen_q, seqlen_k) bool: the last query stands on the last key."""
     left, right = window_size
     visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool)
     stands_on = torch.arange(seqlen_q).unsqueeze(1) + (seqlen_k - seqlen_q)

@@ -81,7 +81,7 @@ def index_tensor(
 
 
 def length(function: str, name: str, x: Any) -> int:
-    """A length as int; a 0-dim integer tensor is read, which waits for the GPU if it lives there."""
+    """A length as int; a tensor of no dimensions is read, which waits for its GPU."""
     if isinstance(x, bool):
         refuse(TypeError, function, name, "an int", "bool")
     try:
@@ -192,7 +192,8 @@ def differentiable(function: str, *tensors: torch.Tensor | None) -> None:
     """Refuse whoever expects a gradient, a tangent or a vmap: it would be lost in silence."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise NotImplementedError(
-            f"{function}: backward: not implemented yet; call it under torch.no_grad() or detach q, k and v"
+            f"{function}: backward: not implemented yet; "
+            "call it under torch.no_grad() or detach q, k and v"
         )
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors

@@ -1,7 +1,6 @@
 """Which KV head serves a query head; a group of query heads packed into rows of one tile."""
 
 import triton
-import triton.language as tl
 
 
 @triton.jit

@@ -33,3 +33,18 @@ def finish(m, l, o, scale):
     ln2: tl.constexpr = 0.6931471805599453
     lse = tl.where(empty, float("-inf"), (m * scale + tl.log2(l)) * ln2)
     return o * tl.expand_dims(inverse, 1), lse
+
+
+@triton.jit
+def merge(lse, o):
+    """Fold partial results over disjoint keys: weights are the exponentials of their LSEs.
+
+    lse [S] and o [S, D] of S parts, each normalised -> (o [D], lse). A part that saw no key has an
+    LSE of -inf and weighs nothing; if all are empty the result is 0 and -inf.
+    """
+    m = tl.max(lse, 0)
+    reference = tl.where(m == float("-inf"), 0.0, m)
+    weight = tl.exp(lse - reference)
+    total = tl.sum(weight, 0)
+    inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
+    return tl.sum(o * tl.expand_dims(weight, 1), 0) * inverse, reference + tl.log(total)

@@ -1,0 +1,58 @@
+"""Fold the parts that split keys left: one program for each query token and head."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..problem import Problem
+from ..rules import softmax
+from .strides import strides
+
+
+@triton.jit(
+    do_not_specialize=["stride_lse_b", "stride_lse_h", "batch", "seqlen_q", "nheads", "splits"]
+)
+def combine_kernel(
+    part_out, part_lse, out, lse,
+    stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h,
+    batch, seqlen_q, nheads, splits,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # of (batch, seqlen_q, nheads)
+    rows = batch.to(tl.int64) * seqlen_q * nheads
+    head = row % nheads
+    i = row // nheads % seqlen_q
+    b = row // nheads // seqlen_q
+    s = tl.arange(0, S)
+    d = tl.arange(0, D)
+    there = s < splits
+    lse_tile = tl.load(
+        part_lse + s * rows + (b * nheads + head) * seqlen_q + i, mask=there, other=float("-inf")
+    )
+    o = tl.load(
+        part_out + (s * rows + row)[:, None] * HEAD_DIM + d[None, :],
+        mask=there[:, None] & (d < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    o, total = softmax.merge(lse_tile, o)
+    out += b * stride_o_b + i * stride_o_t + head * stride_o_h
+    tl.store(out + d, o.to(out.dtype.element_ty), mask=d < HEAD_DIM)
+    if lse is not None:
+        tl.store(lse + b * stride_lse_b + head * stride_lse_h + i, total)
+
+
+def launch(
+    p: Problem, parts: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Fold parts (splits, batch, seqlen_q, nheads, head_dim) and their LSEs to out and lse."""
+    part_out, part_lse = parts
+    nheads, head_dim = p.q.shape[-2:]
+    lse_strides = (0, 0) if lse is None else lse.stride()[:2]
+    combine_kernel[(p.batch * p.seqlen_q * nheads,)](
+        part_out, part_lse, out, lse, *strides(out), *lse_strides,
+        p.batch, p.seqlen_q, nheads, part_out.shape[0],
+        HEAD_DIM=head_dim, D=triton.next_power_of_2(head_dim),
+        S=triton.next_power_of_2(part_out.shape[0]),
+        num_warps=4 if head_dim > 32 else 1,
+    )  # fmt: skip
