@@ -1,0 +1,243 @@
+"""Checks of lengths and page numbers, and of Triton, that are off or out of sight in daily use."""
+
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mini_flash_attention as mfa
+from mini_flash_attention import checks, problem
+
+FROM_ARGUMENTS = {
+    mfa.flash_attn_func: problem.dense,
+    mfa.flash_attn_varlen_func: problem.varlen,
+    mfa.flash_attn_with_kvcache: problem.kvcache,
+}
+
+
+def described(function, arguments):
+    """The Problem that a call becomes."""
+    call = inspect.signature(function).bind(**arguments)
+    call.apply_defaults()
+    return FROM_ARGUMENTS[function](function.__name__, *call.args, *call.kwargs.values())
+
+
+def ints(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def tokens(*shape):
+    return torch.zeros(*shape, 2, 16, dtype=torch.float16)
+
+
+# Two sequences each. Where keys are paged there are 6 pages of 4 tokens, 2 to a sequence.
+
+
+def varlen():
+    return mfa.flash_attn_varlen_func, {
+        "q": tokens(6), "k": tokens(8), "v": tokens(8), "cu_seqlens_q": ints(0, 2, 5),
+        "cu_seqlens_k": ints(0, 3, 7), "max_seqlen_q": 3, "max_seqlen_k": 4,
+    }  # fmt: skip
+
+
+def paged_varlen():
+    function, arguments = varlen()
+    paged = {"k": tokens(6, 4), "v": tokens(6, 4), "block_table": torch.tensor([[5, 0], [2, 3]])}
+    paged["block_table"] = paged["block_table"].int()
+    # Lengths 3 and 8 that start anywhere: only differences count.
+    return function, arguments | paged | {"cu_seqlens_k": ints(90, 93, 101), "max_seqlen_k": 8}
+
+
+def kvcache():
+    return mfa.flash_attn_with_kvcache, {
+        "q": tokens(2, 1), "k_cache": tokens(2, 8), "v_cache": tokens(2, 8),
+        "k": tokens(2, 2), "v": tokens(2, 2), "cache_seqlens": ints(6, 0),
+    }  # fmt: skip
+
+
+def paged_kvcache():
+    function, arguments = kvcache()
+    table = torch.tensor([[5, 0], [2, -1]]).int()  # keys of sequence 1 end in its first page
+    paged = {"k_cache": tokens(6, 4), "v_cache": tokens(6, 4), "block_table": table}
+    return function, arguments | paged
+
+
+CALLS = [varlen, paged_varlen, kvcache, paged_kvcache]
+
+BAD = {
+    "27-start-q": (varlen, {"cu_seqlens_q": ints(1, 2, 5)}, "cu_seqlens_q: expected 0 .* got 1"),
+    "27-start-k": (varlen, {"cu_seqlens_k": ints(-1, 3, 7)}, "cu_seqlens_k: expected 0 .* got -1"),
+    "27-decreasing-q": (
+        varlen, {"cu_seqlens_q": ints(0, 4, 3)},
+        "cu_seqlens_q: expected .*never decrease, got 3 after 4 in entry 2",
+    ),
+    "27-decreasing-k-paged": (
+        paged_varlen, {"cu_seqlens_k": ints(0, 9, 1)},
+        "cu_seqlens_k: expected .*never decrease, got 1 after 9 in entry 2",
+    ),
+    "27-end-q": (
+        varlen, {"cu_seqlens_q": ints(0, 4, 7), "max_seqlen_q": 9},
+        "cu_seqlens_q: expected an end at 6 tokens .*, got 7",
+    ),
+    "27-end-k": (
+        varlen, {"cu_seqlens_k": ints(0, 4, 9), "max_seqlen_k": 9},
+        "cu_seqlens_k: expected an end at 8 tokens .*, got 9",
+    ),
+    "28-max-q": (varlen, {"max_seqlen_q": 2}, "max_seqlen_q: expected at least 3, got 2"),
+    "28-max-k": (varlen, {"max_seqlen_k": 3}, "max_seqlen_k: expected at least 4, got 3"),
+    "28-max-k-paged": (paged_varlen, {"max_seqlen_k": 7}, "max_seqlen_k: .*at least 8, got 7"),
+    "28-max-k-used": (
+        paged_varlen, {"cu_seqlens_k": None, "seqused_k": ints(3, 7), "max_seqlen_k": 6},
+        "max_seqlen_k: expected at least 7, got 6",
+    ),
+    "33-page-past-the-pool": (
+        paged_varlen, {"block_table": torch.tensor([[5, 0], [2, 6]]).int()},
+        "block_table: expected pages from 0 to 5 for the 8 keys of row 1, got 6 in column 1",
+    ),
+    "33-page-negative": (
+        paged_kvcache, {"block_table": torch.tensor([[5, -1], [2, -1]]).int()},
+        "block_table: expected pages .* of row 0, got -1 in column 1",
+    ),
+    "33-no-lengths-given": (paged_kvcache, {"cache_seqlens": 6}, "block_table: .* got -1"),
+    "34-negative": (kvcache, {"cache_seqlens": ints(6, -1)}, "cache_seqlens: .*got -1 in entry 1"),
+    "34-negative-seqused": (
+        paged_varlen, {"seqused_k": ints(-(2**31), 2)}, "seqused_k: expected 0 or more, got -2147"
+    ),
+    "34-more-than-there-are": (
+        varlen, {"seqused_k": ints(4, 4)}, "seqused_k: .*at most the 3 of cu_seqlens_k, got 4"
+    ),
+    "35-past-the-cache": (
+        kvcache, {"cache_seqlens": ints(0, 9), "k": None, "v": None},
+        "cache_seqlens: expected at most the cache's 8 tokens, got 9$",
+    ),
+    "35-append-past-the-cache": (
+        kvcache, {"cache_seqlens": ints(0, 8)},
+        "cache_seqlens: .* 8 tokens, got 10 .the keys to append count too",
+    ),
+    "35-append-past-the-table": (
+        paged_kvcache, {"cache_seqlens": ints(8, 0)},
+        "block_table: expected columns for 10 tokens, got room for 8 .the keys to append",
+    ),
+    "35-past-the-table": (
+        paged_kvcache, {"cache_seqlens": ints(9, 0), "k": None, "v": None},
+        "block_table: expected columns for 9 tokens, got room for 8$",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_good_numbers_pass(call):
+    function, arguments = call()
+    checks.values(described(function, arguments))
+    if "cache_seqlens" in arguments:
+        checks.values(described(function, arguments | {"cache_seqlens": ints(0, 0)}))
+
+
+@pytest.mark.parametrize("empty", ["no queries", "no keys", "no sequences"])
+def test_empty_calls_pass(empty):
+    function, arguments = varlen()
+    nothing = {"cu_seqlens_q": ints(0, 0, 0), "cu_seqlens_k": ints(0, 0, 0)}
+    if empty == "no sequences":
+        nothing = {"cu_seqlens_q": ints(0), "cu_seqlens_k": ints(0), "q": tokens(0)}
+    elif empty == "no queries":
+        nothing |= {"q": tokens(0), "max_seqlen_q": 0, "max_seqlen_k": 0}
+    else:
+        nothing |= {"k": tokens(0), "v": tokens(0), "max_seqlen_k": 0}
+    checks.values(described(function, arguments | nothing))
+
+
+def test_dense_calls_have_no_numbers_to_check():
+    q = tokens(2, 3)
+    checks.values(described(mfa.flash_attn_func, {"q": q, "k": q, "v": q}))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_numbers(name):
+    call, changes, message = BAD[name]
+    function, arguments = call()
+    p = described(function, arguments | changes)  # passes: the arguments alone are right
+    with pytest.raises(ValueError, match=rf"^{function.__name__}: {message}"):
+        checks.values(p)
+
+
+def test_49_refused_during_capture(monkeypatch):
+    """A graph can't wait for a number. Fake tensors stand in for a GPU's."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode():
+        q = torch.empty(2, 3, 2, 16, dtype=torch.float16, device="cuda")
+        p = described(mfa.flash_attn_func, {"q": q, "k": q, "v": q})
+    message = "^flash_attn_func: MINI_FLASH_ATTENTION_CHECK: expected 0 during .*capture, got 1"
+    with pytest.raises(ValueError, match=message):
+        checks.values(p)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    checks.values(p)
+
+
+CALL = """
+import torch, mini_flash_attention as mfa
+q = torch.zeros(2, 1, 2, 16, dtype=torch.float16)
+cache = torch.zeros(2, 8, 2, 16, dtype=torch.float16)
+mfa.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=torch.tensor([9, 1]).int())
+"""
+
+
+NOT_CALLED = pytest.mark.xfail(reason="dispatch.run does not call checks.values yet", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("switch", "refused"),
+    [pytest.param("1", True, marks=NOT_CALLED), ("0", False), (None, False)],
+)
+def test_switch(switch, refused):
+    """The environment decides, at import; without the switch the kernels clamp."""
+    environment = {k: v for k, v in os.environ.items() if k != checks.SWITCH}
+    environment |= {} if switch is None else {checks.SWITCH: switch}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    call = subprocess.run(
+        [sys.executable, "-c", CALL], env=environment, capture_output=True, text=True, timeout=120
+    )
+    if refused:
+        assert "ValueError: flash_attn_with_kvcache: cache_seqlens: expected at most" in call.stderr
+    else:
+        assert call.returncode == 0, call.stderr
+
+
+# -- Triton: case 45 of the list of inputs to refuse ----------------------------------------------
+
+
+@pytest.fixture
+def unseen_triton():
+    """require_triton looks again, in the test and after it."""
+    checks.require_triton.cache_clear()
+    yield
+    checks.require_triton.cache_clear()
+
+
+def test_triton_of_this_environment_will_do(unseen_triton):
+    pytest.importorskip("triton")
+    checks.require_triton()
+
+
+def test_45_no_triton(monkeypatch, unseen_triton):
+    monkeypatch.setitem(sys.modules, "triton", None)  # what makes `import triton` fail
+    message = r"^mini_flash_attention: triton: expected 3\.6 or newer, got none \(pip install"
+    with pytest.raises(ImportError, match=message):
+        checks.require_triton()
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [("2.3.1", True), ("3.5.1", True), ("3.6.0", False), ("3.10.0+git1", False), ("4.0", False)],
+)
+def test_45_version_of_triton(monkeypatch, unseen_triton, version, old):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    if old:
+        with pytest.raises(ImportError, match=rf"expected 3\.6 or newer, got {version} \(pip"):
+            checks.require_triton()
+    else:
+        checks.require_triton()

@@ -1,0 +1,252 @@
+"""Which way the imports point, what importing costs and needs, and the public surface."""
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mini_flash_attention
+
+PACKAGE = "mini_flash_attention"
+ROOT = Path(mini_flash_attention.__file__).parent
+
+# Who may import what, from the public functions down to the rules. A name that ends in a dot
+# stands for every module of that folder.
+ARROWS = {
+    "": {"api"},
+    "api": {"dispatch", "problem"},
+    "dispatch": {"checks", "cpu", "kernels.", "plan", "problem"},
+    "checks": {"problem", "refusals"},
+    "cpu": {"problem"},
+    "plan": {"problem", "refusals"},
+    "problem": {"refusals"},
+    "refusals": set(),
+    "reference": set(),
+    "kernels": set(),
+    "kernels.": {"plan", "problem", "rules.", "kernels.attend", "kernels.strides"},
+    "kernels.attend": {"rules."},
+    "kernels.strides": set(),
+    "rules": set(),
+    "rules.": set(),
+}
+# And from outside, beside the standard library.
+OUTSIDE = {
+    "rules.": {"triton"},
+    "kernels.": {"torch", "triton"},
+    "kernels.attend": {"triton"},
+    "checks": {"torch", "triton"},
+}
+# Triton may be missing, so it is imported no earlier than a kernel is wanted.
+NEEDS_TRITON = {"rules.", "kernels."}
+
+
+def modules():
+    """Dotted name below the package -> path; a package goes by its folder's name."""
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+MODULES = dict(modules())
+
+
+def row_of(name, table):
+    """The row of a table that holds for this module, by its own name or its folder's."""
+    folder = name.rpartition(".")[0] + "."
+    return name if name in table or folder not in table else folder
+
+
+def imports(source, name, is_package):
+    """(module, imported as the file is) of each import; ours as names below the package."""
+    tree = ast.parse(source)
+    inside = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    here = [PACKAGE, *filter(None, name.split("."))]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            up = len(here) - node.level + is_package if node.level else 0
+            base = ".".join([*here[:up], *filter(None, [node.module])])
+            # `from ..rules import mask` imports a module, `from .strides import strides` does not.
+            below = [f"{base}.{alias.name}" for alias in node.names]
+            found = [m if m.removeprefix(f"{PACKAGE}.") in MODULES else base for m in below]
+        else:
+            continue
+        yield from ((module, node not in inside) for module in found)
+
+
+def test_the_scanner_sees_every_form():
+    source = """
+import torch.nn.functional as F
+from . import append, nothing
+from ..rules import grid, mask as m
+from ..problem import Problem
+from .. import plan
+from mini_flash_attention.refusals import refuse
+def late():
+    import triton
+"""
+    found = dict(imports(source, "kernels.forward", is_package=False))
+    ours = ["kernels.append", "kernels", "rules.grid", "rules.mask", "problem", "plan", "refusals"]
+    expected = {f"{PACKAGE}.{name}": True for name in ours}
+    assert found == expected | {"torch.nn.functional": True, "triton": False}
+    found = dict(imports("from . import api\nfrom .plan import x", "", is_package=True))
+    assert found == {f"{PACKAGE}.api": True, f"{PACKAGE}.plan": True}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_arrows(name):
+    row = row_of(name, ARROWS)
+    assert row in ARROWS, f"{name}.py is new: say in ARROWS what it may import"
+    allowed = ARROWS[row]
+    outside = OUTSIDE.get(row_of(name, OUTSIDE), {"torch"}) | sys.stdlib_module_names
+    path = MODULES[name]
+    for module, early in imports(path.read_text(), name, path.name == "__init__.py"):
+        if module == PACKAGE or module.startswith(f"{PACKAGE}."):
+            ours = module.removeprefix(PACKAGE).removeprefix(".")
+            known = ours in allowed or row_of(ours, allowed) in allowed
+            # `from .kernels import forward` passes through the folder.
+            assert known or f"{ours}." in allowed, f"{name} imports {ours}"
+        else:
+            top = module.partition(".")[0]
+            assert top in outside, f"{name} imports {module}"
+            if early and top == "triton":
+                assert row_of(name, NEEDS_TRITON) in NEEDS_TRITON, f"{name} imports it at once"
+
+
+def test_every_arrow_leads_somewhere():
+    """A table that names modules which are gone would allow what nobody decided."""
+    named = set(ARROWS).union(*ARROWS.values(), OUTSIDE)
+    for name in named:
+        assert name.removesuffix(".") in MODULES, name
+
+
+# -- importing, in a fresh process ----------------------------------------------------------------
+
+BLOCK = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("triton", "transformers"):
+            raise ImportError(f"blocked: {name}")
+
+sys.meta_path.insert(0, Block())
+"""
+
+TRY_ALL = """
+import sys, time, torch
+start = time.perf_counter()
+import mini_flash_attention as mfa
+seconds = time.perf_counter() - start
+
+def tokens(*shape):
+    return torch.ones(*shape, 16)
+
+def ints(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+outs = [
+    mfa.flash_attn_func(tokens(2, 3, 4), tokens(2, 5, 2), tokens(2, 5, 2), causal=True),
+    mfa.flash_attn_varlen_func(
+        tokens(5, 4), tokens(7, 2), tokens(7, 2), ints(0, 2, 5), ints(0, 3, 7), 3, 4
+    ),
+    mfa.flash_attn_varlen_func(
+        tokens(5, 4), tokens(6, 4, 2), tokens(6, 4, 2), ints(0, 2, 5), ints(0, 3, 7), 3, 4,
+        block_table=ints(0, 1, 2, 3).view(2, 2),
+    ),
+    mfa.flash_attn_with_kvcache(
+        tokens(2, 1, 4), tokens(2, 8, 2), tokens(2, 8, 2), tokens(2, 1, 2), tokens(2, 1, 2),
+        cache_seqlens=ints(3, 7),
+    ),
+]
+assert all((out == 1).all() for out in outs), outs
+assert not torch.cuda.is_initialized()
+"""
+
+
+def fresh(code):
+    """What a new process prints, on a machine without a GPU as far as it can tell."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_works_without_triton_and_transformers():
+    for name in ("triton", "transformers"):
+        blocked = f"try:\n    import {name}\nexcept ImportError as e:\n    print(e)\n"
+        assert fresh(BLOCK + blocked).strip() == f"blocked: {name}"
+    fresh(BLOCK + TRY_ALL)
+
+
+def test_cpu_tensors_do_not_import_triton():
+    """Where there is one: it takes a second, and nobody asked for it."""
+    missing = "print(not {'triton', 'transformers'} & set(sys.modules))"
+    assert fresh(TRY_ALL + missing).strip() == "True"
+
+
+def test_import_is_quick():
+    """Beside `import torch`: under 0.3 s, at the best of three tries on a machine that is busy."""
+    tries = (float(fresh(TRY_ALL + "print(seconds)")) for _ in range(3))
+    assert any(seconds < 0.3 for seconds in tries)
+
+
+# -- the public surface ---------------------------------------------------------------------------
+
+# Order, names and defaults are flash-attn 2.8's; what goes beyond it follows the star.
+CONTRACT = """
+def flash_attn_func(
+    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    alibi_slopes=None, deterministic=False, return_attn_probs=False, *, s_aux=None, out=None,
+): ...
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+    softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False, block_table=None, *, seqused_k=None, s_aux=None,
+    num_splits=0, out=None,
+): ...
+
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+    cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
+    return_softmax_lse=False, *, cu_seqlens_q=None, max_seqlen_q=None, s_aux=None, out=None,
+): ...
+"""
+
+
+def contract():
+    scope = {}
+    exec(CONTRACT, scope)
+    return {name: f for name, f in scope.items() if name.startswith("flash_attn")}
+
+
+def form(function):
+    """Name, kind and default of each parameter; 0 and 0.0, False and 0 are told apart."""
+    parameters = inspect.signature(function).parameters.values()
+    return [(p.name, p.kind.name, repr(p.default)) for p in parameters]
+
+
+@pytest.mark.parametrize("name", contract())
+def test_signature(name):
+    function = getattr(mini_flash_attention, name)
+    assert form(function) == form(contract()[name])
+    documented = inspect.getdoc(function)
+    missing = [p for p in inspect.signature(function).parameters if p not in documented]
+    assert name != "flash_attn_func" or not missing, "every argument is explained somewhere"
+
+
+def test_public_names():
+    public = {n for n, x in vars(mini_flash_attention).items() if callable(x) and n[0] != "_"}
+    assert public == set(mini_flash_attention.__all__) == set(contract())
+    assert all(getattr(mini_flash_attention, n).__doc__ for n in public)
+    assert mini_flash_attention.__version__

@@ -1,0 +1,384 @@
+"""The rules as plain Python, against brute force.
+
+A rule is Python that Triton reads. Given other meanings of its `tl.` functions, Python runs it too:
+`plain` supplies them, over numbers and torch tensors, and refuses what a GPU would do differently
+or not survive: loads outside a tensor, numbers past 32 bits, division of negative ones.
+"""
+
+import importlib
+import math
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mini_flash_attention import reference, rules
+
+pytest.importorskip("triton")
+
+LOG2E = math.log2(math.e)
+INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+
+searched = settings(deadline=None, derandomize=True, max_examples=300)
+
+# -- Triton's language, as far as the rules use it ------------------------------------------------
+
+
+class Int32(int):
+    """A number as the GPU counts: in 32 bits, and with // and % that round towards zero."""
+
+
+def checked(operator):
+    def apply(self, other):
+        result = getattr(int, operator)(self, other)
+        if result is NotImplemented:
+            return result
+        assert INT_MIN <= result <= INT_MAX, f"{self} {operator} {other} overflows"
+        rounds = operator in ("__floordiv__", "__mod__") and (self < 0 or other < 0)
+        assert not rounds, f"{self} {operator} {other} depends on how it is rounded"
+        return Int32(result)
+
+    return apply
+
+
+for operator in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod"):
+    setattr(Int32, f"__{operator}__", checked(f"__{operator}__"))
+
+
+class Pointer:
+    """Into a list of ints; `Pointer(numbers) + offset` as in C, the offset an int or a tensor."""
+
+    def __init__(self, numbers, offset=0):
+        self.numbers, self.offset = numbers, offset
+
+    def __add__(self, offset):
+        return Pointer(self.numbers, self.offset + offset)
+
+
+def load(pointer, mask=True, other=None):
+    if isinstance(pointer.offset, int) and mask is True:
+        assert 0 <= pointer.offset < len(pointer.numbers), f"a load at {pointer.offset}"
+        return Int32(pointer.numbers[pointer.offset])
+    at, mask = torch.broadcast_tensors(torch.as_tensor(pointer.offset), torch.as_tensor(mask))
+    assert ((at >= 0) & (at < len(pointer.numbers)))[mask].all(), f"a load at {pointer.offset}"
+    assert other is not None or mask.all(), "a masked load without `other` gives anything"
+    numbers = torch.tensor([*pointer.numbers, 0])
+    return numbers[at.where(mask, -1)].where(mask, torch.as_tensor(other or 0))
+
+
+def where(condition, a, b):
+    return torch.where(torch.as_tensor(condition), torch.as_tensor(a), torch.as_tensor(b))
+
+
+language = types.SimpleNamespace(
+    load=load,
+    where=where,
+    cast=lambda x, _: x,
+    int64=None,
+    minimum=lambda a, b: torch.minimum(a, b) if isinstance(a, torch.Tensor) else min(a, b),
+    maximum=lambda a, b: torch.maximum(a, b) if isinstance(a, torch.Tensor) else max(a, b),
+    cdiv=lambda a, b: (a + b - 1) // b,
+    max=torch.amax,
+    sum=torch.sum,
+    expand_dims=torch.unsqueeze,
+    exp=torch.exp,
+    exp2=torch.exp2,
+    log=torch.log,
+    log2=torch.log2,
+)
+
+
+def plain(name):
+    """The rules of rules/<name>.py as functions of Python."""
+    module = importlib.import_module(f"{rules.__name__}.{name}")
+    scope = {"tl": language}
+    for rule, compiled in vars(module).items():
+        if hasattr(compiled, "fn"):  # what `@triton.jit` makes
+            scope[rule] = types.FunctionType(compiled.fn.__code__, scope, rule)
+    return types.SimpleNamespace(**scope)
+
+
+grid, heads, mask, paging, sequence, softmax, split = map(
+    plain, ("grid", "heads", "mask", "paging", "sequence", "softmax", "split")
+)
+
+
+def test_every_rule_is_here():
+    tests = Path(__file__).read_text()
+    for path in Path(rules.__file__).parent.glob("[!_]*.py"):
+        module = importlib.import_module(f"{rules.__name__}.{path.stem}")
+        for rule in (name for name, x in vars(module).items() if hasattr(x, "fn")):
+            assert f"{path.stem}.{rule}(" in tests, f"{path.stem}.{rule} has no test"
+
+
+# -- mask -----------------------------------------------------------------------------------------
+
+BOUNDS = st.tuples(st.none() | st.integers(0, 40), st.none() | st.integers(0, 40))
+
+
+@given(seqlen_q=st.integers(1, 40), seqlen_k=st.integers(1, 40), bounds=BOUNDS)
+@searched
+def test_sees(seqlen_q, seqlen_k, bounds):
+    left, right = bounds
+    i, j = torch.arange(seqlen_q)[:, None], torch.arange(seqlen_k + 9)[None, :]
+    diagonal = seqlen_k - seqlen_q
+    seen = mask.sees(
+        i, j, diagonal, left or 0, right or 0, seqlen_k, left is not None, right is not None
+    )
+    window = tuple(-1 if w is None else w for w in bounds)
+    expected = reference.visibility(seqlen_q, seqlen_k, False, window)
+    assert torch.equal(seen[:, :seqlen_k].expand_as(expected), expected)
+    assert not seen[:, seqlen_k:].any(), "keys past the end"
+
+
+@given(
+    first=st.integers(0, 150), rows=st.integers(1, 130), after=st.integers(0, 150),
+    seqlen_k=st.integers(0, 300), bounds=BOUNDS, block=st.sampled_from([1, 2, 16, 32, 128]),
+)  # fmt: skip
+@settings(searched, max_examples=1500)
+def test_key_tiles(first, rows, after, seqlen_k, bounds, block):
+    """begin..end are exactly the tiles that a row sees something of, clear those all see whole."""
+    left, right = bounds
+    LEFT, RIGHT = left is not None, right is not None
+    diagonal = seqlen_k - (first + rows + after)  # rows of queries stand between others
+    begin, clear_begin, clear_end, end = mask.key_tiles(
+        Int32(first), Int32(first + rows - 1), Int32(diagonal), Int32(left or 0), Int32(right or 0),
+        Int32(seqlen_k), block, LEFT, RIGHT,
+    )  # fmt: skip
+    assert 0 <= begin <= clear_begin <= clear_end <= end
+    assert not any(bound % block for bound in (begin, clear_begin, clear_end, end))
+
+    i = torch.arange(first, first + rows)[:, None] + diagonal  # where each query stands
+    tiles = -(-(seqlen_k + 1) // block)
+    j = torch.arange(tiles * block)[None, :]
+    seen = (j < seqlen_k).expand(rows, -1)
+    if LEFT:
+        seen = seen & (j >= i - left)
+    if RIGHT:
+        seen = seen & (j <= i + right)
+    per_tile = seen.view(rows, tiles, block)
+    number = torch.arange(tiles) * block
+    assert torch.equal(per_tile.any(0).any(-1), (number >= begin) & (number < end))
+    assert torch.equal(per_tile.all(0).all(-1), (number >= clear_begin) & (number < clear_end))
+
+
+# -- grid -----------------------------------------------------------------------------------------
+
+
+@given(tiles=st.integers(1, 20), units=st.integers(1, 20), per_group=st.integers(1, 25))
+@searched
+def test_place(tiles, units, per_group):
+    """Every tile of every unit once; units group by group; inside a group the last tiles first."""
+    order = [grid.place(Int32(n), Int32(tiles), units, per_group) for n in range(tiles * units)]
+    assert sorted(order) == [(tile, unit) for tile in range(tiles) for unit in range(units)]
+    assert order == sorted(order, key=lambda at: (at[1] // per_group, -at[0], at[1]))
+
+
+# -- sequence -------------------------------------------------------------------------------------
+
+LENGTHS = st.lists(st.integers(0, 70), min_size=1, max_size=12)
+GARBAGE = st.lists(
+    st.integers(-5, 200) | st.sampled_from([INT_MIN, INT_MAX]) | st.integers(INT_MIN, INT_MAX),
+    min_size=2, max_size=12,
+)  # fmt: skip
+BLOCKS = st.sampled_from([1, 2, 16, 64, 128])
+
+
+def work(cu_seqlens, total, block):
+    """(entry, tile inside it) of every program that kernels start for these sequences."""
+    batch = len(cu_seqlens) - 1
+    pointer = Pointer(cu_seqlens)
+    return [
+        sequence.find(Int32(tile), pointer, batch, total, block)
+        for tile in range(total // block + batch)
+    ]
+
+
+@given(lengths=LENGTHS, padding=st.integers(0, 80), block=BLOCKS)
+@searched
+def test_every_row_has_one_program(lengths, padding, block):
+    """Also the rows after the last sequence, which belong to its programs and become zeros."""
+    cu_seqlens = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
+    total = cu_seqlens[-1] + padding
+    programs = [0] * total
+    for b, tile in work(cu_seqlens, total, block):
+        start, rows = sequence.span(b, Pointer(cu_seqlens), total)
+        assert (start, rows) == (cu_seqlens[b], lengths[b])
+        assert tile >= 0
+        end = total if b == len(lengths) - 1 else start + rows
+        for row in range(start + tile * block, min(start + (tile + 1) * block, end)):
+            programs[row] += 1
+    assert programs == [1] * total
+
+
+@given(lengths=LENGTHS, block=BLOCKS)
+@searched
+def test_first_tile(lengths, block):
+    """Room for all tiles of a sequence, and at most one left unused."""
+    cu_seqlens = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
+    first = [
+        sequence.first_tile(b, Pointer(cu_seqlens), cu_seqlens[-1], block)
+        for b in range(len(cu_seqlens))
+    ]
+    assert first[0] == 0
+    for b, length in enumerate(lengths):
+        assert 0 <= first[b + 1] - first[b] - -(-length // block) <= 1
+
+
+@given(cu_seqlens=GARBAGE, total=st.integers(0, 200), block=BLOCKS)
+@searched
+def test_garbage_stays_inside(cu_seqlens, total, block):
+    """Any content ends, names an entry that exists, and spans rows that exist."""
+    for b, tile in work(cu_seqlens, total, block):
+        assert 0 <= b < len(cu_seqlens) - 1
+        start, rows = sequence.span(b, Pointer(cu_seqlens), total)
+        assert 0 <= start <= start + rows <= total
+        # Not even a tile counted from a wrong start begins before the tensor.
+        assert start + tile * block >= 0
+
+
+@given(used=GARBAGE, appended=st.integers(0, 9), capacity=st.integers(0, 100))
+@searched
+def test_used_length(used, appended, capacity):
+    for b, n in enumerate(used):
+        length = sequence.used_length(b, Pointer(used), appended, capacity)
+        assert length == min(max(n, 0) + appended, capacity)
+
+
+@given(x=st.integers(-9, 9), low=st.integers(-9, 9), high=st.integers(-9, 9))
+@searched
+def test_clamp(x, low, high):
+    clamped = sequence.clamp(x, low, high)
+    assert clamped == (low if high < low else sorted((low, x, high))[1])
+
+
+@given(first=st.integers(0, 9), tiles=st.integers(0, 40), splits=st.integers(1, 128), block=BLOCKS)
+@searched
+def test_parts(first, tiles, splits, block):
+    """The keys of a sequence in order, whole tiles, no part larger than an even share."""
+    begin, end = first * block, (first + tiles) * block
+    at = begin
+    for n in range(splits):
+        mine, until = split.part(Int32(begin), Int32(end), Int32(n), Int32(splits), block)
+        assert mine == at <= until
+        assert (until - mine) % block == 0
+        assert until - mine <= -(-tiles // splits) * block
+        at = until
+    assert at == end
+
+
+# -- paging and heads -----------------------------------------------------------------------------
+
+
+@given(
+    table=st.lists(st.integers(-2, 9) | st.sampled_from([INT_MIN, INT_MAX]), max_size=6),
+    page_size=st.integers(1, 9), data=st.data(),
+)  # fmt: skip
+@searched
+def test_locate(table, page_size, data):
+    """Against a walk through the cache; numbers and tiles alike; nothing past the length read."""
+    num_pages = 7
+    length = data.draw(st.integers(0, len(table) * page_size))
+    slots = [(page, slot) for page in table for slot in range(page_size)]
+    j = torch.arange(length + 20)  # past the end of the table
+    page, slot, real = paging.locate(j, j < length, Pointer(table), num_pages, page_size)
+    for key in range(length):
+        there = 0 <= slots[key][0] < num_pages
+        assert real[key] == there
+        assert not there or (page[key], slot[key]) == slots[key]
+        assert paging.locate(key, True, Pointer(table), num_pages, page_size)[2] == there
+    assert not real[length:].any()
+
+
+@given(nheads_k=st.integers(1, 6), group=st.integers(1, 6), tokens=st.integers(1, 5))
+@searched
+def test_heads(nheads_k, group, tokens):
+    served = torch.arange(nheads_k).repeat_interleave(group).tolist()
+    assert [heads.kv_head(head, group) for head in range(nheads_k * group)] == served
+    packed = [(token, head) for token in range(tokens) for head in range(group)]
+    assert [heads.unpack(row, group) for row in range(tokens * group)] == packed
+
+
+# -- softmax --------------------------------------------------------------------------------------
+
+
+def online(s, v, scale, widths):
+    """Attention of scores s [M, N], which arrive in tiles of these widths, in s's precision."""
+    m = torch.full(s.shape[:1], -math.inf, dtype=s.dtype)
+    l = torch.zeros_like(m)  # noqa: E741
+    o = torch.zeros(len(s), v.shape[1], dtype=s.dtype)
+    for s_tile, v_tile in zip(s.split(widths, 1), v.split(widths), strict=True):
+        m, alpha, p = softmax.rescale(m, s_tile, scale * LOG2E)
+        l = l * alpha + p.sum(1)  # noqa: E741
+        o = o * alpha[:, None] + p @ v_tile
+    return softmax.finish(m, l, o, scale * LOG2E)
+
+
+# The largest that fp16 inputs of head_dim 256 can make is about 1e12.
+SCORES = st.floats(-20, 20) | st.sampled_from([-math.inf, -2.5e5, -60.0, 88.0, 3e4, 1e12, -1e12])
+
+
+@given(
+    scores=st.lists(st.lists(SCORES, min_size=12, max_size=12), min_size=1, max_size=4),
+    widths=st.sampled_from([[12], [1] * 12, [4, 4, 4], [5, 7]]),
+    scale=st.sampled_from([1.0, 0.125, 1e-4, 3.0]),
+)
+@searched
+def test_softmax(scores, widths, scale):
+    """Equal to softmax in one piece, whatever the tiles; 0 and -inf where no key was seen."""
+    s = torch.tensor(scores, dtype=torch.float64)
+    v = torch.linspace(-1, 1, 12 * 3, dtype=torch.float64).view(12, 3)
+    out, lse = online(s, v, scale, widths)
+    empty = (s == -math.inf).all(1)
+    weights = (s * scale).softmax(1).masked_fill(empty[:, None], 0.0)
+    torch.testing.assert_close(out, weights @ v, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, (s * scale).logsumexp(1), rtol=1e-12, atol=1e-12)
+    assert (lse[empty] == -math.inf).all() and (out[empty] == 0).all()
+
+
+@given(
+    # An LSE of 1e12 would leave no digits for what is added to it, in any order.
+    scores=st.lists(
+        st.lists(SCORES.filter(lambda s: abs(s) != 1e12), min_size=12, max_size=12),
+        min_size=1,
+        max_size=4,
+    ),
+    widths=st.sampled_from([[12], [4, 4, 4], [1, 11], [0, 12, 0], [0, 0, 5, 7]]),
+)
+@searched
+def test_merge(scores, widths):
+    """Parts folded are the whole, also where a part is empty or sees nothing."""
+    s = torch.tensor(scores, dtype=torch.float64)
+    v = torch.linspace(-1, 1, 12 * 3, dtype=torch.float64).view(12, 3)
+    parts = [
+        online(s_part, v_part, 0.5, [len(v_part)])
+        for s_part, v_part in zip(s.split(widths, 1), v.split(widths), strict=True)
+        if len(v_part)
+    ]
+    nothing = torch.zeros(len(s), 3, dtype=s.dtype), torch.full((len(s),), -math.inf).double()
+    parts += [nothing] * widths.count(0)
+    whole, whole_lse = online(s, v, 0.5, [12])
+    for row in range(len(s)):
+        lse, o = torch.stack([p[1][row] for p in parts]), torch.stack([p[0][row] for p in parts])
+        out, total = softmax.merge(lse, o)
+        torch.testing.assert_close(out, whole[row], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(total, whole_lse[row], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("score", [0.0, -2.5e5, 1e5, 3e38])
+def test_softmax_is_exact_for_equal_scores_in_fp32(score):
+    """Large scores lose nothing: every weight is exp2(0) = 1."""
+    s = torch.full((1, 8), score)
+    out, lse = online(s, torch.arange(8.0)[:, None], 1e-4, [4, 4])
+    assert out.item() == 3.5
+    assert lse.item() == pytest.approx(score * 1e-4 + math.log(8), rel=1e-6)
+
+
+def test_nan_reaches_its_own_row_only():
+    s = torch.zeros(3, 4, dtype=torch.float64)
+    s[1, 2] = math.nan
+    out, lse = online(s, torch.ones(4, 2, dtype=torch.float64), 1.0, [2, 2])
+    assert out.isnan().any(1).tolist() == lse.isnan().tolist() == [False, True, False]
