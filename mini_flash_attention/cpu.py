@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from .problem import Problem
 
 
-def run(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-    """Append p's new keys, then write attention to out and its LSE to lse."""
+def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Append p's new keys; (out, softmax_lse or None) of attention then."""
+    out = torch.empty_like(p.q) if p.out is None else p.out
+    lse = None if p.lse_shape is None else torch.empty(p.lse_shape, dtype=torch.float32)
     if p.k_new is not None:
         _append(p)
     if (
@@ -21,11 +23,11 @@ def run(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         and not p.page_size
     ):
         k, v = p.k[:, : p.seqlen_k], p.v[:, : p.seqlen_k]
-        result, result_lse = _attention(p, p.q, k, v, None)
+        result, result_lse = _attention(p, p.q, k, v)
         out.copy_(result)
         if lse is not None:
             lse.copy_(result_lse)
-        return
+        return out, lse
     out.zero_()
     if lse is not None:
         lse.fill_(float("-inf"))
@@ -36,15 +38,16 @@ def run(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         else:
             rows = slice(rows.start, min(rows.stop, rows.start + p.seqlen_q))
             q, out_b, lse_b = p.q[rows], out[rows], None if lse is None else lse[:, rows]
-        k, v, real = _keys(p, b)
-        result, result_lse = _attention(p, q[None], k[None], v[None], real)
+        k, v = _keys(p, b)
+        result, result_lse = _attention(p, q[None], k[None], v[None])
         out_b.copy_(result[0])
         if lse_b is not None:
             lse_b.copy_(result_lse[0])
+    return out, lse
 
 
 def _attention(
-    p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+    p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, Sq, H, D), (B, Sk, Hk, D) -> out (B, Sq, H, D), LSE (B, H, Sq), empty if not wanted."""
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
@@ -52,7 +55,7 @@ def _attention(
     if not seqlen_k or not q.numel():
         empty = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32)
         return torch.zeros_like(q).transpose(1, 2), empty
-    seen = _seen(p, seqlen_q, seqlen_k, real)
+    seen = _seen(p, seqlen_q, seqlen_k)
     grouped = q.shape[1] != k.shape[1]
     result = F.scaled_dot_product_attention(
         q, k, v, attn_mask=seen, scale=p.softmax_scale, enable_gqa=grouped
@@ -69,11 +72,9 @@ def _attention(
     return result.transpose(1, 2), lse
 
 
-def _seen(
-    p: Problem, seqlen_q: int, seqlen_k: int, real: torch.Tensor | None
-) -> torch.Tensor | None:
+def _seen(p: Problem, seqlen_q: int, seqlen_k: int) -> torch.Tensor | None:
     """(seqlen_q, seqlen_k) bool, True where a query sees a key; None if all see all."""
-    if p.left < 0 and p.right < 0 and real is None:
+    if p.left < 0 and p.right < 0:
         return None
     i = torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
     j = torch.arange(seqlen_k)[None, :]
@@ -82,8 +83,6 @@ def _seen(
         seen &= j >= i - p.left
     if p.right >= 0:
         seen &= j <= i + p.right
-    if real is not None:
-        seen &= real
     return seen
 
 
@@ -96,8 +95,8 @@ def _rows(b: int, cu_seqlens: torch.Tensor | None, x: torch.Tensor) -> slice:
     return slice(start, min(max(int(cu_seqlens[b + 1]), start), total))
 
 
-def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """k, v (length, nheads_k, head_dim) of sequence b in use; which are real, None if all are."""
+def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """k, v (length, nheads_k, head_dim) of sequence b in use; zeros on a page that isn't there."""
     length = p.seqlen_k
     if p.cu_seqlens_k is not None:
         start, end = int(p.cu_seqlens_k[b]), int(p.cu_seqlens_k[b + 1])
@@ -109,15 +108,12 @@ def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor 
         length = min(min(max(int(p.seqused_k[b]), 0), length) + p.appended, length)
     if not p.page_size:
         if p.cu_seqlens_k is not None:
-            return p.k[start : start + length], p.v[start : start + length], None
-        return p.k[b, :length], p.v[b, :length], None
+            return p.k[start : start + length], p.v[start : start + length]
+        return p.k[b, :length], p.v[b, :length]
     j = torch.arange(length)
     page, slot, real = _locate(p, torch.full_like(j, b), j)
-    k, v = p.k[page, slot], p.v[page, slot]
-    if bool(real.all()):
-        return k, v, None
     missing = ~real[:, None, None]
-    return k.masked_fill(missing, 0.0), v.masked_fill(missing, 0.0), real
+    return p.k[page, slot].masked_fill(missing, 0.0), p.v[page, slot].masked_fill(missing, 0.0)
 
 
 def _locate(

@@ -1,56 +1,145 @@
-"""From a checked call to the code that computes it: outputs, append, then one of the kernels.
+"""From the arguments of a call to the code that computes it.
+
+A call is described and checked (`problem`), planned (`plan`) and launched (`kernels`) in full the
+first time its shapes are seen. What came of that depends on shapes, strides, dtypes, devices and
+options only, so it is kept as a `Recipe`, and the same call with other tensors costs the CPU a
+look-up and the launches.
 
 With TRITON_INTERPRET=1 (Triton's own switch, set before Triton is imported) CPU tensors go
 through the GPU kernels too, in Triton's interpreter: slow, and open to a debugger.
 """
 
 import os
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from . import cpu, plan
+from . import checks, cpu, plan, refusals
 from .problem import Problem
+
+if TYPE_CHECKING:
+    from .kernels.launch import Launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
+MAX_RECIPES = 4096
+
+Arguments = Mapping[str, Any]
+Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(out, softmax_lse or None) of a call; its new keys are in the cache afterwards."""
-    out = torch.empty_like(p.q) if p.out is None else p.out
-    lse = None
-    if p.need_lse:
-        nheads = p.q.shape[-2]
-        packed = p.cu_seqlens_q is not None
-        shape = (nheads, p.q.shape[0]) if packed else (p.batch, nheads, p.seqlen_q)
-        lse = torch.empty(shape, dtype=torch.float32, device=p.q.device)
+class Recipe(NamedTuple):
+    """All that a call needs beside its tensors."""
+
+    function: str
+    launches: "list[Launch]"
+    lse_shape: tuple[int, ...] | None
+    part_shapes: tuple[tuple[int, ...], tuple[int, ...]] | None
+
+
+_recipes: dict[Hashable, Recipe] = {}
+
+
+def run(describe: Callable[..., Problem], arguments: Arguments, names: Arguments) -> Result:
+    """(out, softmax_lse or None) of a call; its new keys are in the cache afterwards.
+
+    `names` says which argument stands for a tensor that kernels know under another name.
+    """
+    key = _signature(describe, arguments)
+    recipe = None if key is None else _recipes.get(key)
+    if recipe is not None:
+        if arguments["out"] is not None:
+            tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
+            refusals.apart(recipe.function, arguments["out"], *tensors)
+        return _follow(recipe, arguments, names)
+    p = describe(**arguments)
+    if checks.ON:
+        checks.values(p)
     if p.softmax_scale < FLOAT32_TINY:
         # The online softmax tracks the largest raw score, which is the largest scaled one only
         # for a positive scale, so the sign goes into q.
         zero = p.softmax_scale > -FLOAT32_TINY
         q = torch.zeros_like(p.q) if zero else -p.q
         p = p._replace(q=q, softmax_scale=1.0 if zero else -p.softmax_scale)
+        arguments, key = {**arguments, "q": q}, None
     if not (p.q.is_cuda or INTERPRETED):
-        cpu.run(p, out, lse)
-    elif p.q.is_cuda and torch.cuda.current_device() != p.q.device.index:
-        with torch.cuda.device(p.q.device):
-            _launch(p, out, lse)
-    else:
-        _launch(p, out, lse)
-    return out, lse
+        return cpu.run(p)
+    recipe = _recipe(p)
+    if key is not None:
+        if len(_recipes) >= MAX_RECIPES:
+            _recipes.clear()
+        _recipes[key] = recipe
+    return _follow(recipe, arguments, names)
 
 
-def _launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+def _signature(describe: Callable[..., Problem], arguments: Arguments) -> Hashable:
+    """What checks, plan and launches depend on; None where each call must be looked at afresh."""
+    if checks.ON or refusals.transformed():
+        return None
+    grad = torch.is_grad_enabled()
+    key: list[Any] = [describe]
+    try:
+        for x in arguments.values():
+            if isinstance(x, torch.Tensor):
+                if grad and x.requires_grad or not x.dim():
+                    return None  # refused; a length to be read
+                key.append((x.__class__, x.dtype, x.device, x.shape, x.stride()))
+            else:
+                key.append((x.__class__, x))
+        signature = tuple(key)
+        hash(signature)
+    except (TypeError, RuntimeError, NotImplementedError):  # unhashable, or no plain tensor
+        return None
+    return signature
+
+
+def _recipe(p: Problem) -> Recipe:
+    """Plan a call and decide its launches."""
+    checks.require_triton()
     from .kernels import append, combine, decode, forward
 
     gpu = plan.gpu(p.q.device)
-    if p.k_new is not None and p.k_new.numel():
-        append.launch(p)
+    out = torch.empty_like(p.q) if p.out is None else p.out
+    lse = None if p.lse_shape is None else torch.empty(p.lse_shape, device="meta")
+    launches = append.launches(p)
+    part_shapes = None
     if not out.numel():
-        return
-    if not plan.decodes(p):
-        forward.launch(p, out, lse, plan.forward(p, gpu))
-        return
-    parts = decode.launch(p, out, lse, plan.decode(p, gpu))
-    if parts is not None:
-        combine.launch(p, parts, out, lse)
+        pass
+    elif plan.decodes(p):
+        decoding = plan.decode(p, gpu)
+        part_shapes = decode.parts(p, decoding)
+        launches.append(decode.launch(p, out, lse, decoding))
+        if part_shapes is not None:
+            launches.append(combine.launch(p, out, lse, decoding))
+    else:
+        launches.append(forward.launch(p, out, lse, plan.forward(p, gpu)))
+    return Recipe(p.function, launches, p.lse_shape, part_shapes)
+
+
+def _follow(recipe: Recipe, arguments: Arguments, names: Arguments) -> Result:
+    q = arguments["q"]
+    if q.is_cuda and torch.cuda.current_device() != q.device.index:
+        with torch.cuda.device(q.device):
+            return _follow(recipe, arguments, names)
+    tensors = {**NOTHING, **arguments}
+    for name, argument in names.items():
+        tensors[name] = arguments[argument]
+    if not isinstance(tensors["seqused_k"], torch.Tensor):
+        tensors["seqused_k"] = None  # an int, known to the launches
+    out, lse = arguments["out"], None
+    if out is None:
+        out = tensors["out"] = torch.empty_like(q)
+    if recipe.lse_shape is not None:
+        lse = torch.empty(recipe.lse_shape, dtype=torch.float32, device=q.device)
+        tensors["lse"] = lse
+    if recipe.part_shapes is not None:
+        tensors["part_out"], tensors["part_lse"] = (
+            torch.empty(shape, dtype=torch.float32, device=q.device) for shape in recipe.part_shapes
+        )
+    for launch in recipe.launches:
+        launch(tensors)
+    return out, lse
+
+
+NOTHING = dict.fromkeys(("lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table"))

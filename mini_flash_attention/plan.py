@@ -59,20 +59,31 @@ def gpu(device: torch.device) -> Gpu:
     return Gpu(properties.name, arch, properties.multi_processor_count)
 
 
-# Tiles of the forward kernel by head_dim, without and with what costs registers: windows, pages,
-# a head_dim that is no power of two. HOPPER is for architectures with 227 KB of shared memory,
-# SMALL fits the 99 KB of the smallest. Chosen on an H200 (bench/NOTES.md) among those that
-# compile without a spill; tests/test_compile.py holds that for every architecture.
+class Choice(NamedTuple):
+    """Tiles for a head_dim: plain, and where windows or pages take registers."""
+
+    plain: Tiles
+    window: Tiles  # also for a head_dim that is no power of two
+    paged: Tiles
+
+
+# Tiles of the forward kernel by head_dim. HOPPER is measured on an H200 (bench/NOTES.md); SMALL
+# fits the 99 KB of shared memory of SM 86, 89 and 120. All compile without a spill, which
+# tests/test_compile.py holds for every architecture.
 HOPPER = {
-    64: (Tiles(64, 128, 4, 2), Tiles(64, 64, 4, 2)),
-    128: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2)),
-    256: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
+    64: Choice(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
+    128: Choice(Tiles(128, 128, 8, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 4)),
+    256: Choice(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2)),
 }
-BLACKWELL = HOPPER | {64: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2))}
+BLACKWELL = {
+    64: Choice(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+    128: Choice(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
+    256: Choice(Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
+}
 SMALL = {
-    64: (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
-    128: (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    256: (Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2)),
+    64: Choice(Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
+    128: Choice(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
+    256: Choice(Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2), Tiles(64, 16, 8, 2)),
 }
 TILES = {90: HOPPER, 100: BLACKWELL, 103: BLACKWELL}
 
@@ -80,8 +91,10 @@ TILES = {90: HOPPER, 100: BLACKWELL, 103: BLACKWELL}
 def forward_tiles(arch: int, head_dim: int, window: bool, paged: bool) -> Tiles:
     """Tiles of the forward kernel; each fits the architecture's shared memory without a spill."""
     size = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    plain, heavy = TILES.get(arch, SMALL)[size]
-    return heavy if window or paged or head_dim & (head_dim - 1) else plain
+    choice = TILES.get(arch, SMALL)[size]
+    if window or head_dim & (head_dim - 1):
+        return choice.window
+    return choice.paged if paged else choice.plain
 
 
 # Keys and values of the heads that run at the same time should fit in the L2 cache: 50 MB on an

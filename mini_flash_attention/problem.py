@@ -36,13 +36,23 @@ class Problem(NamedTuple):
     num_splits: int
     need_lse: bool
 
+    @property
+    def lse_shape(self) -> tuple[int, ...] | None:
+        """Of softmax_lse, where it is wanted."""
+        if not self.need_lse:
+            return None
+        nheads = self.q.shape[-2]
+        packed = self.cu_seqlens_q is not None
+        return (nheads, self.q.shape[0]) if packed else (self.batch, nheads, self.seqlen_q)
+
 
 def dense(
-    function: str, q: Any, k: Any, v: Any, dropout_p: Any, softmax_scale: Any, causal: Any,
+    q: Any, k: Any, v: Any, dropout_p: Any, softmax_scale: Any, causal: Any,
     window_size: Any, softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any,
     s_aux: Any, out: Any,
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_func(...)`."""
+    function = "flash_attn_func"
     check.qkv(function, q, k, v, "k v", 4, 4)
     if k.shape[0] != q.shape[0]:
         refuse(ValueError, function, "k", f"batch {q.shape[0]}, as q", k.shape[0])
@@ -68,12 +78,13 @@ def dense(
 
 
 def varlen(
-    function: str, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any,
+    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any,
     max_seqlen_k: Any, dropout_p: Any, softmax_scale: Any, causal: Any, window_size: Any,
     softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any, block_table: Any,
     seqused_k: Any, s_aux: Any, num_splits: Any, out: Any,
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_varlen_func(...)`."""
+    function = "flash_attn_varlen_func"
     check.qkv(function, q, k, v, "k v", 3, 3 if block_table is None else 4)
     check.index_tensor(function, "cu_seqlens_q", cu_seqlens_q, q, (None,))
     batch = cu_seqlens_q.shape[0] - 1
@@ -117,13 +128,14 @@ def varlen(
 
 
 def kvcache(
-    function: str, q: Any, k_cache: Any, v_cache: Any, k: Any, v: Any, rotary_cos: Any,
+    q: Any, k_cache: Any, v_cache: Any, k: Any, v: Any, rotary_cos: Any,
     rotary_sin: Any, cache_seqlens: Any, cache_batch_idx: Any, cache_leftpad: Any, block_table: Any,
     softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, rotary_interleaved: Any,
     alibi_slopes: Any, num_splits: Any, return_softmax_lse: Any, cu_seqlens_q: Any,
     max_seqlen_q: Any, s_aux: Any, out: Any,
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_with_kvcache(...)`."""
+    function = "flash_attn_with_kvcache"
     check.qkv(function, q, k_cache, v_cache, "k_cache v_cache", 4, 4)
     for name, value in (
         ("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin), ("cache_leftpad", cache_leftpad),

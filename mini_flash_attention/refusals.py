@@ -195,14 +195,17 @@ def differentiable(function: str, *tensors: torch.Tensor | None) -> None:
             f"{function}: backward: not implemented yet; "
             "call it under torch.no_grad() or detach q, k and v"
         )
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
-        raise NotImplementedError(f"{function}: forward-mode AD: not implemented")
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if transformed():
         raise NotImplementedError(
-            f"{function}: torch.func transforms (vmap, grad): not implemented"
+            f"{function}: torch.func transforms and forward-mode AD: not implemented"
         )
+
+
+def transformed() -> bool:
+    """Whether the caller runs under torch.func (vmap, grad, ...) or forward-mode AD."""
+    return (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def overlaps_itself(x: torch.Tensor) -> bool:
@@ -230,8 +233,15 @@ def out(function: str, out: Any, q: torch.Tensor, *inputs: torch.Tensor) -> None
         refuse(
             ValueError, function, "out", "elements that don't overlap", f"strides {out.stride()}"
         )
+    apart(function, out, q, *inputs)
+
+
+def apart(function: str, out: torch.Tensor, *inputs: torch.Tensor) -> None:
+    """Refuse an out that shares memory with an input."""
     first, end = extent(out)
-    for x in (q, *inputs):
+    for x in inputs:
+        if x is out:
+            continue
         x_first, x_end = extent(x)
         if first < x_end and x_first < end:
             hint = "pass a tensor of its own memory"

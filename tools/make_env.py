@@ -100,7 +100,8 @@ class Environment:
     def create(self) -> None:
         """An empty virtual environment in place of whatever was there."""
         if self.folder.exists() and not (self.folder / "pyvenv.cfg").is_file():
-            raise InstallError(f"{self.folder} exists and is no virtual environment")
+            # --clear would empty it, whatever it holds.
+            raise InstallError(f"{self.folder} exists and is no virtual environment (remove it)")
         done = subprocess.run(
             [sys.executable, "-m", "venv", "--clear", str(self.folder)],
             capture_output=True,
@@ -232,7 +233,8 @@ def pinned(name: str) -> str:
 
 def shown(path: Path) -> str:
     """A path as its reader would type it."""
-    return os.path.relpath(path)
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ..problem import Problem
 from ..rules import paging, sequence
-from .strides import strides
+from .launch import Launch, strides
 
 
 @triton.jit(do_not_specialize=["stride_table", "nheads_k", "seqlen_k", "appended", "num_pages"])
@@ -30,10 +30,9 @@ def append_kernel(
         j = sequence.used_length(b, seqused, 0, seqlen_k) + t
     fits = (t < appended) & (j < seqlen_k)
     if PAGE_SIZE:
-        page, slot, real = paging.locate(
-            j, fits, block_table + b * stride_table, num_pages, PAGE_SIZE
-        )
-        row = page * stride_c_b + slot * stride_c_t
+        entry = block_table + b * stride_table + j // PAGE_SIZE
+        page, real = paging.lookup(entry, fits, num_pages)
+        row = page * stride_c_b + (j % PAGE_SIZE).to(tl.int64) * stride_c_t
     else:
         real = fits
         row = b * stride_c_b + j.to(tl.int64) * stride_c_t
@@ -49,22 +48,23 @@ def append_kernel(
     )
 
 
-def launch(p: Problem) -> None:
-    """Append p.k_new and p.v_new to the caches p.k and p.v, one launch each."""
-    assert p.k_new is not None and p.v_new is not None
-    head_dim = p.k.shape[-1]
-    for new, cache in ((p.k_new, p.k), (p.v_new, p.v)):
-        _append(p, new, cache, head_dim)
+def launches(p: Problem) -> list[Launch]:
+    """The launches that append p's new keys and values to the caches."""
+    pairs = (("k_new", p.k_new, "k", p.k), ("v_new", p.v_new, "v", p.v))
+    return [_launch(p, *pair) for pair in pairs if pair[1] is not None and pair[1].numel()]
 
 
-def _append(p: Problem, new: torch.Tensor, cache: torch.Tensor, head_dim: int) -> None:
-    nheads_k = cache.shape[-2]
+def _launch(
+    p: Problem, new_name: str, new: torch.Tensor, cache_name: str, cache: torch.Tensor
+) -> Launch:
+    num_pages, _, nheads_k, head_dim = cache.shape
     block = 1 if p.appended == 1 else 16
-    table = p.block_table
-    append_kernel[(p.batch * nheads_k * -(-p.appended // block),)](
-        new, cache, p.seqused_k, table,
-        *strides(new), *strides(cache), 0 if table is None else table.stride(0),
-        nheads_k, p.seqlen_k, p.appended, cache.shape[0],
-        PAGE_SIZE=p.page_size, HEAD_DIM=head_dim, D=triton.next_power_of_2(head_dim), BLOCK=block,
-        num_warps=1,
+    constants = (
+        *strides(new), *strides(cache),
+        p.block_table.stride(0) if p.block_table is not None else 0,
+        nheads_k, p.seqlen_k, p.appended, num_pages,
+        p.page_size, head_dim, triton.next_power_of_2(head_dim), block,
     )  # fmt: skip
+    pointers = (new_name, cache_name, "seqused_k", "block_table")
+    programs = p.batch * nheads_k * -(-p.appended // block)
+    return Launch(append_kernel, programs, pointers, constants, 1)

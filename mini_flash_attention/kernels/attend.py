@@ -19,17 +19,25 @@ def load_rows(base, offset, row_ok, WHOLE: tl.constexpr, HEAD_DIM: tl.constexpr,
 
 
 @triton.jit
-def locate_tile(
-    start, j, seqlen_k, table, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Places of the keys j = start..start + BLOCK_N; one look at the table if a page holds them."""
+def locate_tile(start, seqlen_k, table, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(page, slot, can be read) of the keys start..start + BLOCK_N.
+
+    One look at the table if a page holds the tile; slots that stay the same from tile to tile if
+    the tile holds whole pages.
+    """
+    n = tl.arange(0, BLOCK_N)
+    in_use = start + n < seqlen_k
     if PAGE_SIZE % BLOCK_N == 0:
-        page, slot, real = paging.locate(start, start < seqlen_k, table, num_pages, PAGE_SIZE)
-        slot += tl.arange(0, BLOCK_N)
-        real = real & (j < seqlen_k)
+        page, real = paging.lookup(table + start // PAGE_SIZE, start < seqlen_k, num_pages)
+        slot = start % PAGE_SIZE + n
+    elif BLOCK_N % PAGE_SIZE == 0:
+        entry = table + start // PAGE_SIZE + n // PAGE_SIZE
+        page, real = paging.lookup(entry, in_use, num_pages)
+        slot = n % PAGE_SIZE
     else:
-        page, slot, real = paging.locate(j, j < seqlen_k, table, num_pages, PAGE_SIZE)
-    return page, slot, real
+        page, real = paging.lookup(table + (start + n) // PAGE_SIZE, in_use, num_pages)
+        slot = (start + n) % PAGE_SIZE
+    return page, tl.cast(slot, tl.int64), real & in_use
 
 
 @triton.jit
@@ -43,13 +51,12 @@ def attend(
     """Lines 7 to 11 of Algorithm 1 over the keys begin..end; CUT where the mask cuts tiles."""
     for start in tl.range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        in_use = j < seqlen_k
         if PAGE_SIZE:
-            page, slot, real = locate_tile(start, j, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N)
+            page, slot, real = locate_tile(start, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N)
             offset_k = page * page_stride_k + slot * stride_k
             offset_v = page * page_stride_v + slot * stride_v
         else:
-            real = in_use
+            real = j < seqlen_k
             offset_k = j.to(tl.int64) * stride_k
             offset_v = j.to(tl.int64) * stride_v
         WHOLE: tl.constexpr = not (CUT or PAGE_SIZE)
@@ -58,8 +65,6 @@ def attend(
         if CUT:
             seen = mask.sees(i[:, None], j[None, :], diagonal, left, right, seqlen_k, LEFT, RIGHT)
             s = tl.where(seen, s, float("-inf"))
-        if PAGE_SIZE:
-            s = tl.where(real[None, :], s, float("-inf"))
         m, alpha, p = softmax.rescale(m, s, scale)
         l = l * alpha + tl.sum(p, 1)
         v_tile = load_rows(v, offset_v, real, WHOLE, HEAD_DIM, D)  # [N, D]

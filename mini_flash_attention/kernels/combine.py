@@ -4,9 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..plan import Decode
 from ..problem import Problem
 from ..rules import softmax
-from .strides import strides
+from .launch import Launch, strides
 
 
 @triton.jit(
@@ -41,18 +42,14 @@ def combine_kernel(
         tl.store(lse + b * stride_lse_b + head * stride_lse_h + i, total)
 
 
-def launch(
-    p: Problem, parts: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:  # fmt: skip
-    """Fold parts (splits, batch, seqlen_q, nheads, head_dim) and their LSEs to out and lse."""
-    part_out, part_lse = parts
+def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode) -> Launch:
+    """The launch that folds the parts that `decode` left to out and lse."""
     nheads, head_dim = p.q.shape[-2:]
-    lse_strides = (0, 0) if lse is None else lse.stride()[:2]
-    combine_kernel[(p.batch * p.seqlen_q * nheads,)](
-        part_out, part_lse, out, lse, *strides(out), *lse_strides,
-        p.batch, p.seqlen_q, nheads, part_out.shape[0],
-        HEAD_DIM=head_dim, D=triton.next_power_of_2(head_dim),
-        S=triton.next_power_of_2(part_out.shape[0]),
-        num_warps=4 if head_dim > 32 else 1,
+    lse_strides = (0, 0) if lse is None else (lse.stride(0), lse.stride(1))
+    constants = (
+        *strides(out), *lse_strides, p.batch, p.seqlen_q, nheads, plan.splits,
+        head_dim, triton.next_power_of_2(head_dim), triton.next_power_of_2(plan.splits),
     )  # fmt: skip
+    pointers = ("part_out", "part_lse", "out", "lse")
+    rows = p.batch * p.seqlen_q * nheads
+    return Launch(combine_kernel, rows, pointers, constants, 4 if head_dim > 32 else 1)

@@ -16,7 +16,7 @@ from ..plan import Decode
 from ..problem import Problem
 from ..rules import heads, mask, sequence, softmax, split
 from .attend import attend
-from .strides import strides
+from .launch import Launch, strides
 
 LOG2E = math.log2(math.e)
 
@@ -121,38 +121,44 @@ def decode_kernel(
         tl.store(lse + head * stride_lse_h + i, lse_tile, mask=row < rows)
 
 
-def launch(
-    p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Attention of p to out and lse; with splits the parts instead, for `combine` to fold."""
-    tiles, splits = plan.tiles, plan.splits
+POINTERS = ("q", "k", "v", "out", "lse", "seqused_k", "block_table")
+SPLIT_POINTERS = ("q", "k", "v", "part_out", "part_lse", "seqused_k", "block_table")
+
+
+def parts(p: Problem, plan: Decode) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Shapes (fp32) of what splits leave: outputs and LSEs; None without splits."""
+    if plan.splits == 1:
+        return None
+    nheads, head_dim = p.q.shape[-2:]
+    return (
+        (plan.splits, p.batch, p.seqlen_q, nheads, head_dim),
+        (plan.splits, p.batch, nheads, p.seqlen_q),
+    )
+
+
+def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode) -> Launch:
+    """The launch that writes attention of p to out and lse, or to the parts if keys are split."""
+    tiles = plan.tiles
     nheads, head_dim = p.q.shape[-2:]
     nheads_k = p.k.shape[-2]
-    parts = None
-    out_strides, lse_strides = (0, *strides(out)), (0, 0, 0)
-    if splits > 1:
-        # One allocation: (splits, batch, seqlen_q, nheads) outputs and as many LSEs.
-        shape = (splits, p.batch, p.seqlen_q, nheads)
-        out = torch.empty(*shape, head_dim, dtype=torch.float32, device=p.q.device)
-        lse = torch.empty(
-            splits, p.batch, nheads, p.seqlen_q, dtype=torch.float32, device=p.q.device
-        )
-        parts = out, lse
-        out_strides = (out.stride(0), *strides(out[0]))
-        lse_strides = lse.stride()[:3]
-    elif lse is not None:
-        lse_strides = (0, *lse.stride()[:2])
-    table = p.block_table
-    decode_kernel[(plan.programs,)](
-        p.q, p.k, p.v, out, lse, p.seqused_k, table,
+    split = plan.splits > 1
+    if split:
+        row, rows = nheads * head_dim, p.batch * p.seqlen_q * nheads
+        out_strides = (rows * head_dim, p.seqlen_q * row, row, head_dim)
+        lse_strides = (rows, nheads * p.seqlen_q, p.seqlen_q)
+    else:
+        out_strides = (0, *strides(out))
+        lse_strides = (0, 0, 0) if lse is None else (0, lse.stride(0), lse.stride(1))
+    constants = (
         *strides(p.q), *strides(p.k), *strides(p.v), *out_strides, *lse_strides,
-        0 if table is None else table.stride(0),
-        nheads_k, nheads // nheads_k, splits,
+        p.block_table.stride(0) if p.block_table is not None else 0,
+        nheads_k, nheads // nheads_k, plan.splits,
         p.seqlen_q, p.seqlen_k, p.k.shape[0],
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,
-        LEFT=p.left >= 0, RIGHT=p.right >= 0, PAGE_SIZE=p.page_size,
-        HEAD_DIM=head_dim, D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        p.left >= 0, p.right >= 0, p.page_size,
+        head_dim, max(16, triton.next_power_of_2(head_dim)), tiles.block_m, tiles.block_n,
     )  # fmt: skip
-    return parts
+    return Launch(
+        decode_kernel, plan.programs, SPLIT_POINTERS if split else POINTERS, constants,
+        tiles.num_warps, tiles.num_stages,
+    )  # fmt: skip

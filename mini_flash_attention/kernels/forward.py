@@ -15,7 +15,7 @@ from ..plan import Forward
 from ..problem import Problem
 from ..rules import grid, heads, mask, sequence, softmax
 from .attend import attend
-from .strides import strides
+from .launch import Launch, strides
 
 LOG2E = math.log2(math.e)
 MAX_INT = 2**31 - 1
@@ -131,23 +131,28 @@ def forward_kernel(
         tl.store(lse + row_q, lse_tile, mask=i < writable)
 
 
-def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forward) -> None:
-    """Write attention of p to out, and its LSE where that is wanted."""
+POINTERS = (
+    "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table",
+)  # fmt: skip
+
+
+def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forward) -> Launch:
+    """The launch that writes attention of p to out, and its LSE where that is wanted."""
     tiles = plan.tiles
     nheads, head_dim = p.q.shape[-2:]
     packed = p.cu_seqlens_q is not None
     paged = p.block_table is not None
     lse_strides = (0, 0) if lse is None else (0 if packed else lse.stride(0), lse.stride(-2))
-    forward_kernel[(plan.rows * plan.units,)](
-        p.q, p.k, p.v, out, lse,
-        p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_k, p.block_table,
+    constants = (
         *strides(p.q), *strides(p.k), *strides(p.v), *strides(out), *lse_strides,
-        p.block_table.stride(0) if paged else 0,
+        p.block_table.stride(0) if p.block_table is not None else 0,
         p.batch, nheads, nheads // p.k.shape[-2], plan.rows, plan.per_group,
         p.seqlen_q, p.seqlen_k, p.q.shape[0], MAX_INT if paged else p.k.shape[0], p.k.shape[0],
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,
-        LEFT=p.left >= 0, RIGHT=p.right >= 0, PAGE_SIZE=p.page_size,
-        HEAD_DIM=head_dim, D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        p.left >= 0, p.right >= 0, p.page_size,
+        head_dim, max(16, triton.next_power_of_2(head_dim)), tiles.block_m, tiles.block_n,
+    )  # fmt: skip
+    return Launch(
+        forward_kernel, plan.rows * plan.units, POINTERS, constants,
+        tiles.num_warps, tiles.num_stages,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Which KV head serves a query head; a group of query heads packed into rows of one tile."""
 
 import triton
+import triton.language as tl  # noqa: F401  (Triton's interpreter wants to see it)
 
 
 @triton.jit

@@ -5,12 +5,11 @@ import triton.language as tl
 
 
 @triton.jit
-def locate(j, in_use, table, num_pages, PAGE_SIZE: tl.constexpr):
-    """(page, slot, real) of keys j, numbers or a tile of them; page and slot in 64 bits.
+def lookup(entry, in_use, num_pages):
+    """Pages (64 bits) that table entries name, and which of them can be read.
 
-    Table entries may hold anything where `in_use` is false, and are not trusted where it is true:
-    a key on a page that does not exist is not there.
+    An entry may hold anything where `in_use` is false and is not trusted where it is true: a page
+    that does not exist is never touched and reads as zeros.
     """
-    page = tl.load(table + j // PAGE_SIZE, mask=in_use, other=-1)
-    real = (page >= 0) & (page < num_pages)
-    return tl.cast(page, tl.int64), tl.cast(j % PAGE_SIZE, tl.int64), real
+    page = tl.load(entry, mask=in_use, other=-1)
+    return tl.cast(page, tl.int64), (page >= 0) & (page < num_pages)

@@ -1,0 +1,51 @@
+"""The host's side of a kernel: strides, and launches that cost the CPU little."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+ALIGNMENT = 16  # bytes; Triton compiles for pointers that are, or are not, multiples of it
+
+
+def strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """(batch or page, token, head) strides; 0 for the batch of a packed tensor.
+
+    A dimension of size 1 is never stepped over and may carry any stride: 0 stands in, so that an
+    odd one does not cost the kernel its aligned loads.
+    """
+    steps = tuple(s if n > 1 else 0 for s, n in zip(x.stride(), x.shape, strict=True))
+    return (0, steps[0], steps[1]) if len(steps) == 3 else (steps[0], steps[1], steps[2])
+
+
+class Launch:
+    """A kernel with everything decided but where its tensors lie.
+
+    The first call goes the way of any Triton launch: it inspects all arguments, about 40 of them,
+    and compiles. What Triton inspects is then fixed, except for the alignment of the addresses,
+    so later calls hand the compiled kernel bare addresses, at a fraction of the cost.
+    """
+
+    __slots__ = ("constants", "kernel", "options", "pointers", "programs", "runner")
+
+    def __init__(
+        self, kernel: Any, programs: int, pointers: tuple[str, ...], constants: tuple[Any, ...],
+        num_warps: int, num_stages: int = 1,
+    ) -> None:  # fmt: skip
+        self.kernel = kernel
+        self.programs = programs
+        self.pointers = pointers  # names of the tensors, in the kernel's order
+        self.constants = constants  # all the other arguments, constexprs last
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.runner: Any = None
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor | None]) -> None:
+        given = [tensors[name] for name in self.pointers]
+        addresses = [None if x is None else x.data_ptr() for x in given]
+        aligned = not any(a is not None and a % ALIGNMENT for a in addresses)
+        if aligned and self.runner is not None:
+            self.runner(*addresses, *self.constants)
+            return
+        compiled = self.kernel[(self.programs,)](*given, *self.constants, **self.options)
+        if aligned and compiled is not None:  # the interpreter compiles nothing
+            self.runner = compiled[(self.programs, 1, 1)]
