@@ -23,7 +23,7 @@ def described(function, arguments):
     """The Problem that a call becomes."""
     call = inspect.signature(function).bind(**arguments)
     call.apply_defaults()
-    return FROM_ARGUMENTS[function](function.__name__, *call.args, *call.kwargs.values())
+    return FROM_ARGUMENTS[function](**call.arguments)
 
 
 def ints(*numbers):
@@ -189,13 +189,7 @@ mfa.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=torch.tensor([9, 1]).
 """
 
 
-NOT_CALLED = pytest.mark.xfail(reason="dispatch.run does not call checks.values yet", strict=True)
-
-
-@pytest.mark.parametrize(
-    ("switch", "refused"),
-    [pytest.param("1", True, marks=NOT_CALLED), ("0", False), (None, False)],
-)
+@pytest.mark.parametrize(("switch", "refused"), [("1", True), ("0", False), (None, False)])
 def test_switch(switch, refused):
     """The environment decides, at import; without the switch the kernels clamp."""
     environment = {k: v for k, v in os.environ.items() if k != checks.SWITCH}

@@ -19,7 +19,7 @@ ROOT = Path(mini_flash_attention.__file__).parent
 ARROWS = {
     "": {"api"},
     "api": {"dispatch", "problem"},
-    "dispatch": {"checks", "cpu", "kernels.", "plan", "problem"},
+    "dispatch": {"checks", "cpu", "kernels.", "plan", "problem", "refusals"},
     "checks": {"problem", "refusals"},
     "cpu": {"problem"},
     "plan": {"problem", "refusals"},
@@ -27,9 +27,9 @@ ARROWS = {
     "refusals": set(),
     "reference": set(),
     "kernels": set(),
-    "kernels.": {"plan", "problem", "rules.", "kernels.attend", "kernels.strides"},
+    "kernels.": {"plan", "problem", "rules.", "kernels.attend", "kernels.launch"},
     "kernels.attend": {"rules."},
-    "kernels.strides": set(),
+    "kernels.launch": set(),
     "rules": set(),
     "rules.": set(),
 }
@@ -71,7 +71,7 @@ def imports(source, name, is_package):
         elif isinstance(node, ast.ImportFrom):
             up = len(here) - node.level + is_package if node.level else 0
             base = ".".join([*here[:up], *filter(None, [node.module])])
-            # `from ..rules import mask` imports a module, `from .strides import strides` does not.
+            # `from ..rules import mask` imports a module, `from .launch import strides` does not.
             below = [f"{base}.{alias.name}" for alias in node.names]
             found = [m if m.removeprefix(f"{PACKAGE}.") in MODULES else base for m in below]
         else:

@@ -19,25 +19,33 @@ def load_rows(base, offset, row_ok, WHOLE: tl.constexpr, HEAD_DIM: tl.constexpr,
 
 
 @triton.jit
-def locate_tile(start, seqlen_k, table, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(page, slot, can be read) of the keys start..start + BLOCK_N.
-
-    One look at the table if a page holds the tile; slots that stay the same from tile to tile if
-    the tile holds whole pages.
-    """
+def find_pages(
+    start, seqlen_k, table, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Pages of the keys start..start + BLOCK_N, and which can be read: one if it holds them all."""
     n = tl.arange(0, BLOCK_N)
-    in_use = start + n < seqlen_k
     if PAGE_SIZE % BLOCK_N == 0:
         page, real = paging.lookup(table + start // PAGE_SIZE, start < seqlen_k, num_pages)
-        slot = start % PAGE_SIZE + n
     elif BLOCK_N % PAGE_SIZE == 0:
         entry = table + start // PAGE_SIZE + n // PAGE_SIZE
-        page, real = paging.lookup(entry, in_use, num_pages)
+        page, real = paging.lookup(entry, start + n < seqlen_k, num_pages)
+    else:
+        entry = table + (start + n) // PAGE_SIZE
+        page, real = paging.lookup(entry, start + n < seqlen_k, num_pages)
+    return page, real
+
+
+@triton.jit
+def slots(start, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Places of the same keys inside their pages; the same for every tile of whole pages."""
+    n = tl.arange(0, BLOCK_N)
+    if PAGE_SIZE % BLOCK_N == 0:
+        slot = start % PAGE_SIZE + n
+    elif BLOCK_N % PAGE_SIZE == 0:
         slot = n % PAGE_SIZE
     else:
-        page, real = paging.lookup(table + (start + n) // PAGE_SIZE, in_use, num_pages)
         slot = (start + n) % PAGE_SIZE
-    return page, tl.cast(slot, tl.int64), real & in_use
+    return tl.cast(slot, tl.int64)
 
 
 @triton.jit
@@ -49,12 +57,18 @@ def attend(
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Lines 7 to 11 of Algorithm 1 over the keys begin..end; CUT where the mask cuts tiles."""
+    if PAGE_SIZE:  # looked up a tile ahead, so that no load of keys waits for the block table
+        page, there = find_pages(begin, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N)
     for start in tl.range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         if PAGE_SIZE:
-            page, slot, real = locate_tile(start, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N)
+            slot = slots(start, PAGE_SIZE, BLOCK_N)
             offset_k = page * page_stride_k + slot * stride_k
             offset_v = page * page_stride_v + slot * stride_v
+            real = there & (j < seqlen_k)
+            page, there = find_pages(
+                start + BLOCK_N, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N
+            )
         else:
             real = j < seqlen_k
             offset_k = j.to(tl.int64) * stride_k
