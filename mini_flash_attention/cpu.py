@@ -13,7 +13,9 @@ from .problem import Problem
 def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Append p's new keys; (out, softmax_lse or None) of attention then."""
     out = torch.empty_like(p.q) if p.out is None else p.out
-    lse = None if p.lse_shape is None else torch.empty(p.lse_shape, dtype=torch.float32)
+    lse = (
+        None if p.lse_shape is None else torch.empty(p.lse_shape, dtype=torch.float32, device="cpu")
+    )
     if p.k_new is not None:
         _append(p)
     if (
@@ -53,7 +55,7 @@ def _attention(
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not seqlen_k or not q.numel():
-        empty = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32)
+        empty = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device="cpu")
         return torch.zeros_like(q).transpose(1, 2), empty
     seen = _seen(p, seqlen_q, seqlen_k)
     grouped = q.shape[1] != k.shape[1]
@@ -76,9 +78,9 @@ def _seen(p: Problem, seqlen_q: int, seqlen_k: int) -> torch.Tensor | None:
     """(seqlen_q, seqlen_k) bool, True where a query sees a key; None if all see all."""
     if p.left < 0 and p.right < 0:
         return None
-    i = torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
-    j = torch.arange(seqlen_k)[None, :]
-    seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool)
+    i = torch.arange(seqlen_q, device="cpu")[:, None] + seqlen_k - seqlen_q
+    j = torch.arange(seqlen_k, device="cpu")[None, :]
+    seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device="cpu")
     if p.left >= 0:
         seen &= j >= i - p.left
     if p.right >= 0:
@@ -110,7 +112,10 @@ def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
         if p.cu_seqlens_k is not None:
             return p.k[start : start + length], p.v[start : start + length]
         return p.k[b, :length], p.v[b, :length]
-    j = torch.arange(length)
+    if not p.k.shape[0]:  # no page at all
+        shape = (length, *p.k.shape[2:])
+        return p.k.new_zeros(shape), p.v.new_zeros(shape)
+    j = torch.arange(length, device="cpu")
     page, slot, real = _locate(p, torch.full_like(j, b), j)
     missing = ~real[:, None, None]
     return p.k[page, slot].masked_fill(missing, 0.0), p.v[page, slot].masked_fill(missing, 0.0)
@@ -130,10 +135,10 @@ def _append(p: Problem) -> None:
     """Write k_new and v_new into the caches, where they fit."""
     assert p.k_new is not None and p.v_new is not None
     if p.seqused_k is None:
-        start = torch.full((p.batch,), p.seqlen_k - p.appended)
+        start = torch.full((p.batch,), p.seqlen_k - p.appended, device="cpu")
     else:
         start = p.seqused_k.clamp(0, p.seqlen_k)
-    j = start[:, None] + torch.arange(p.appended)
+    j = start[:, None] + torch.arange(p.appended, device="cpu")
     b, t = torch.nonzero(j < p.seqlen_k, as_tuple=True)
     j = j[b, t]
     if p.page_size:

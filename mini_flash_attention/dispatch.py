@@ -50,8 +50,10 @@ def run(describe: Callable[..., Problem], arguments: Arguments, names: Arguments
     recipe = None if key is None else _recipes.get(key)
     if recipe is not None:
         if arguments["out"] is not None:
-            tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
-            refusals.apart(recipe.function, arguments["out"], *tensors)
+            inputs = [
+                x for name, x in arguments.items() if name != "out" and isinstance(x, torch.Tensor)
+            ]
+            refusals.apart(recipe.function, arguments["out"], *inputs)
         return _follow(recipe, arguments, names)
     p = describe(**arguments)
     if checks.ON:
@@ -82,9 +84,11 @@ def _signature(describe: Callable[..., Problem], arguments: Arguments) -> Hashab
     try:
         for x in arguments.values():
             if isinstance(x, torch.Tensor):
-                if grad and x.requires_grad or not x.dim():
-                    return None  # refused; a length to be read
+                if (grad and x.requires_grad) or x.is_neg() or not x.dim():
+                    return None  # to be refused, or a length to be read
                 key.append((x.__class__, x.dtype, x.device, x.shape, x.stride()))
+            elif x.__class__ is tuple:
+                key.append((x, *map(type, x)))  # 1 and True and 1.0 are equal, but not alike
             else:
                 key.append((x.__class__, x))
         signature = tuple(key)
@@ -97,6 +101,11 @@ def _signature(describe: Callable[..., Problem], arguments: Arguments) -> Hashab
 def _recipe(p: Problem) -> Recipe:
     """Plan a call and decide its launches."""
     checks.require_triton()
+    if INTERPRETED and p.q.dtype is torch.bfloat16:
+        refusals.refuse(
+            TypeError, p.function, "q", "float16 or float32 in Triton's interpreter", p.q.dtype,
+            "its bf16 products are wrong",
+        )  # fmt: skip
     from .kernels import append, combine, decode, forward
 
     gpu = plan.gpu(p.q.device)

@@ -65,36 +65,47 @@ class Choice(NamedTuple):
     plain: Tiles
     window: Tiles  # also for a head_dim that is no power of two
     paged: Tiles
+    large_pages: Tiles  # pages of whole tiles
 
 
 # Tiles of the forward kernel by head_dim. HOPPER is measured on an H200 (bench/NOTES.md); SMALL
 # fits the 99 KB of shared memory of SM 86, 89 and 120. All compile without a spill, which
 # tests/test_compile.py holds for every architecture.
 HOPPER = {
-    64: Choice(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
-    128: Choice(Tiles(128, 128, 8, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 4)),
-    256: Choice(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2)),
+    64: Choice(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
+    128: Choice(
+        Tiles(128, 128, 8, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 3)
+    ),
+    256: Choice(
+        Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(128, 32, 8, 3), Tiles(128, 32, 8, 3)
+    ),
 }
 BLACKWELL = {
-    64: Choice(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    128: Choice(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
-    256: Choice(Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
+    64: Choice(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+    128: Choice(
+        Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)
+    ),
+    256: Choice(Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
 }
 SMALL = {
-    64: Choice(Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    128: Choice(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    256: Choice(Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2), Tiles(64, 16, 8, 2)),
+    64: Choice(Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
+    128: Choice(
+        Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)
+    ),
+    256: Choice(Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2), Tiles(64, 16, 8, 2), Tiles(64, 16, 8, 2)),
 }
 TILES = {90: HOPPER, 100: BLACKWELL, 103: BLACKWELL}
 
 
-def forward_tiles(arch: int, head_dim: int, window: bool, paged: bool) -> Tiles:
+def forward_tiles(arch: int, head_dim: int, window: bool, page_size: int) -> Tiles:
     """Tiles of the forward kernel; each fits the architecture's shared memory without a spill."""
     size = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     choice = TILES.get(arch, SMALL)[size]
     if window or head_dim & (head_dim - 1):
         return choice.window
-    return choice.paged if paged else choice.plain
+    if not page_size:
+        return choice.plain
+    return choice.paged if page_size % choice.large_pages.block_n else choice.large_pages
 
 
 # Keys and values of the heads that run at the same time should fit in the L2 cache: 50 MB on an
@@ -105,7 +116,7 @@ L2_BYTES = 32 << 20
 def forward(p: Problem, gpu: Gpu) -> Forward:
     """The launch of the forward kernel for a call."""
     nheads, head_dim = p.q.shape[-2:]
-    tiles = forward_tiles(gpu.arch, head_dim, p.left >= 0, p.page_size > 0)
+    tiles = forward_tiles(gpu.arch, head_dim, p.left >= 0, p.page_size)
     if p.cu_seqlens_q is None:
         rows, units = -(-p.seqlen_q // tiles.block_m), p.batch * nheads
     else:

@@ -64,7 +64,7 @@ def dense(
         later(function, "alibi_slopes", "None")
     if s_aux is not None:
         later(function, "s_aux", "None")
-    check.differentiable(function, q, k, v)
+    check.differentiable(function, q, k, v, out)
     if out is not None:
         check.out(function, out, q, k, v)
     batch, seqlen_q, _, head_dim = q.shape
@@ -116,7 +116,7 @@ def varlen(
         later(function, "s_aux", "None")
     if check.splits(function, num_splits) > 1:
         later(function, "num_splits", "0 or 1")
-    check.differentiable(function, q, k, v)
+    check.differentiable(function, q, k, v, out)
     if out is not None:
         check.out(function, out, q, k, v)
     left, right = check.window(function, causal, window_size, seqlen_q, seqlen_k)
@@ -158,17 +158,24 @@ def kvcache(
         if k_cache.shape[0] != batch:
             refuse(ValueError, function, "k_cache", f"batch {batch}, as q", k_cache.shape[0])
     appended = _append(function, q, k_cache, v_cache, k, v, cache_seqlens)
+    if appended > capacity:
+        refuse(ValueError, function, "k", f"at most the cache's {capacity} tokens", appended)
     seqused, seqlen_k = None, capacity
     if isinstance(cache_seqlens, torch.Tensor):
         check.index_tensor(function, "cache_seqlens", cache_seqlens, q, (batch,))
         seqused = cache_seqlens
     elif cache_seqlens is not None:
-        seqlen_k = check.length(function, "cache_seqlens", cache_seqlens) + appended
+        seqlen_k = (
+            check.length(
+                function, "cache_seqlens", cache_seqlens, "an int or an int32 torch.Tensor"
+            )
+            + appended
+        )
         if seqlen_k > capacity:
             hint = "the keys to append count too" if appended else ""
             wanted = f"at most the cache's {capacity} tokens"
             refuse(ValueError, function, "cache_seqlens", wanted, seqlen_k, hint)
-    check.differentiable(function, q, k_cache, v_cache, k, v)
+    check.differentiable(function, q, k_cache, v_cache, k, v, out)
     if out is not None:
         check.out(function, out, q, k_cache, v_cache, *(() if k is None else (k, v)))
     left, right = check.window(function, causal, window_size, seqlen_q, seqlen_k)

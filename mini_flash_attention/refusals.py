@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 128
+MAX_REAL = 1e30  # kernels compute in fp32
 GPU_DTYPES = (torch.float16, torch.bfloat16)
 CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -34,17 +35,33 @@ def later(function: str, argument: str, value: str) -> NoReturn:
 
 # -- one argument at a time -------------------------------------------------------------------
 
+SHAPES = {
+    3: ("(total, heads, head_dim)", "with a block_table k and v are pages, without one packed"),
+    4: ("(batch, seqlen, heads, head_dim)", "packed tensors go to flash_attn_varlen_func"),
+    0: ("(num_blocks, page_size, heads, head_dim)", "with a block_table k and v are pages"),
+}
+
+
+def kind_of(x: object) -> str:
+    """The type of x by name, with its module where that is not Python's own."""
+    cls = type(x)
+    return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__name__}"
+
 
 def tensor(function: str, name: str, x: Any, rank: int, like: torch.Tensor | None = None) -> None:
     """x is a plain strided tensor of this rank; dtype, device and last stride that kernels take."""
     if not isinstance(x, torch.Tensor):
-        refuse(TypeError, function, name, "a torch.Tensor", type(x).__name__)
-    if x.layout is not torch.strided or x.is_nested:
+        refuse(TypeError, function, name, "a torch.Tensor", kind_of(x))
+    if x.is_nested:
+        hint = "flash_attn_varlen_func takes .values() and .offsets() of a jagged one"
+        refuse(TypeError, function, name, "a dense tensor", "a nested one", hint)
+    if x.layout is not torch.strided:
         refuse(TypeError, function, name, "a dense tensor", f"{x.layout}", "use .to_dense()")
+    if x.is_neg():
+        refuse(TypeError, function, name, "plain memory", "a lazy negation", "call .resolve_neg()")
     if x.dim() != rank:
-        what = "(total, heads, head_dim)" if rank == 3 else "(batch, seqlen, heads, head_dim)"
-        hint = "flash_attn_varlen_func takes packed tensors, the others batched ones"
-        refuse(ValueError, function, name, f"{rank} dimensions {what}", tuple(x.shape), hint)
+        shape, hint = SHAPES[rank] if like is None or rank == like.dim() else SHAPES[0]
+        refuse(ValueError, function, name, f"{rank} dimensions {shape}", tuple(x.shape), hint)
     if like is not None:
         if x.device != like.device:
             refuse(ValueError, function, name, f"a tensor on {like.device}, as q", x.device)
@@ -62,7 +79,7 @@ def index_tensor(
 ) -> None:
     """x holds int32 numbers on q's device in this shape (None: any size), rows contiguous."""
     if not isinstance(x, torch.Tensor):
-        refuse(TypeError, function, name, "an int32 torch.Tensor", type(x).__name__)
+        refuse(TypeError, function, name, "an int32 torch.Tensor", kind_of(x))
     if x.dtype is not torch.int32:
         refuse(TypeError, function, name, "dtype torch.int32", x.dtype, "call .int()")
     if x.device != q.device:
@@ -80,14 +97,21 @@ def index_tensor(
         )  # fmt: skip
 
 
-def length(function: str, name: str, x: Any) -> int:
-    """A length as int; a tensor of no dimensions is read, which waits for its GPU."""
-    if isinstance(x, bool):
-        refuse(TypeError, function, name, "an int", "bool")
+def integer(x: Any) -> int | None:
+    """x as int, None if it is none; a tensor of no dimensions is read, which waits for its GPU."""
+    if isinstance(x, bool) or (isinstance(x, torch.Tensor) and x.dim()):
+        return None
     try:
-        n = operator.index(x)
+        return operator.index(x)
     except (TypeError, RuntimeError):
-        refuse(TypeError, function, name, "an int", type(x).__name__)
+        return None
+
+
+def length(function: str, name: str, x: Any, wanted: str = "an int") -> int:
+    """A length as int."""
+    n = integer(x)
+    if n is None:
+        refuse(TypeError, function, name, wanted, kind_of(x))
     if not 0 <= n < 2**31:
         refuse(ValueError, function, name, "0 <= length < 2**31", n)
     return n
@@ -95,15 +119,18 @@ def length(function: str, name: str, x: Any) -> int:
 
 def flag(function: str, name: str, x: Any) -> None:
     if not isinstance(x, bool):
-        refuse(TypeError, function, name, "a bool", type(x).__name__)
+        refuse(TypeError, function, name, "a bool", kind_of(x))
 
 
 def real(function: str, name: str, x: Any) -> float:
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
-        refuse(TypeError, function, name, "a finite number", type(x).__name__)
-    number = float(x)
-    if not math.isfinite(number):
-        refuse(ValueError, function, name, "a finite number", x)
+        refuse(TypeError, function, name, "a finite number", kind_of(x))
+    try:
+        number = float(x)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= MAX_REAL:
+        refuse(ValueError, function, name, f"a number of at most {MAX_REAL:g}", x)
     return number
 
 
@@ -136,8 +163,13 @@ def window(
     """(left, right), -1 where open. A bound that can cut nothing off at these lengths is open."""
     flag(function, "causal", causal)
     try:
-        left, right = (-1 if w is None else operator.index(w) for w in window_size)
+        left, right = (
+            -1 if w is None else None if isinstance(w, torch.Tensor) else integer(w)
+            for w in (() if isinstance(window_size, torch.Tensor) else window_size)
+        )
     except (TypeError, ValueError):
+        left = right = None
+    if left is None or right is None:
         refuse(TypeError, function, "window_size", "two ints (left, right)", window_size)
     if left < -1 or right < -1:
         refuse(ValueError, function, "window_size", "-1 (open) or more", window_size)
@@ -149,10 +181,12 @@ def window(
 
 
 def splits(function: str, num_splits: Any) -> int:
-    splits = length(function, "num_splits", num_splits)
-    if splits > MAX_SPLITS:
+    number = integer(num_splits)
+    if number is None:
+        refuse(TypeError, function, "num_splits", "an int", kind_of(num_splits))
+    if not 0 <= number <= MAX_SPLITS:
         refuse(ValueError, function, "num_splits", f"0 (automatic) to {MAX_SPLITS}", num_splits)
-    return splits
+    return number
 
 
 # -- what the arguments must be to each other ---------------------------------------------------
@@ -240,8 +274,6 @@ def apart(function: str, out: torch.Tensor, *inputs: torch.Tensor) -> None:
     """Refuse an out that shares memory with an input."""
     first, end = extent(out)
     for x in inputs:
-        if x is out:
-            continue
         x_first, x_end = extent(x)
         if first < x_end and x_first < end:
             hint = "pass a tensor of its own memory"

@@ -89,9 +89,7 @@ def dense(
 ) -> Case:  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     q = randn(g, batch, seqlen_q, nheads, head_dim, dtype=dtype, device=device)
-    k, v = (
-        randn(g, batch, seqlen_k, nheads_k, head_dim, dtype=dtype, device=device) for _ in "kv"
-    )
+    k, v = (randn(g, batch, seqlen_k, nheads_k, head_dim, dtype=dtype, device=device) for _ in "kv")
     rows = [(b, b, q[b], k[b], v[b]) for b in range(batch)]
     return Case("flash_attn_func", {"q": q, "k": k, "v": v} | meaning, rows, meaning)
 
@@ -188,6 +186,8 @@ def kvcache(
             randn(g, batch, appended, nheads_k, head_dim, dtype=dtype, device=device) for _ in "kv"
         ]
         arguments |= {"k": new[0], "v": new[1]}
-        old = [[torch.cat([o, n[b]]) for o, n in zip(old[b], new, strict=True)] for b in range(batch)]
+        old = [
+            [torch.cat([o, n[b]]) for o, n in zip(old[b], new, strict=True)] for b in range(batch)
+        ]
     rows = [(b, b, q[b], old[b][0], old[b][1]) for b in range(batch)]
     return Case("flash_attn_with_kvcache", arguments | meaning, rows, meaning)

@@ -46,9 +46,7 @@ def test_varlen(meaning, page_size, lengths_q, lengths_k):
 @pytest.mark.parametrize("seqlen_q", [1, 3, 40])
 def test_kvcache(meaning, page_size, appended, seqlen_q):
     dtype = DTYPES[(page_size + appended) % 2]
-    case = kvcache(
-        3, seqlen_q, [50, 0, 17], appended, page_size, 4, 2, 16, dtype, "cpu", **meaning
-    )
+    case = kvcache(3, seqlen_q, [50, 0, 17], appended, page_size, 4, 2, 16, dtype, "cpu", **meaning)
     case.check(*case.run())
 
 

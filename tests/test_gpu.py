@@ -58,7 +58,9 @@ def check(case: Case) -> None:
 def test_dense(meaning, head_dim, dtype):
     for seed, (seqlen_q, seqlen_k) in enumerate(SHAPES):
         nheads, nheads_k = [(4, 4), (6, 2), (4, 1)][seed % 3]
-        check(dense(seed, 2, seqlen_q, seqlen_k, nheads, nheads_k, head_dim, dtype, "cuda", **meaning))
+        check(
+            dense(seed, 2, seqlen_q, seqlen_k, nheads, nheads_k, head_dim, dtype, "cuda", **meaning)
+        )
 
 
 @pytest.mark.parametrize("head_dim", [1, 2, 7, 8, 16, 24, 32, 40, 59, 72, 96, 111, 160, 192, 255])
@@ -221,7 +223,19 @@ def test_huge_logits_and_huge_inputs():
 @pytest.mark.parametrize("softmax_scale", [0.0, -0.1, 1e-4, 3.0])
 def test_scales(softmax_scale):
     check(
-        dense(0, 1, 100, 150, 2, 2, 64, torch.float16, "cuda", softmax_scale=softmax_scale, causal=True)
+        dense(
+            0,
+            1,
+            100,
+            150,
+            2,
+            2,
+            64,
+            torch.float16,
+            "cuda",
+            softmax_scale=softmax_scale,
+            causal=True,
+        )
     )
 
 
@@ -259,5 +273,7 @@ for _ in range(200):
     mfa.flash_attn_func(q, k, k, causal=True)
 print(sum(len(cache[0]) for cache in forward.forward_kernel.device_caches.values()))
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert int(result.stdout) <= 12

@@ -50,8 +50,9 @@ def append_kernel(
 
 def launches(p: Problem) -> list[Launch]:
     """The launches that append p's new keys and values to the caches."""
-    pairs = (("k_new", p.k_new, "k", p.k), ("v_new", p.v_new, "v", p.v))
-    return [_launch(p, *pair) for pair in pairs if pair[1] is not None and pair[1].numel()]
+    if p.k_new is None or p.v_new is None or not p.k_new.numel():
+        return []
+    return [_launch(p, "k_new", p.k_new, "k", p.k), _launch(p, "v_new", p.v_new, "v", p.v)]
 
 
 def _launch(

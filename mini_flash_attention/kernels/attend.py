@@ -19,9 +19,7 @@ def load_rows(base, offset, row_ok, WHOLE: tl.constexpr, HEAD_DIM: tl.constexpr,
 
 
 @triton.jit
-def find_pages(
-    start, seqlen_k, table, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def find_pages(start, seqlen_k, table, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Pages of the keys start..start + BLOCK_N, and which can be read: one if it holds them all."""
     n = tl.arange(0, BLOCK_N)
     if PAGE_SIZE % BLOCK_N == 0:
