@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from ..problem import Problem
+
 ALIGNMENT = 16  # bytes; Triton compiles for pointers that are, or are not, multiples of it
 
 
@@ -16,6 +18,15 @@ def strides(x: torch.Tensor) -> tuple[int, int, int]:
     """
     steps = tuple(s if n > 1 else 0 for s, n in zip(x.stride(), x.shape, strict=True))
     return (0, steps[0], steps[1]) if len(steps) == 3 else (steps[0], steps[1], steps[2])
+
+
+def wide(p: Problem, block_n: int) -> bool:
+    """Whether offsets inside a tile of keys, or inside a page, need 64 bits.
+
+    Above head_dim 128 they are given them anyway: there it is registers that are short.
+    """
+    steps = max(block_n, p.page_size)
+    return p.k.shape[-1] > 128 or any(steps * x.stride(-3) >= 2**31 for x in (p.k, p.v))
 
 
 class Launch:

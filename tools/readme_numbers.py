@@ -1,0 +1,269 @@
+"""Writes the measured numbers of README.md from the files that the benchmark wrote.
+
+    python tools/readme_numbers.py [--results FOLDER] [--readme FILE] [--check]
+
+FOLDER is bench/results/h200 unless told. What stands between the two comments in the README is
+replaced; with --check nothing is written, and the exit status is 1 if the block is out of date.
+Suites that have no file there are left out. Only the standard library is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITES = ("portable", "decode", "host")
+BEGIN = "<!-- numbers: written by tools/readme_numbers.py, not by hand -->"
+END = "<!-- end of numbers -->"
+
+# What the columns are called; others appear under their own name, after these.
+NAMES = {
+    "mini": "this package",
+    "fa2": "FA2 (SDPA)",
+    "cudnn": "cuDNN (SDPA)",
+    "sdpa": "SDPA",
+    "fa3": "FA3",
+    "flashinfer": "FlashInfer",
+}
+MASKS = {"none": "–", "causal": "causal"}
+MOST_DECODE_ROWS = 16  # a suite with more workloads gets a line for each group of them
+
+Row = dict[str, Any]
+Rows = Mapping[tuple[str, str], Row]  # by workload and implementation
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes or checks the block; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Writes the measured numbers of README.md.")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "h200")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
+    options = parser.parse_args(argv)
+    files = {suite: options.results / f"{suite}.json" for suite in SUITES}
+    results = {suite: read(file) for suite, file in files.items() if file.is_file()}
+    if not results:
+        print(f"readme_numbers: no results in {options.results} (make bench writes them)")
+        return 0 if options.check else 1
+    text = options.readme.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        print(f"readme_numbers: {options.readme}: expected {BEGIN} and then {END}, once each")
+        return 1
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    fresh = f"{before}{BEGIN}\n{block(results)}\n{END}{after}"
+    if fresh == text:
+        return 0
+    if options.check:
+        print(f"readme_numbers: {options.readme} is out of date: python tools/readme_numbers.py")
+        return 1
+    options.readme.write_text(fresh)
+    return 0
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A results file; rows that failed carry "error" in place of their figures."""
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
+
+
+def block(results: Mapping[str, dict[str, Any]]) -> str:
+    """All that stands between the comments."""
+    writers = {"portable": prefill, "decode": decode, "host": host}
+    parts: list[str] = []
+    origin = ""
+    for suite, result in results.items():
+        if origin != (origin := where_from(result)):
+            parts.append(origin)
+        parts += writers[suite](result, by_name(result["rows"]))
+    return "\n\n".join(parts)
+
+
+def where_from(result: Mapping[str, Any]) -> str:
+    versions = result["versions"]
+    shown = {"torch": "torch", "triton": "Triton", "cuda": "CUDA", "cudnn": "cuDNN", "fa3": "FA3"}
+    software = ", ".join(f"{shown[n]} {versions[n]}" for n in shown if n in versions)
+    return f"One {result['gpu']}, {result['date']}, commit `{result['commit']}`; {software}."
+
+
+def by_name(rows: Iterable[Row]) -> Rows:
+    return {(row["workload"], row["implementation"]): row for row in rows}
+
+
+def implementations(rows: Rows) -> list[str]:
+    """Ours first, then the peers that were measured."""
+    present = {implementation for _, implementation in rows}
+    return [n for n in NAMES if n in present] + sorted(present - set(NAMES))
+
+
+def name(implementation: str) -> str:
+    return NAMES.get(implementation, implementation)
+
+
+def rate(rows: Rows, workload: str, implementation: str) -> float | None:
+    """TFLOP/s or GB/s; None where it was not measured or failed."""
+    row = rows.get((workload, implementation), {})
+    value = row.get("tflops", row.get("gigabytes_per_second"))
+    return None if value is None else float(value)
+
+
+def figure(rows: Rows, workload: str, implementation: str) -> str:
+    value = rate(rows, workload, implementation)
+    if value is not None:
+        return f"{value:,.0f}"
+    return "failed" if "error" in rows.get((workload, implementation), {}) else ""
+
+
+def ratio(ours: float | None, theirs: float | None) -> str:
+    return f"{ours / theirs:.2f}" if ours and theirs else ""
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -> str:
+    """A table in Markdown: the first `words` columns to the left, the others to the right."""
+    rule = ["---"] * words + ["---:"] * (len(head) - words)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+# -- prefill ---------------------------------------------------------------------------------------
+
+
+def prefill(result: Mapping[str, Any], rows: Rows) -> list[str]:
+    """Dense calls against the peers; packed and paged ones against our own dense speed."""
+    columns = implementations(rows)
+    peers = [n for n in columns if n != "mini"]
+    against = "fa2" if "fa2" in peers else peers[0] if peers else None
+    head = ["head_dim", "mask", "tokens", *map(name, columns)]
+    head += [f"ours / {name(against)}"] if against else []
+    lines = []
+    for workload in dict.fromkeys(workload for workload, _ in rows):
+        cell = re.fullmatch(r"dense/d(\d+)/(\w+)/s(\d+)", workload)
+        if cell is None:
+            continue
+        head_dim, mask, tokens = cell.groups()
+        line = [head_dim, MASKS.get(mask, mask), f"{int(tokens):,}"]
+        line += [figure(rows, workload, n) for n in columns]
+        if against:
+            line.append(ratio(rate(rows, workload, "mini"), rate(rows, workload, against)))
+        lines.append(line)
+    return [
+        "**Forward pass, TFLOP/s** (bf16, batch × tokens = 16,384, heads × head_dim = 2,048):",
+        table(head, lines, words=3),
+        *of_dense(rows),
+    ]
+
+
+PREFIXES = {
+    "varlen": "packed, equal lengths",
+    "ragged": "packed, random lengths",
+    "paged/p16": "paged keys, page of 16",
+    "paged/p256": "paged keys, page of 256",
+}
+
+
+def of_dense(rows: Rows) -> list[str]:
+    """Our packed and paged speed as a share of our dense speed on as many tokens."""
+    workloads = dict.fromkeys(workload for workload, _ in rows)
+    dense = [w.removeprefix("dense/") for w in workloads if w.startswith("dense/")]
+    groups = list(dict.fromkeys(cell.rpartition("/")[0] for cell in dense))
+    lines = []
+    for prefix, words in PREFIXES.items():
+        line = [words]
+        for group in groups:
+            shares = []
+            for cell in dense:
+                ours, base = (rate(rows, f"{kind}/{cell}", "mini") for kind in (prefix, "dense"))
+                if cell.startswith(f"{group}/") and ours and base:
+                    shares.append(ours / base)
+            line.append(f"{geometric_mean(shares):.2f}" if shares else "")
+        if any(line[1:]):
+            lines.append(line)
+    if not lines:
+        return []
+    head = ["our speed ÷ our dense speed, by head_dim", *map(group_name, groups)]
+    return ["The same tokens in other layouts (geometric means over the lengths):", table(head, lines)]
+
+
+def group_name(group: str) -> str:
+    head_dim, _, mask = group.partition("/")
+    return f"{head_dim.removeprefix('d')}, {'causal' if mask == 'causal' else 'no mask'}"
+
+
+# -- decoding --------------------------------------------------------------------------------------
+
+
+def decode(result: Mapping[str, Any], rows: Rows) -> list[str]:
+    """GB/s of keys and values, a line for each workload, or for each group if there are many."""
+    columns = implementations(rows)
+    workloads = list(dict.fromkeys(workload for workload, _ in rows))
+    groups: dict[str, list[str]] = {}
+    for workload in workloads:
+        many = len(workloads) > MOST_DECODE_ROWS
+        groups.setdefault(workload.rpartition("/")[0] if many else workload, []).append(workload)
+    head = ["workload", *map(name, columns)]
+    head += ["ours / FA3"] if "fa3" in columns else []
+    lines = []
+    for group, members in groups.items():
+        means = {n: mean_rate(rows, members, n) for n in columns}
+        shown = {n: "" if mean is None else f"{mean:,.0f}" for n, mean in means.items()}
+        if len(members) == 1:
+            shown = {n: figure(rows, members[0], n) for n in columns}
+        line = [group.removeprefix("decode/"), *shown.values()]
+        lines.append([*line, ratio(means["mini"], means["fa3"])] if "fa3" in means else line)
+    text = "**Decoding, GB/s of keys and values**"
+    if len(groups) < len(workloads):
+        text += " (geometric means; empty where a peer can't do all workloads of a line)"
+    return [f"{text}:", table(head, lines)]
+
+
+def mean_rate(rows: Rows, workloads: Sequence[str], implementation: str) -> float | None:
+    """Over workloads that were all measured: means over different ones can't be compared."""
+    rates = [rate(rows, workload, implementation) for workload in workloads]
+    present = [r for r in rates if r]
+    return geometric_mean(present) if len(present) == len(rates) else None
+
+
+# -- the host --------------------------------------------------------------------------------------
+
+CALLS = {
+    "host/dense": "dense",
+    "host/varlen": "packed",
+    "host/paged": "packed, paged keys",
+    "host/decode": "decoding",
+    "host/decode-paged": "decoding, paged keys",
+}
+NO_WAIT = "None of the calls of this package waits for the GPU."
+
+
+def host(result: Mapping[str, Any], rows: Rows) -> list[str]:
+    """What a call costs the CPU, and the first call of a process."""
+    columns = implementations(rows)
+    lines = []
+    for workload in dict.fromkeys(workload for workload, _ in rows):
+        line = [CALLS.get(workload, workload)]
+        for implementation in columns:
+            row = rows.get((workload, implementation), {})
+            failed = "failed" if "error" in row else ""
+            line.append(f"{row['microseconds']:.0f}" if "microseconds" in row else failed)
+        lines.append(line)
+    ours = [row for (_, implementation), row in rows.items() if implementation == "mini"]
+    waits = [row["synchronisations"] for row in ours if "synchronisations" in row]
+    remarks = []
+    if waits:
+        what = f"These calls waited for the GPU {sum(waits)} times." if any(waits) else NO_WAIT
+        remarks.append(what)
+    if result.get("first_call_seconds"):
+        seconds = f"{result['first_call_seconds']:.1f} s"
+        remarks.append(f"The first call of a process with an empty kernel cache took {seconds}.")
+    head = ["call", *map(name, columns)]
+    title = "**CPU time of a call, µs** (tiny tensors, not waited for):"
+    return [title, table(head, lines), *filter(None, [" ".join(remarks)])]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
