@@ -72,9 +72,9 @@ class Choice(NamedTuple):
 # fits the 99 KB of shared memory of SM 86, 89 and 120. All compile without a spill, which
 # tests/test_compile.py holds for every architecture.
 HOPPER = {
-    64: Choice(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
+    64: Choice(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
     128: Choice(
-        Tiles(128, 128, 8, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 3)
+        Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 3)
     ),
     256: Choice(
         Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(128, 32, 8, 3), Tiles(128, 32, 8, 3)

@@ -186,7 +186,10 @@ def of_dense(rows: Rows) -> list[str]:
     if not lines:
         return []
     head = ["our speed ÷ our dense speed, by head_dim", *map(group_name, groups)]
-    return ["The same tokens in other layouts (geometric means over the lengths):", table(head, lines)]
+    return [
+        "The same tokens in other layouts (geometric means over the lengths):",
+        table(head, lines),
+    ]
 
 
 def group_name(group: str) -> str:

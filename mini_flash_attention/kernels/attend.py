@@ -66,8 +66,12 @@ def attend(
     diagonal, left, right, seqlen_k, scale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    TWINS: tl.constexpr,
 ):  # fmt: skip
-    """Lines 7 to 11 of Algorithm 1 over the keys begin..end; CUT where the mask cuts tiles."""
+    """Lines 7 to 11 of Algorithm 1 over the keys begin..end; CUT where the mask cuts tiles.
+
+    TWINS: k and v have the same strides, so that one computation of offsets serves both.
+    """
     if PAGE_SIZE:  # looked up a tile ahead, so that no load of keys waits for the block table
         page, there = find_pages(begin, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N)
     for start in tl.range(begin, end, BLOCK_N):
@@ -75,7 +79,9 @@ def attend(
         if PAGE_SIZE:
             slot = slots(start, PAGE_SIZE, BLOCK_N, WIDE)
             offset_k = page * page_stride_k + slot * stride_k
-            offset_v = page * page_stride_v + slot * stride_v
+            offset_v = offset_k
+            if not TWINS:
+                offset_v = page * page_stride_v + slot * stride_v
             real = there & (j < seqlen_k)
             page, there = find_pages(
                 start + BLOCK_N, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N
@@ -83,7 +89,9 @@ def attend(
         else:
             real = j < seqlen_k
             offset_k = rows(start, stride_k, BLOCK_N, WIDE)
-            offset_v = rows(start, stride_v, BLOCK_N, WIDE)
+            offset_v = offset_k
+            if not (TWINS and WIDE):  # narrow ones are cheaper made twice than kept
+                offset_v = rows(start, stride_v, BLOCK_N, WIDE)
         WHOLE: tl.constexpr = not (CUT or PAGE_SIZE)
         k_tile = load_rows(k, offset_k, real, WHOLE, HEAD_DIM, D)  # [N, D]
         s = tl.dot(q, k_tile.T)  # [M, N]

@@ -39,7 +39,7 @@ def decode_kernel(
     scale, left, right, appended,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
 ):  # fmt: skip
     # Which rows are mine? Row r is query token r // group of head r % group in the KV head's group.
     program = tl.program_id(0)
@@ -94,19 +94,19 @@ def decode_kernel(
             m, l, o, q_tile, i, begin, clear_begin, True,
             k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
             diagonal, left, right, length_k, scale,
-            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE,
+            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
         )  # fmt: skip
     m, l, o = attend(
         m, l, o, q_tile, i, clear_begin, clear_end, False,
         k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
         diagonal, left, right, length_k, scale,
-        LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE,
+        LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
     )  # fmt: skip
     m, l, o = attend(
         m, l, o, q_tile, i, clear_end, end, True,
         k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
         diagonal, left, right, length_k, scale,
-        LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE,
+        LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
     )  # fmt: skip
 
     o, lse_tile = softmax.finish(m, l, o, scale)
@@ -157,7 +157,7 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,
         p.left >= 0, p.right >= 0, p.page_size,
         head_dim, max(16, triton.next_power_of_2(head_dim)), tiles.block_m, tiles.block_n,
-        wide(p, tiles.block_n),
+        wide(p, tiles.block_n), strides(p.k) == strides(p.v),
     )  # fmt: skip
     return Launch(
         decode_kernel, plan.programs, SPLIT_POINTERS if split else POINTERS, constants,

@@ -1,0 +1,120 @@
+"""The documents: their examples run, their numbers are those measured, what they name is there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "mini_flash_attention"
+DOCUMENTS = ["README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
+RESULTS = ROOT / "bench" / "results" / "h200"
+
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
+# What stands in backquotes and looks like a file or a folder; a call or a pattern does not.
+FILE = re.compile(r"`([\w./-]+(?:\.(?:py|md|toml|txt|json)|/))`")
+MEMBER = re.compile(r"`(\w+)\.(?!py`)(\w+)`")
+
+
+def text(name):
+    return (ROOT / name).read_text()
+
+
+def run(code):
+    """What a process of its own prints, without a GPU and without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def blocks(name):
+    """The Python examples of a document; tracebacks show the document's own lines."""
+    for found in BLOCK.finditer(text(name)):
+        lines_above = "\n" * text(name).count("\n", 0, found.start(1))
+        yield f"exec(compile({lines_above + found[1]!r}, {name!r}, 'exec'), {{}})"
+
+
+def test_examples_of_the_readme_run():
+    examples = list(blocks("README.md"))
+    assert len(examples) >= 3
+    run("\n".join(examples))
+
+
+def test_the_example_of_compiling_without_a_gpu_runs():
+    pytest.importorskip("triton")
+    printed = run("\n".join(blocks("CONTRIBUTING.md")))
+    assert "bytes of shared memory" in printed and "cubin" in printed
+
+
+def numbers(*arguments):
+    command = [sys.executable, str(ROOT / "tools" / "readme_numbers.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="no results of the benchmark are here")
+def test_numbers_are_those_measured():
+    done = numbers("--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_numbers_are_written_once_and_then_fresh(tmp_path):
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    readme.write_text(text("README.md"))
+    options = ["--results", results, "--readme", readme]
+    assert numbers(*options).returncode == 1  # nothing to write
+    assert readme.read_text() == text("README.md")
+    results.mkdir()
+    head = {"gpu": "A GPU", "versions": {"torch": "2.13.0"}, "commit": "c0ffee", "date": "today"}
+    for suite, workload, unit in (
+        ("portable", "dense/d64/causal/s1024", "tflops"),
+        ("decode", "decode/b1", "gigabytes_per_second"),
+        ("host", "host/dense", "microseconds"),
+    ):
+        row = {"workload": workload, "implementation": "mini", unit: 1233.6}
+        (results / f"{suite}.json").write_text(json.dumps(head | {"rows": [row]}))
+    assert numbers(*options, "--check").returncode == 1
+    assert readme.read_text() == text("README.md")
+    done = numbers(*options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert numbers(*options, "--check").returncode == 0
+    for line in ("| 64 | causal | 1,024 | 1,234 |", "| b1 | 1,234 |", "| dense | 1234 |"):
+        assert line in readme.read_text()
+    assert readme.read_text().count("c0ffee") == 1
+    rest = re.compile("<!-- numbers.*end of numbers -->", re.DOTALL)
+    assert rest.sub("", readme.read_text()) == rest.sub("", text("README.md"))
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_what_is_named_exists(name):
+    links = {link for link in LINK.findall(text(name)) if "://" not in link}
+    missing = {link for link in links if not (ROOT / link).exists()}
+    # Files of the package may go without its name, results come and go.
+    files = {file for file in FILE.findall(text(name)) if not file.startswith("bench/results")}
+    missing |= {f for f in files if not any((folder / f).exists() for folder in (ROOT, PACKAGE))}
+    # `plan.splits`: a name in a file of the package.
+    for module, member in MEMBER.findall(text(name)):
+        for path in PACKAGE.rglob(f"{module}.py"):
+            if not re.search(rf"\b{member}\b", path.read_text()):
+                missing.add(f"{module}.{member}")
+    assert not missing
+
+
+def test_the_design_names_every_file():
+    modules = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if p.name[0] != "_"}
+    assert not {module for module in modules if f"`{module}`" not in text("DESIGN.md")}
+
+
+def test_the_package_stays_small():
+    """The budget of CONTRIBUTING.md."""
+    lines = {p: len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
+    assert sum(lines.values()) <= 2500
+    assert max(lines.values()) <= 350
