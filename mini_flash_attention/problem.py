@@ -53,7 +53,7 @@ def dense(
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_func(...)`."""
     function = "flash_attn_func"
-    check.qkv(function, q, k, v, "k v", 4, 4)
+    check.qkv(function, q, k, v, "k v", 4, False)
     if k.shape[0] != q.shape[0]:
         refuse(ValueError, function, "k", f"batch {q.shape[0]}, as q", k.shape[0])
     check.dropout(function, dropout_p)
@@ -85,7 +85,7 @@ def varlen(
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_varlen_func(...)`."""
     function = "flash_attn_varlen_func"
-    check.qkv(function, q, k, v, "k v", 3, 3 if block_table is None else 4)
+    check.qkv(function, q, k, v, "k v", 3, block_table is not None)
     check.index_tensor(function, "cu_seqlens_q", cu_seqlens_q, q, (None,))
     batch = cu_seqlens_q.shape[0] - 1
     if batch < 0 or (batch == 0 and q.shape[0] > 0):
@@ -136,7 +136,7 @@ def kvcache(
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_with_kvcache(...)`."""
     function = "flash_attn_with_kvcache"
-    check.qkv(function, q, k_cache, v_cache, "k_cache v_cache", 4, 4)
+    check.qkv(function, q, k_cache, v_cache, "k_cache v_cache", 4, block_table is not None)
     for name, value in (
         ("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin), ("cache_leftpad", cache_leftpad),
         ("cache_batch_idx", cache_batch_idx), ("alibi_slopes", alibi_slopes), ("s_aux", s_aux),

@@ -36,7 +36,10 @@ def later(function: str, argument: str, value: str) -> NoReturn:
 # -- one argument at a time -------------------------------------------------------------------
 
 SHAPES = {
-    3: ("(total, heads, head_dim)", "with a block_table k and v are pages, without one packed"),
+    3: (
+        "(total, heads, head_dim)",
+        "batched tensors go to flash_attn_func, paged keys need a block_table",
+    ),
     4: ("(batch, seqlen, heads, head_dim)", "packed tensors go to flash_attn_varlen_func"),
     0: ("(num_blocks, page_size, heads, head_dim)", "with a block_table k and v are pages"),
 }
@@ -48,7 +51,10 @@ def kind_of(x: object) -> str:
     return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__name__}"
 
 
-def tensor(function: str, name: str, x: Any, rank: int, like: torch.Tensor | None = None) -> None:
+def tensor(
+    function: str, name: str, x: Any, rank: int, like: torch.Tensor | None = None,
+    paged: bool = False,
+) -> None:  # fmt: skip
     """x is a plain strided tensor of this rank; dtype, device and last stride that kernels take."""
     if not isinstance(x, torch.Tensor):
         refuse(TypeError, function, name, "a torch.Tensor", kind_of(x))
@@ -60,7 +66,7 @@ def tensor(function: str, name: str, x: Any, rank: int, like: torch.Tensor | Non
     if x.is_neg():
         refuse(TypeError, function, name, "plain memory", "a lazy negation", "call .resolve_neg()")
     if x.dim() != rank:
-        shape, hint = SHAPES[rank] if like is None or rank == like.dim() else SHAPES[0]
+        shape, hint = SHAPES[0 if paged else rank]
         refuse(ValueError, function, name, f"{rank} dimensions {shape}", tuple(x.shape), hint)
     if like is not None:
         if x.device != like.device:
@@ -130,7 +136,7 @@ def real(function: str, name: str, x: Any) -> float:
     except OverflowError:
         number = math.inf
     if not abs(number) <= MAX_REAL:
-        refuse(ValueError, function, name, f"a number of at most {MAX_REAL:g}", x)
+        refuse(ValueError, function, name, f"a number from {-MAX_REAL:g} to {MAX_REAL:g}", x)
     return number
 
 
@@ -192,10 +198,11 @@ def splits(function: str, num_splits: Any) -> int:
 # -- what the arguments must be to each other ---------------------------------------------------
 
 
-def qkv(function: str, q: Any, k: Any, v: Any, names: str, rank_q: int, rank_k: int) -> None:
+def qkv(function: str, q: Any, k: Any, v: Any, names: str, rank: int, paged: bool) -> None:
     """q, k and v fit one another in dtype, device, heads and head_dim."""
+    rank_k = 4 if paged else rank
     k_name, v_name = names.split()
-    tensor(function, "q", q, rank_q)
+    tensor(function, "q", q, rank)
     kind = q.device.type
     if kind not in ("cuda", "cpu"):
         refuse(ValueError, function, "q", "a tensor on a CUDA device or the CPU", q.device)
@@ -203,8 +210,8 @@ def qkv(function: str, q: Any, k: Any, v: Any, names: str, rank_q: int, rank_k: 
     if q.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         refuse(TypeError, function, "q", f"dtype {wanted} on {kind}", q.dtype, "cast q, k and v")
-    tensor(function, k_name, k, rank_k, q)
-    tensor(function, v_name, v, rank_k, q)
+    tensor(function, k_name, k, rank_k, q, paged)
+    tensor(function, v_name, v, rank_k, q, paged)
     nheads, head_dim = q.shape[-2:]
     nheads_k, head_dim_k = k.shape[-2:]
     if not 1 <= head_dim <= MAX_HEAD_DIM:
@@ -224,10 +231,12 @@ def qkv(function: str, q: Any, k: Any, v: Any, names: str, rank_q: int, rank_k: 
 
 def differentiable(function: str, *tensors: torch.Tensor | None) -> None:
     """Refuse whoever expects a gradient, a tangent or a vmap: it would be lost in silence."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(
+        isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
+    ):
         raise NotImplementedError(
             f"{function}: backward: not implemented yet; "
-            "call it under torch.no_grad() or detach q, k and v"
+            "call it under torch.no_grad() or detach its tensors"
         )
     if transformed():
         raise NotImplementedError(

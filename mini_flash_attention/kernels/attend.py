@@ -70,7 +70,7 @@ def attend(
 ):  # fmt: skip
     """Lines 7 to 11 of Algorithm 1 over the keys begin..end; CUT where the mask cuts tiles.
 
-    TWINS: k and v have the same strides, so that one computation of offsets serves both.
+    TWINS: the offsets of k serve v too.
     """
     if PAGE_SIZE:  # looked up a tile ahead, so that no load of keys waits for the block table
         page, there = find_pages(begin, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N)
@@ -90,7 +90,7 @@ def attend(
             real = j < seqlen_k
             offset_k = rows(start, stride_k, BLOCK_N, WIDE)
             offset_v = offset_k
-            if not (TWINS and WIDE):  # narrow ones are cheaper made twice than kept
+            if not TWINS:
                 offset_v = rows(start, stride_v, BLOCK_N, WIDE)
         WHOLE: tl.constexpr = not (CUT or PAGE_SIZE)
         k_tile = load_rows(k, offset_k, real, WHOLE, HEAD_DIM, D)  # [N, D]

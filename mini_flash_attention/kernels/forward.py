@@ -15,7 +15,7 @@ from ..plan import Forward
 from ..problem import Problem
 from ..rules import grid, heads, mask, sequence, softmax
 from .attend import attend
-from .launch import Launch, strides, wide
+from .launch import Launch, strides, twins, wide
 
 LOG2E = math.log2(math.e)
 MAX_INT = 2**31 - 1
@@ -151,7 +151,7 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forwar
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,
         p.left >= 0, p.right >= 0, p.page_size,
         head_dim, max(16, triton.next_power_of_2(head_dim)), tiles.block_m, tiles.block_n,
-        wide(p, tiles.block_n), strides(p.k) == strides(p.v),
+        wide(p, tiles.block_n), twins(p, tiles.block_n),
     )  # fmt: skip
     return Launch(
         forward_kernel, plan.rows * plan.units, POINTERS, constants,

@@ -29,6 +29,16 @@ def wide(p: Problem, block_n: int) -> bool:
     return p.k.shape[-1] > 128 or any(steps * x.stride(-3) >= 2**31 for x in (p.k, p.v))
 
 
+def twins(p: Problem, block_n: int) -> bool:
+    """Whether v should be found by k's offsets: strides agree and it pays.
+
+    Sharing saves up to an eighth of the loop's instructions with 64-bit offsets or one page a
+    tile. Otherwise it was slower: the compiler keeps fewer of them from tile to tile.
+    """
+    one_page = p.page_size > 0 and p.page_size % block_n == 0
+    return strides(p.k) == strides(p.v) and (wide(p, block_n) or one_page)
+
+
 class Launch:
     """A kernel with everything decided but where its tensors lie.
 
