@@ -35,6 +35,7 @@ test: ## lint, format, types and every test this machine can run
 	$(in_venv) -m ruff format --check .
 	$(in_venv) -m mypy
 	OMP_NUM_THREADS=1 $(in_venv) -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(in_venv) -m pytest -n $(JOBS) -q -W ignore tests/test_functions.py
 
 bench: env ## measure; SUITE=portable is the default
 	$(in_venv) -m bench $(SUITE)

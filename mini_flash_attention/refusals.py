@@ -38,7 +38,7 @@ def later(function: str, argument: str, value: str) -> NoReturn:
 SHAPES = {
     3: (
         "(total, heads, head_dim)",
-        "batched tensors go to flash_attn_func, paged keys need a block_table",
+        "batched tensors go to flash_attn_func; with a block_table k and v are pages",
     ),
     4: ("(batch, seqlen, heads, head_dim)", "packed tensors go to flash_attn_varlen_func"),
     0: ("(num_blocks, page_size, heads, head_dim)", "with a block_table k and v are pages"),

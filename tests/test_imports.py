@@ -29,7 +29,7 @@ ARROWS = {
     "kernels": set(),
     "kernels.": {"plan", "problem", "rules.", "kernels.attend", "kernels.launch"},
     "kernels.attend": {"rules."},
-    "kernels.launch": set(),
+    "kernels.launch": {"problem"},
     "rules": set(),
     "rules.": set(),
 }

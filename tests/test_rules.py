@@ -214,13 +214,29 @@ def test_every_row_has_one_program(lengths, padding, block):
     total = cu_seqlens[-1] + padding
     programs = [0] * total
     for b, tile in work(cu_seqlens, total, block):
-        start, rows = sequence.span(b, Pointer(cu_seqlens), total)
+        start, rows = sequence.query_span(b, Pointer(cu_seqlens), total)
         assert (start, rows) == (cu_seqlens[b], lengths[b])
+        assert (start, rows) == sequence.span(b, Pointer(cu_seqlens), total)
         assert tile >= 0
         end = total if b == len(lengths) - 1 else start + rows
         for row in range(start + tile * block, min(start + (tile + 1) * block, end)):
             programs[row] += 1
     assert programs == [1] * total
+
+
+@given(lengths=LENGTHS, first=st.integers(-5, 200), block=BLOCKS)
+@searched
+def test_no_row_is_left_out_before_a_wrong_first_entry(lengths, first, block):
+    cu_seqlens = [first, *(sum(lengths[: b + 1]) for b in range(len(lengths)))]
+    total = cu_seqlens[-1]
+    written = [False] * total
+    for b, tile in work(cu_seqlens, total, block):
+        start, rows = sequence.query_span(b, Pointer(cu_seqlens), total)
+        assert start == sequence.query_start(b, Pointer(cu_seqlens), total)
+        end = total if b == len(lengths) - 1 else start + rows
+        for row in range(start + tile * block, min(start + (tile + 1) * block, end)):
+            written[row] = True
+    assert all(written)
 
 
 @given(lengths=LENGTHS, block=BLOCKS)

@@ -53,7 +53,7 @@ def forward_kernel(
     else:
         tile, unit = grid.place(tl.program_id(0), tiles, nheads, per_group)
         b, tile = sequence.find(tile, cu_seqlens_q, batch, total_q, BLOCK_M)
-        first_q, length_q = sequence.span(b, cu_seqlens_q, total_q)
+        first_q, length_q = sequence.query_span(b, cu_seqlens_q, total_q)
         rows_q = tl.minimum(length_q, seqlen_q)
         writable = tl.where(b == batch - 1, total_q - first_q, length_q)
     head = unit % nheads

@@ -22,13 +22,26 @@ def span(b, cu_seqlens, total):
 
 
 @triton.jit
+def query_start(b, cu_seqlens, total):
+    """First row of queries; entry 0 starts at 0 whatever it says, so that no row is left out."""
+    return tl.where(b == 0, 0, clamp(tl.load(cu_seqlens + b), 0, total))
+
+
+@triton.jit
+def query_span(b, cu_seqlens, total):
+    """`span` for queries."""
+    start = query_start(b, cu_seqlens, total)
+    return start, clamp(tl.load(cu_seqlens + b + 1), start, total) - start
+
+
+@triton.jit
 def first_tile(b, cu_seqlens, total, BLOCK: tl.constexpr):
     """Number of the first tile of entry b when tiles of all entries are counted through.
 
     `cu_seqlens[b] // BLOCK + b` leaves each entry room for all its tiles (at most one stays
     unused), grows with b, and needs no prefix sum over the batch.
     """
-    return clamp(tl.load(cu_seqlens + b), 0, total) // BLOCK + b
+    return query_start(b, cu_seqlens, total) // BLOCK + b
 
 
 @triton.jit
