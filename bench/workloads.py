@@ -286,6 +286,67 @@ PORTABLE = tuple(
     for workload in prefill_cell(head_dim, causal, seqlen)
 )
 
+
+def decode_cell(
+    batch: int,
+    heads: int,
+    heads_k: int,
+    seqlen: int,
+    pages: tuple[int, ...] = (),
+    seqlen_q: int = 1,
+    dtype: str = "bfloat16",
+    lengths: tuple[int, ...] = (),
+) -> Iterator[Workload]:
+    """A cache of head_dim 128 read once, in a CUDA graph: dense, then the same in pages."""
+    queries = f"/q{seqlen_q}" if seqlen_q > 1 else ""
+    cell = f"b{batch}/h{heads}-{heads_k}{queries}/{'ragged' if lengths else seqlen}"
+    for page in (None, *pages):
+        yield Workload(
+            name=f"decode/{cell}/{f'p{page}' if page else 'dense'}",
+            kind="decode",
+            seqlens_q=(seqlen_q,) * batch,
+            seqlens_k=lengths or (seqlen,) * batch,
+            heads=heads,
+            heads_k=heads_k,
+            head_dim=128,
+            causal=True,
+            dtype=dtype,
+            page_size=page,
+            graph=True,
+            cell=cell,
+        )
+
+
+def uniform_lengths(count: int, longest: int, seed: int = 1) -> tuple[int, ...]:
+    """``count`` lengths drawn from 1 to ``longest``."""
+    draw = random.Random(seed)
+    return tuple(draw.randint(1, longest) for _ in range(count))
+
+
+RAGGED = uniform_lengths(64, 16 * 1024)
+
+DECODE = tuple(
+    workload
+    for cell in (
+        # batch 24, 24 heads of fp16: the table of a small educational project
+        *(decode_cell(24, 24, 24, s, (16,), dtype="float16") for s in (512, 2048, 8192)),
+        # grouped heads, from latency to bandwidth
+        *(
+            decode_cell(batch, 32, 8, seqlen, (1, 16, 64, 256))
+            for batch, seqlen in ((1, 1024), (16, 4096), (64, 8192), (1, 128 * 1024))
+        ),
+        decode_cell(4, 32, 8, 1024),
+        decode_cell(64, 32, 8, 1024),
+        decode_cell(8, 64, 8, 16 * 1024, (16,)),
+        # ragged, and an even batch of as many keys
+        decode_cell(64, 32, 8, 0, (16,), lengths=RAGGED),
+        decode_cell(64, 32, 8, sum(RAGGED) // 64 // 256 * 256, (16,)),
+        # several query tokens: speculative decoding
+        *(decode_cell(16, 32, 8, 4096, (16,), seqlen_q=n) for n in (4, 8)),
+    )
+    for workload in cell
+)
+
 # One of each kind, small: shows within seconds that the harness runs on a machine.
 SMOKE = (
     small("smoke/dense", "dense", (100, 100)),
@@ -308,4 +369,8 @@ HOST = (
     small("host/decode-paged", "decode", (64,), head_dim=128, page_size=16),
 )
 
-SUITES: dict[str, tuple[Workload, ...]] = {"portable": PORTABLE, "smoke": SMOKE}
+SUITES: dict[str, tuple[Workload, ...]] = {
+    "portable": PORTABLE,
+    "decode": DECODE,
+    "smoke": SMOKE,
+}
