@@ -12,7 +12,7 @@ from .problem import Problem
 
 def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Append p's new keys; (out, softmax_lse or None) of attention then."""
-    out = torch.empty_like(p.q) if p.out is None else p.out
+    out = p.new_out()
     lse = (
         None if p.lse_shape is None else torch.empty(p.lse_shape, dtype=torch.float32, device="cpu")
     )
@@ -57,7 +57,9 @@ def _attention(
     if not seqlen_k or not q.numel():
         empty = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device="cpu")
         return torch.zeros_like(q).transpose(1, 2), empty
-    seen = _seen(p, seqlen_q, seqlen_k)
+    skipped = max(0, seqlen_k - seqlen_q - p.left) if p.left >= 0 else 0
+    k, v = k[:, :, skipped:], v[:, :, skipped:]  # what lies before every window
+    seen = _seen(p, seqlen_q, seqlen_k, skipped)
     grouped = q.shape[1] != k.shape[1]
     result = F.scaled_dot_product_attention(
         q, k, v, attn_mask=seen, scale=p.softmax_scale, enable_gqa=grouped
@@ -74,13 +76,13 @@ def _attention(
     return result.transpose(1, 2), lse
 
 
-def _seen(p: Problem, seqlen_q: int, seqlen_k: int) -> torch.Tensor | None:
-    """(seqlen_q, seqlen_k) bool, True where a query sees a key; None if all see all."""
+def _seen(p: Problem, seqlen_q: int, seqlen_k: int, skipped: int) -> torch.Tensor | None:
+    """(seqlen_q, seqlen_k - skipped) bool, True where a query sees a key; None if all see all."""
     if p.left < 0 and p.right < 0:
         return None
     i = torch.arange(seqlen_q, device="cpu")[:, None] + seqlen_k - seqlen_q
-    j = torch.arange(seqlen_k, device="cpu")[None, :]
-    seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device="cpu")
+    j = torch.arange(skipped, seqlen_k, device="cpu")[None, :]
+    seen = torch.ones(seqlen_q, seqlen_k - skipped, dtype=torch.bool, device="cpu")
     if p.left >= 0:
         seen &= j >= i - p.left
     if p.right >= 0:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from . import checks, cpu, plan, refusals
-from .problem import Problem
+from .problem import Problem, empty_out
 
 if TYPE_CHECKING:
     from .kernels.launch import Launch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
 MAX_RECIPES = 4096
+PLAIN = (int, float, bool, type(None))
 
 Arguments = Mapping[str, Any]
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -49,13 +50,10 @@ def run(describe: Callable[..., Problem], arguments: Arguments, names: Arguments
     key = _signature(describe, arguments)
     recipe = None if key is None else _recipes.get(key)
     if recipe is not None:
-        if arguments["out"] is not None:
-            inputs = [
-                x for name, x in arguments.items() if name != "out" and isinstance(x, torch.Tensor)
-            ]
-            refusals.apart(recipe.function, arguments["out"], *inputs)
+        _keep_apart(recipe.function, arguments)
         return _follow(recipe, arguments, names)
     p = describe(**arguments)
+    _keep_apart(p.function, arguments)
     if checks.ON:
         checks.values(p)
     if p.softmax_scale < FLOAT32_TINY:
@@ -75,10 +73,18 @@ def run(describe: Callable[..., Problem], arguments: Arguments, names: Arguments
     return _follow(recipe, arguments, names)
 
 
+def _keep_apart(function: str, arguments: Arguments) -> None:
+    """Refuse an out that shares memory with any other tensor."""
+    if arguments["out"] is not None:
+        others = (x for name, x in arguments.items() if name != "out")
+        inputs = [x for x in others if isinstance(x, torch.Tensor)]
+        refusals.apart(function, arguments["out"], *inputs)
+
+
 def _signature(describe: Callable[..., Problem], arguments: Arguments) -> Hashable:
     """What checks, plan and launches depend on; None where each call must be looked at afresh."""
-    if checks.ON or refusals.transformed():
-        return None
+    if checks.ON or refusals.transformed() or type(arguments.get("cache_seqlens")) is int:
+        return None  # the last, because it grows with every token
     grad = torch.is_grad_enabled()
     key: list[Any] = [describe]
     try:
@@ -87,10 +93,12 @@ def _signature(describe: Callable[..., Problem], arguments: Arguments) -> Hashab
                 if (grad and x.requires_grad) or x.is_neg() or not x.dim():
                     return None  # to be refused, or a length to be read
                 key.append((x.__class__, x.dtype, x.device, x.shape, x.stride()))
-            elif x.__class__ is tuple:
-                key.append((x, *map(type, x)))  # 1 and True and 1.0 are equal, but not alike
+            elif x.__class__ in PLAIN:
+                key.append((x.__class__, x))  # 1 and True and 1.0 are equal, but not alike
+            elif x.__class__ is tuple and all(type(y) in PLAIN for y in x):
+                key.append((x, *map(type, x)))
             else:
-                key.append((x.__class__, x))
+                return None
         signature = tuple(key)
         hash(signature)
     except (TypeError, RuntimeError, NotImplementedError):  # unhashable, or no plain tensor
@@ -109,7 +117,7 @@ def _recipe(p: Problem) -> Recipe:
     from .kernels import append, combine, decode, forward
 
     gpu = plan.gpu(p.q.device)
-    out = torch.empty_like(p.q) if p.out is None else p.out
+    out = p.new_out()
     lse = None if p.lse_shape is None else torch.empty(p.lse_shape, device="meta")
     launches = append.launches(p)
     part_shapes = None
@@ -138,17 +146,20 @@ def _follow(recipe: Recipe, arguments: Arguments, names: Arguments) -> Result:
         tensors["seqused_k"] = None  # an int, known to the launches
     out, lse = arguments["out"], None
     if out is None:
-        out = tensors["out"] = torch.empty_like(q)
+        out = tensors["out"] = empty_out(q)
     if recipe.lse_shape is not None:
         lse = torch.empty(recipe.lse_shape, dtype=torch.float32, device=q.device)
         tensors["lse"] = lse
     if recipe.part_shapes is not None:
-        tensors["part_out"], tensors["part_lse"] = (
-            torch.empty(shape, dtype=torch.float32, device=q.device) for shape in recipe.part_shapes
-        )
+        out_shape, rows = recipe.part_shapes
+        tensors["part_out"] = torch.empty(out_shape, dtype=torch.float32, device=q.device)
+        states = torch.empty((2, *rows), dtype=torch.float32, device=q.device)
+        tensors["part_max"], tensors["part_sum"] = states[0], states[1]
     for launch in recipe.launches:
         launch(tensors)
     return out, lse
 
 
-NOTHING = dict.fromkeys(("lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table"))
+NOTHING = dict.fromkeys(
+    ("nothing", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table")
+)

@@ -116,7 +116,7 @@ L2_BYTES = 32 << 20
 def forward(p: Problem, gpu: Gpu) -> Forward:
     """The launch of the forward kernel for a call."""
     nheads, head_dim = p.q.shape[-2:]
-    tiles = forward_tiles(gpu.arch, head_dim, p.left >= 0, p.page_size)
+    tiles = forward_tiles(gpu.arch, head_dim, p.windowed, p.page_size)
     if p.cu_seqlens_q is None:
         rows, units = -(-p.seqlen_q // tiles.block_m), p.batch * nheads
     else:
@@ -172,7 +172,7 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     parts = p.num_splits
     if not parts:
         visible = p.seqlen_k
-        if p.left >= 0 and p.right >= 0:
-            visible = min(visible, p.left + p.right + p.seqlen_q)
+        if p.left >= 0:  # to the right of the last query there is no key
+            visible = min(visible, p.left + p.seqlen_q)
         parts = splits(programs, -(-visible // tiles.block_n), gpu.multiprocessors)
     return Decode(tiles, parts, programs * parts)

@@ -35,6 +35,11 @@ class Problem(NamedTuple):
     right: int
     num_splits: int
     need_lse: bool
+    windowed: bool  # a left bound was asked for, whether or not it can cut
+
+    def new_out(self) -> torch.Tensor:
+        """The caller's out, or a new one."""
+        return empty_out(self.q) if self.out is None else self.out
 
     @property
     def lse_shape(self) -> tuple[int, ...] | None:
@@ -44,6 +49,14 @@ class Problem(NamedTuple):
         nheads = self.q.shape[-2]
         packed = self.cu_seqlens_q is not None
         return (nheads, self.q.shape[0]) if packed else (self.batch, nheads, self.seqlen_q)
+
+
+def empty_out(q: torch.Tensor) -> torch.Tensor:
+    """A new output for q: its layout, but head_dim contiguous even if q overlaps itself."""
+    out = torch.empty_like(q)
+    if out.stride(-1) != 1:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out
 
 
 def dense(
@@ -66,14 +79,15 @@ def dense(
         later(function, "s_aux", "None")
     check.differentiable(function, q, k, v, out)
     if out is not None:
-        check.out(function, out, q, k, v)
+        check.out(function, out, q)
     batch, seqlen_q, _, head_dim = q.shape
-    seqlen_k = k.shape[1]
-    left, right = check.window(function, causal, window_size, seqlen_q, seqlen_k)
+    seqlen_k = check.bounded(function, "k", k.shape[1])
+    check.bounded(function, "q", seqlen_q)
+    left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
     scale = check.scale(function, softmax_scale, head_dim)
     return Problem(
         function, q, k, v, out, None, None, None, None, None, None,
-        batch, seqlen_q, seqlen_k, 0, 0, scale, left, right, 0, return_attn_probs,
+        batch, seqlen_q, seqlen_k, 0, 0, scale, left, right, 0, return_attn_probs, asked,
     )  # fmt: skip
 
 
@@ -101,7 +115,9 @@ def varlen(
     seqlen_q = min(check.length(function, "max_seqlen_q", max_seqlen_q), q.shape[0])
     seqlen_k = check.length(function, "max_seqlen_k", max_seqlen_k)
     page_size = 0
+    check.bounded(function, "q", q.shape[0])
     if block_table is None:
+        check.bounded(function, "k", k.shape[0])
         seqlen_k = min(seqlen_k, k.shape[0])
     else:
         page_size, capacity = _pages(function, block_table, batch, q, k)
@@ -118,12 +134,12 @@ def varlen(
         later(function, "num_splits", "0 or 1")
     check.differentiable(function, q, k, v, out)
     if out is not None:
-        check.out(function, out, q, k, v)
-    left, right = check.window(function, causal, window_size, seqlen_q, seqlen_k)
+        check.out(function, out, q)
+    left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
     scale = check.scale(function, softmax_scale, q.shape[-1])
     return Problem(
         function, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, None, None,
-        batch, seqlen_q, seqlen_k, 0, page_size, scale, left, right, 1, return_attn_probs,
+        batch, seqlen_q, seqlen_k, 0, page_size, scale, left, right, 1, return_attn_probs, asked,
     )  # fmt: skip
 
 
@@ -154,7 +170,7 @@ def kvcache(
     if block_table is not None:
         page_size, capacity = _pages(function, block_table, batch, q, k_cache)
     else:
-        page_size, capacity = 0, k_cache.shape[1]
+        page_size, capacity = 0, check.bounded(function, "k_cache", k_cache.shape[1])
         if k_cache.shape[0] != batch:
             refuse(ValueError, function, "k_cache", f"batch {batch}, as q", k_cache.shape[0])
     appended = _append(function, q, k_cache, v_cache, k, v, cache_seqlens)
@@ -177,13 +193,13 @@ def kvcache(
             refuse(ValueError, function, "cache_seqlens", wanted, seqlen_k, hint)
     check.differentiable(function, q, k_cache, v_cache, k, v, out)
     if out is not None:
-        check.out(function, out, q, k_cache, v_cache, *(() if k is None else (k, v)))
-    left, right = check.window(function, causal, window_size, seqlen_q, seqlen_k)
+        check.out(function, out, q)
+    left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
     scale = check.scale(function, softmax_scale, head_dim)
     return Problem(
         function, q, k_cache, v_cache, out, None, None, seqused, block_table, k, v,
         batch, seqlen_q, seqlen_k, appended, page_size, scale, left, right, splits,
-        return_softmax_lse,
+        return_softmax_lse, asked,
     )  # fmt: skip
 
 
@@ -195,7 +211,7 @@ def _pages(
     page_size = k.shape[1]
     if page_size < 1:
         refuse(ValueError, function, "block_table", "pages of at least one token", page_size)
-    return page_size, table.shape[1] * page_size
+    return page_size, check.bounded(function, "block_table", table.shape[1] * page_size)
 
 
 def _append(

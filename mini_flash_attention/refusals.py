@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 128
+MAX_LENGTH = 2**31 - 2**16
 MAX_REAL = 1e30  # kernels compute in fp32
 GPU_DTYPES = (torch.float16, torch.bfloat16)
 CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -118,8 +119,15 @@ def length(function: str, name: str, x: Any, wanted: str = "an int") -> int:
     n = integer(x)
     if n is None:
         refuse(TypeError, function, name, wanted, kind_of(x))
-    if not 0 <= n < 2**31:
-        refuse(ValueError, function, name, "0 <= length < 2**31", n)
+    if not 0 <= n <= MAX_LENGTH:
+        refuse(ValueError, function, name, f"a length from 0 to {MAX_LENGTH}", n)
+    return n
+
+
+def bounded(function: str, name: str, n: int) -> int:
+    """n tokens, few enough that kernels count them, and a tile beyond, in 32 bits."""
+    if n > MAX_LENGTH:
+        refuse(ValueError, function, name, f"at most {MAX_LENGTH} tokens", n)
     return n
 
 
@@ -165,8 +173,10 @@ def softcap(function: str, softcap: Any) -> None:
 
 def window(
     function: str, causal: Any, window_size: Any, seqlen_q: int, seqlen_k: int
-) -> tuple[int, int]:
-    """(left, right), -1 where open. A bound that can cut nothing off at these lengths is open."""
+) -> tuple[int, int, bool]:
+    """(left, right), -1 where open, as is a bound that can cut nothing off at these lengths;
+    and whether a left one was given.
+    """
     flag(function, "causal", causal)
     try:
         left, right = (
@@ -183,7 +193,8 @@ def window(
         right = 0
     # The last query stands on the last key, so left < seqlen_k - 1 is what can cut; and the first
     # of seqlen_q queries stands seqlen_q - 1 keys before the last.
-    return (-1 if left >= seqlen_k - 1 else left), (-1 if right >= seqlen_q - 1 else right)
+    asked = left >= 0
+    return -1 if left >= seqlen_k - 1 else left, -1 if right >= seqlen_q - 1 else right, asked
 
 
 def splits(function: str, num_splits: Any) -> int:
@@ -268,7 +279,7 @@ def extent(x: torch.Tensor) -> tuple[int, int]:
     return start, start + span * x.element_size() * (x.numel() > 0)
 
 
-def out(function: str, out: Any, q: torch.Tensor, *inputs: torch.Tensor) -> None:
+def out(function: str, out: Any, q: torch.Tensor) -> None:
     tensor(function, "out", out, q.dim(), q)
     if out.shape != q.shape:
         refuse(ValueError, function, "out", f"shape {tuple(q.shape)}", tuple(out.shape))
@@ -276,7 +287,6 @@ def out(function: str, out: Any, q: torch.Tensor, *inputs: torch.Tensor) -> None
         refuse(
             ValueError, function, "out", "elements that don't overlap", f"strides {out.stride()}"
         )
-    apart(function, out, q, *inputs)
 
 
 def apart(function: str, out: torch.Tensor, *inputs: torch.Tensor) -> None:

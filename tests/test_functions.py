@@ -8,6 +8,8 @@ import pytest
 import torch
 from cases import dense, kvcache, varlen
 
+import mini_flash_attention
+
 MASKS = [
     {},
     {"causal": True},
@@ -57,6 +59,50 @@ def test_splits(num_splits, seqlen_q):
         num_splits=num_splits, causal=True,
     )  # fmt: skip
     case.check(*case.run())
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 3])
+@pytest.mark.parametrize("paged", [False, True])
+def test_nothing_before_a_window_reaches_an_output(seqlen_q, paged):
+    """An engine may have given those pages to another sequence."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, seqlen_q, 2, 16, dtype=torch.float16, generator=g)
+    caches = torch.randn(2, 1, 100, 1, 16, dtype=torch.float16, generator=g)
+    poisoned = caches.clone()
+    poisoned[:, :, :80] = float("nan")
+    table = torch.arange(10, dtype=torch.int32)[None] if paged else None
+    outs = [
+        mini_flash_attention.flash_attn_with_kvcache(
+            q,
+            *(c.view(10, 10, 1, 16) if paged else c for c in pair),
+            cache_seqlens=100,
+            block_table=table,
+            window_size=(4, 0),
+            causal=True,
+        )
+        for pair in (caches, poisoned)
+    ]
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 4])
+def test_splits_of_huge_equal_logits(num_splits):
+    """Parts weigh by what they hold, even where an LSE in fp32 has no digits left to say it."""
+    q = torch.full((1, 1, 1, 32), 448.0, dtype=torch.float16)
+    k = torch.full((1, 100, 1, 32), -1880.0, dtype=torch.float16)
+    v = torch.ones(1, 100, 1, 32, dtype=torch.float16)
+    v[:, 64:] = -1
+    out = mini_flash_attention.flash_attn_with_kvcache(
+        q, k, v, num_splits=num_splits, softmax_scale=0.5
+    )
+    assert (out - 0.28).abs().max() < 1e-3
+
+
+def test_an_overlapping_query():
+    q = torch.randn(64, dtype=torch.float16).as_strided((1, 4, 1, 8), (64, 1, 8, 1))
+    k = torch.randn(1, 9, 1, 8, dtype=torch.float16)
+    out = mini_flash_attention.flash_attn_func(q, k, k)
+    assert torch.equal(out, mini_flash_attention.flash_attn_func(q.clone(), k, k))
 
 
 @pytest.mark.parametrize("head_dim", [1, 3, 8, 17, 40, 64, 96, 128, 256])

@@ -144,6 +144,36 @@ def test_thousand_repeats_while_another_stream_is_busy():
         assert torch.equal(lse, first_lse)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("window_size", [(-1, -1), (63, 0), (500, 0)])
+def test_a_sequence_does_not_see_its_neighbours(head_dim, window_size):
+    """Bitwise the same alone and in batches of 5 and 64, prefill and decoding without splits."""
+    lengths = [60, 300, 1, 1200, 77] + [200] * 59
+    masks = {"causal": True, "window_size": window_size}
+    for page_size in (0, 16):
+        whole = varlen(
+            0, lengths, lengths, page_size, 4, 2, head_dim, torch.bfloat16, "cuda", **masks
+        )
+        decoded = kvcache(
+            0, 1, lengths, 0, page_size, 4, 2, head_dim, torch.bfloat16, "cuda",
+            num_splits=1, **masks,
+        )  # fmt: skip
+        out, step = whole.run()[0], decoded.run()[0]
+        for batch in (1, 5):
+            cu = whole.arguments["cu_seqlens_q"][: batch + 1].contiguous()
+            few = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "q": whole.arguments["q"][: cu[-1]]}
+            few |= {"max_seqlen_q": max(lengths[:batch]), "max_seqlen_k": max(lengths[:batch])}
+            of_few = {"q": decoded.arguments["q"][:batch]}
+            of_few |= {"cache_seqlens": decoded.arguments["cache_seqlens"][:batch]}
+            if page_size:
+                few["block_table"] = whole.arguments["block_table"][:batch]
+                of_few["block_table"] = decoded.arguments["block_table"][:batch]
+            else:
+                of_few |= {n: decoded.arguments[n][:batch] for n in ("k_cache", "v_cache")}
+            assert torch.equal(whole.run(**few)[0], out[: cu[-1]])
+            assert torch.equal(decoded.run(**of_few)[0], step[:batch])
+
+
 def test_graph_replay_follows_lengths_and_pages():
     case = kvcache(0, 1, [300, 40, 7], 0, 16, 4, 2, 64, torch.bfloat16, "cuda", causal=True)
     case.run()

@@ -92,6 +92,8 @@ def attend(
             offset_v = offset_k
             if not TWINS:
                 offset_v = rows(start, stride_v, BLOCK_N, WIDE)
+        if CUT and LEFT:  # what lies before every window may be someone else's by now
+            real = real & (j >= tl.min(i, 0) + (diagonal - left))
         WHOLE: tl.constexpr = not (CUT or PAGE_SIZE)
         k_tile = load_rows(k, offset_k, real, WHOLE, HEAD_DIM, D)  # [N, D]
         s = tl.dot(q, k_tile.T)  # [M, N]

@@ -28,7 +28,7 @@ LOG2E = math.log2(math.e)
     ]
 )  # fmt: skip
 def decode_kernel(
-    q, k, v, out, lse, seqused_k, block_table,
+    q, k, v, out, lse, sums, seqused_k, block_table,
     stride_q_b, stride_q_t, stride_q_h,
     stride_k_b, stride_k_t, stride_k_h,
     stride_v_b, stride_v_t, stride_v_h,
@@ -116,17 +116,22 @@ def decode_kernel(
         o.to(out.dtype.element_ty),
         mask=wanted,
     )
-    if lse is not None:
-        lse += part.to(tl.int64) * stride_lse_s + b * stride_lse_b
-        tl.store(lse + head * stride_lse_h + i, lse_tile, mask=row < rows)
+    at = part.to(tl.int64) * stride_lse_s + b * stride_lse_b + head * stride_lse_h + i
+    if sums is not None:  # a part: `combine` wants its state
+        tl.store(lse + at, m, mask=row < rows)
+        tl.store(sums + at, l, mask=row < rows)
+    elif lse is not None:
+        tl.store(lse + at, lse_tile, mask=row < rows)
 
 
-POINTERS = ("q", "k", "v", "out", "lse", "seqused_k", "block_table")
-SPLIT_POINTERS = ("q", "k", "v", "part_out", "part_lse", "seqused_k", "block_table")
+POINTERS = ("q", "k", "v", "out", "lse", "nothing", "seqused_k", "block_table")
+SPLIT_POINTERS = (
+    "q", "k", "v", "part_out", "part_max", "part_sum", "seqused_k", "block_table",
+)  # fmt: skip
 
 
 def parts(p: Problem, plan: Decode) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Shapes (fp32) of what splits leave: outputs and LSEs; None without splits."""
+    """Shapes (fp32) of what splits leave: outputs; maxima and sums. None without splits."""
     if plan.splits == 1:
         return None
     nheads, head_dim = p.q.shape[-2:]

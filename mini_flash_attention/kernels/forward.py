@@ -94,8 +94,8 @@ def forward_kernel(
     begin, clear_begin, clear_end, end = mask.key_tiles(
         first, last, diagonal, left, right, length_k, BLOCK_N, LEFT, RIGHT
     )
-    end = tl.where(first < rows_q, end, begin)
-    clear_end = tl.minimum(clear_end, end)
+    if first >= rows_q:  # rows after a sequence's end: no keys
+        begin, clear_begin, clear_end, end = 0, 0, 0, 0
     if LEFT:
         m, l, o = attend(
             m, l, o, q_tile, i, begin, clear_begin, True,

@@ -36,15 +36,15 @@ def finish(m, l, o, scale):
 
 
 @triton.jit
-def merge(lse, o):
-    """Fold partial results over disjoint keys: weights are the exponentials of their LSEs.
+def merge(m, l, o, scale):
+    """Fold the states of S parts of the keys: m [S], l [S], o [S, D], each o normalised.
 
-    lse [S] and o [S, D] of S parts, each normalised -> (o [D], lse). A part that saw no key has an
-    LSE of -inf and weighs nothing; if all are empty the result is 0 and -inf.
+    Gives m [1], l [1] and o [1, D], not normalised, as `finish` takes them. A part that saw no key
+    has m = -inf and weighs nothing. Weights come from m and l, not from an LSE: at a score of ten
+    million fp32 has no digits left in it for l.
     """
-    m = tl.max(lse, 0)
-    reference = tl.where(m == float("-inf"), 0.0, m)
-    weight = tl.exp(lse - reference)
-    total = tl.sum(weight, 0)
-    inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
-    return tl.sum(o * tl.expand_dims(weight, 1), 0) * inverse, reference + tl.log(total)
+    m_all = tl.max(m, 0, keep_dims=True)
+    reference = tl.where(m_all == float("-inf"), 0.0, m_all)
+    weight = l * tl.exp2((m - reference) * scale)
+    o_all = tl.sum(o * tl.expand_dims(weight, 1), 0, keep_dims=True)
+    return m_all, tl.sum(weight, 0, keep_dims=True), o_all
