@@ -169,8 +169,8 @@ def flash_attn_with_kvcache(
         k_cache, v_cache: (batch, seqlen_cache, nheads_k, head_dim); with `block_table` the pages
             (num_blocks, page_size, nheads_k, head_dim), page_size 1 or more.
         k, v: (batch, seqlen_new, nheads_k, head_dim), written to the caches at `cache_seqlens`
-            and then attended to. What does not fit into the cache is not written. They must not share
-            memory with the caches.
+            and then attended to. What does not fit into the cache is not
+            written. They must not share memory with the caches.
         cache_seqlens: keys in use before k and v: an int, or (batch,) int32 on the device. It is
             not changed. None means the whole cache. 0 gives 0 and an LSE of -inf.
         block_table: as in `flash_attn_varlen_func`.
