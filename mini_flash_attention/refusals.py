@@ -119,8 +119,8 @@ def length(function: str, name: str, x: Any, wanted: str = "an int") -> int:
     n = integer(x)
     if n is None:
         refuse(TypeError, function, name, wanted, kind_of(x))
-    if not 0 <= n <= MAX_LENGTH:
-        refuse(ValueError, function, name, f"a length from 0 to {MAX_LENGTH}", n)
+    if not 0 <= n < 2**31:
+        refuse(ValueError, function, name, "0 <= length < 2**31", n)
     return n
 
 
