@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .problem import Problem
+from .refusals import overlaps_itself
 
 
 def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -53,6 +54,8 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, Sq, H, D), (B, Sk, Hk, D) -> out (B, Sq, H, D), LSE (B, H, Sq), empty if not wanted."""
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    if overlaps_itself(q):  # SDPA lays its output out like q, which then overwrites itself
+        q = q.contiguous()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not seqlen_k or not q.numel():
         empty = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device="cpu")

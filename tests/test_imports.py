@@ -21,7 +21,7 @@ ARROWS = {
     "api": {"dispatch", "problem"},
     "dispatch": {"checks", "cpu", "kernels.", "plan", "problem", "refusals"},
     "checks": {"problem", "refusals"},
-    "cpu": {"problem"},
+    "cpu": {"refusals", "problem"},
     "plan": {"problem", "refusals"},
     "problem": {"refusals"},
     "refusals": set(),
