@@ -137,10 +137,13 @@ def decodes(p: Problem) -> bool:
     return not packed and (p.seqlen_q <= DECODE_SEQLEN_Q or p.num_splits > 1)
 
 
-def decode_tiles(arch: int, head_dim: int, rows: int, paged: bool) -> Tiles:
+def decode_tiles(arch: int, head_dim: int, rows: int, paged: bool, windowed: bool) -> Tiles:
     """Tiles of the decode kernel: as many keys in flight as shared memory holds twice."""
     big = arch in TILES
-    block_m = 16 if rows <= 16 else 64 if rows > 32 and big and head_dim <= 128 else 32
+    most = 64 if big and head_dim <= 128 else 32
+    if paged and windowed:  # three loops that look pages up: half as many rows, or registers spill
+        most //= 2
+    block_m = min(most, 16 if rows <= 16 else 32 if rows <= 32 else 64)
     block_n = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
     # A load that waits for the block table takes one more stage to start as early.
     return Tiles(block_m, block_n, 4, (3 if big else 2) + paged)
@@ -167,7 +170,7 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     nheads, head_dim = p.q.shape[-2:]
     nheads_k = p.k.shape[-2]
     rows = p.seqlen_q * (nheads // nheads_k)
-    tiles = decode_tiles(gpu.arch, head_dim, rows, p.page_size > 0)
+    tiles = decode_tiles(gpu.arch, head_dim, rows, p.page_size > 0, p.windowed)
     programs = p.batch * nheads_k * -(-rows // tiles.block_m)
     parts = p.num_splits
     if not parts:
