@@ -18,7 +18,7 @@ in_venv := $(VENV)/bin/python
 make_env := $(PYTHON) tools/make_env.py $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test bench clean
+.PHONY: help env demo test compile bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,8 +34,12 @@ test: ## lint, format, types and every test this machine can run
 	$(in_venv) -m ruff check .
 	$(in_venv) -m ruff format --check .
 	$(in_venv) -m mypy
-	OMP_NUM_THREADS=1 $(in_venv) -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(in_venv) -m pytest -n $(JOBS) -m "not slow"
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(in_venv) -m pytest -n $(JOBS) -q -W ignore tests/test_functions.py
+
+compile: ## compile every kernel for every architecture, no GPU needed; takes many minutes
+	@$(make_env) $(TRITONS:%=--triton %)
+	$(in_venv) -m pytest -n $(JOBS) tests/test_compile.py
 
 bench: env ## measure; SUITE=portable is the default
 	$(in_venv) -m bench $(SUITE)

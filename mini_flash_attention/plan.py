@@ -69,8 +69,8 @@ class Choice(NamedTuple):
 
 
 # Tiles of the forward kernel by head_dim. HOPPER is measured on an H200 (bench/NOTES.md); SMALL
-# fits the 99 KB of shared memory of SM 86, 89 and 120. All compile without a spill, which
-# tests/test_compile.py holds for every architecture.
+# fits the 99 KB of shared memory of SM 86, 89 and 120. `make compile`
+# (tests/test_compile.py) looks for spills on every architecture.
 HOPPER = {
     64: Choice(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
     128: Choice(

@@ -1,12 +1,14 @@
 """Compiles the kernels for a GPU that need not be there, and prints what came of it as JSON.
 
-    python tests/compile_variants.py ARCH [--tight K/N] [--rest K/N]
+    python tests/compile_variants.py ARCH [--round 0 | --round 1]
 
 A variant is a call of a public function. Its tensors lie on the CPU, but it is checked, planned
 and specialised as on a GPU of compute capability ARCH (90 for 9.0): whatever the package decides
 to launch goes through Triton's own launcher, up to where that would load the binary. So nothing
-here has to know how Triton treats strides, ones and alignment. K/N stands for the K-th of N equal
-shares, counted from 0; by default all variants are compiled.
+here has to know how Triton treats strides, ones and alignment.
+
+Without --round all variants are compiled, in up to twenty minutes. The tests compile each ARCH
+twice, with another Triton in each round, and share the variants out.
 """
 
 import argparse
@@ -24,12 +26,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import mini_flash_attention as mfa
-from mini_flash_attention import cpu, dispatch, plan
-from mini_flash_attention.problem import Problem
+from mini_flash_attention import dispatch, plan
+from mini_flash_attention.kernels.launch import Launch
 
 BATCH, SEQLEN_Q, SEQLEN_K = 2, 1024, 2048
 NHEADS, NHEADS_K = 8, 2
-MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+ARCHS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 
 class Variant(NamedTuple):
@@ -39,74 +41,90 @@ class Variant(NamedTuple):
     head_dim: int
     mask: str
     keys: str  # dense, packed, used (dense with lengths on the device) or pages of a size
-    words: str  # lse, fp16, q=, splits=, append=, apart (v has other strides than k), far (64 bits)
+    words: str  # lse, fp16, q=, splits=, append=; apart: v has other strides than k; far: 64 bits;
+    # unaligned: says that head_dim leaves no load aligned
 
     def __str__(self) -> str:
         return f"{self.kernel} head_dim {self.head_dim}, {self.mask}, {self.keys}, {self.words}"
 
 
 MASKS = {"none": {}, "causal": {"causal": True}, "window": {"window_size": (500, 0)}}
-# Tables of tiles go by head_dim up to 64, 128 and 256; one that is no power of two has part of its
-# tile masked away.
+# plan.py has tiles for head_dim up to 64, 128 and 256. 96 stands for what is no power of two: part
+# of its tile is masked away.
 POWERS, ALL = (64, 128, 256), (64, 128, 256, 96)
 
-# What needs the most registers and shared memory of each entry in the tables of plan.py.
-TIGHT = [
-    # kernel   head_dims mask      keys         words
+# The most registers and shared memory that the tiles of plan.py come to. For every architecture,
+TIGHT = [  # with both Tritons:
     ("forward", ALL, "window", "pages 16", "lse"),  # three loops that look pages up
-    ("forward", ALL, "window", "packed", "lse"),  # three loops, and where the sequence lies
     ("forward", POWERS, "none", "packed", "lse"),  # the widest tiles
-    ("forward", POWERS, "causal", "pages 16", "lse"),  # tiles for small pages
-    ("forward", POWERS, "causal", "pages 256", "lse"),  # tiles for pages of whole tiles
-    ("decode", ALL, "window", "pages 16", "q=16 lse"),  # 64 rows, three loops, one more stage
-    ("decode", ALL, "window", "used", "q=4 splits=3 lse"),  # 16 rows
+    ("decode", (128, 256), "window", "pages 16", "q=16 lse"),  # three loops, most rows and stages
+]
+ALSO_TIGHT = [  # with one of them:
+    ("forward", ALL, "window", "packed", "lse fp16"),  # three loops, and where the sequence lies
+    ("forward", POWERS, "causal", "pages 16", "lse"),  # the tiles for small pages
+    ("forward", POWERS, "causal", "pages 256", "lse"),  # the tiles for large pages
+    ("decode", POWERS, "window", "used", "q=8"),  # three loops, 32 rows
+    ("decode", (64, 128), "window", "dense", "q=16 lse"),  # 64 rows
+    ("decode", (64,), "window", "pages 16", "q=16 lse"),
     ("combine", (256,), "none", "dense", "q=1 splits=128 lse"),  # the most parts
 ]
 RARE = [
-    Variant("append", 64, "none", "dense", "q=1 append=1"),
-    Variant("append", 128, "none", "pages 16", "q=1 append=1 fp16"),
-    Variant("append", 256, "causal", "used", "q=16 append=16"),
-    Variant("append", 96, "causal", "pages 5", "q=16 append=16"),
-    Variant("append", 128, "causal", "pages 256", "q=512 append=512"),
-    Variant("combine", 64, "none", "used", "q=1 splits=128 fp16"),
-    Variant("combine", 96, "none", "used", "q=1 splits=128 lse"),
-    Variant("decode", 128, "causal", "pages 5", "q=8 lse"),
-    Variant("decode", 40, "window", "pages 16", "q=16 lse"),
-    Variant("decode", 201, "window", "pages 16", "q=16 lse"),
-    Variant("forward", 1, "causal", "dense", "lse"),  # strides that are 1
-    Variant("forward", 16, "causal", "packed", "lse"),  # the narrowest tile
-    Variant("forward", 59, "window", "packed", "lse"),  # loads without alignment
-    Variant("forward", 111, "window", "pages 16", "lse"),
-    Variant("forward", 192, "causal", "pages 16", "lse"),
-    Variant("forward", 201, "window", "packed", "lse"),
-    *(Variant("forward", d, "causal", "pages 16", "lse apart") for d in ALL),
-    *(Variant("forward", d, "causal", "packed", "lse apart far") for d in POWERS),
+    ("append", (64,), "none", "dense", "q=1 append=1"),
+    ("append", (128,), "none", "pages 16", "q=1 append=1 fp16"),
+    ("append", (256,), "causal", "used", "q=16 append=16"),
+    ("append", (96,), "causal", "pages 5", "q=16 append=16"),
+    ("append", (128,), "causal", "pages 256", "q=512 append=512"),
+    ("combine", (64,), "none", "used", "q=1 splits=128 fp16"),
+    ("combine", (96,), "none", "used", "q=4 splits=128 lse"),
+    ("decode", (16,), "causal", "pages 5", "q=8 lse"),
+    ("decode", (96,), "window", "pages 16", "q=16 lse"),
+    ("forward", (1,), "causal", "dense", "lse"),  # strides that are 1
+    ("forward", (16,), "causal", "packed", "lse"),  # the narrowest tile
+    ("forward", (192,), "causal", "pages 16", "lse"),
+    ("forward", (59,), "window", "pages 16", "lse unaligned"),
+    ("decode", (201,), "window", "pages 16", "q=16 lse unaligned"),
+    ("forward", ALL, "causal", "pages 16", "lse apart"),
+    ("forward", (128,), "causal", "packed", "lse apart far"),
 ]
 
 
-def tight() -> list[Variant]:
-    """The variants that are most likely not to fit."""
-    return [Variant(kernel, d, *row) for kernel, head_dims, *row in TIGHT for d in head_dims]
+def variants(rows: list[tuple[str, tuple[int, ...], str, str, str]]) -> list[Variant]:
+    """One for each head_dim of each row."""
+    return [Variant(kernel, d, *row) for kernel, head_dims, *row in rows for d in head_dims]
 
 
-def rest() -> list[Variant]:
-    """The others: for each class of head_dim every mask with every kind of keys, and what is rare.
+def others() -> list[Variant]:
+    """For each class of head_dim every mask with every kind of keys, and what is rare.
 
     LSE, dtype and splits alternate so that they meet every mask and every kind of keys.
     """
-    variants = []
-    keys = ("dense", "packed", "used", "pages 16", "pages 5", "pages 256")
-    for head_dim, (i, mask), (j, name) in itertools.product(ALL, enumerate(MASKS), enumerate(keys)):
-        words = ["lse"] * ((i + j) % 2) + ["fp16"] * ((i + j // 2) % 3 == 0)
-        variants.append(Variant("forward", head_dim, mask, name, " ".join(words)))
+    grid = []
+    keys = ("dense", "packed", "pages 16", "used", "pages 256", "pages 5")
+    for d, (i, mask), (j, name) in itertools.product(ALL, enumerate(MASKS), enumerate(keys)):
+        words = ["lse"] * ((i + j) % 2) + ["fp16"] * (i == j % 2)
+        grid.append(Variant("forward", d, mask, name, " ".join(words)))
     keys = ("dense", "used", "pages 16", "pages 256")
-    for head_dim, (i, q), (j, name) in itertools.product(
-        ALL, enumerate((1, 8, 16)), enumerate(keys)
-    ):
+    for d, (i, q), (j, name) in itertools.product(POWERS, enumerate((1, 8, 16)), enumerate(keys)):
         words = [f"q={q}", *["splits=2"] * ((i + j) % 2), *["lse"] * (j // 2 == i % 2)]
-        mask = list(MASKS)[(i + j) % 3]
-        variants.append(Variant("decode", head_dim, mask, name, " ".join(words)))
-    return [v for v in variants + RARE if v not in tight()]
+        grid.append(Variant("decode", d, list(MASKS)[(i + j) % 3], name, " ".join(words)))
+    there = [v[:4] for v in variants(TIGHT + ALSO_TIGHT) if v.kernel == "forward"]
+    return [v for v in grid if v[:4] not in there] + variants(RARE)
+
+
+def share(arch: int, turn: int) -> list[Variant]:
+    """What `arch` compiles in this round."""
+    targets = [(arch, turn) for turn in (0, 1) for arch in ARCHS]
+    mine = others()[targets.index((arch, turn)) :: len(targets)]
+    # One of these stands for the others: the same tiles, the same instructions and, sm_80 apart,
+    # the same registers to the last.
+    alike = (80, 86, 89)
+
+    def takes(n: int) -> bool:
+        return arch not in alike or alike[(n + turn) % 3] == arch
+
+    mine += [v for n, v in enumerate(variants(TIGHT)) if takes(n)]
+    half = [(n, v) for n, v in enumerate(variants(ALSO_TIGHT)) if (n + arch // 10) % 2 == turn]
+    return mine + [v for n, v in half if takes(n // 2)]
 
 
 def call(variant: Variant) -> None:
@@ -186,22 +204,6 @@ class Driver:
         return 0
 
 
-def compile_launches(p: Problem) -> list[tuple[str, dict[str, int], Any]]:
-    """(kernel, options, what was compiled) of every launch of a call."""
-    recipe = dispatch._recipe(p)
-    tensors = {**p._asdict(), "out": torch.empty_like(p.q), "lse": None}
-    if recipe.lse_shape is not None:
-        tensors["lse"] = torch.empty(recipe.lse_shape)
-    if recipe.part_shapes is not None:
-        tensors["part_out"], tensors["part_lse"] = map(torch.empty, recipe.part_shapes)
-    compiled = []
-    for launch in recipe.launches:
-        arguments = [*(tensors[name] for name in launch.pointers), *launch.constants]
-        kernel = launch.kernel.warmup(*arguments, grid=(launch.programs,), **launch.options)
-        compiled.append((launch.kernel.__name__, launch.options, kernel))
-    return compiled
-
-
 def measured(kernel: Any) -> dict[str, int]:
     """Resources of a compiled kernel. It has a stack only where registers were spilled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -218,29 +220,35 @@ def measured(kernel: Any) -> dict[str, int]:
 
 def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
     """What came of each kernel that the variant launches, except those seen before."""
-    launched: list[tuple[str, dict[str, int], Any]] = []
+    launched: list[tuple[str, Launch, Any]] = []
 
-    def instead_of_cpu(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(describe: Any, arguments: Any, names: Any) -> Any:
+        p = describe(**arguments)
         if "far" in variant.words.split():
             p = p._replace(k=far(p.k), v=far(p.v))
-        launched.extend(compile_launches(p))
-        return p.q, p.q
+        return dispatch._follow(dispatch._recipe(p), arguments, names)
 
-    cpu.run = instead_of_cpu
+    def compile_only(launch: Launch, tensors: Any) -> None:
+        given = [tensors[name] for name in launch.pointers]
+        grid = (launch.programs,)
+        compiled = launch.kernel.warmup(*given, *launch.constants, grid=grid, **launch.options)
+        launched.append((launch.kernel.__name__.removesuffix("_kernel"), launch, compiled))
+
+    dispatch.run, Launch.__call__ = run, compile_only
     start = time.perf_counter()
     try:
         call(variant)
     except Exception as error:
         return [{"variant": str(variant), "error": f"{type(error).__name__}: {error}"}]
     seconds = time.perf_counter() - start
-    names = [name.removesuffix("_kernel") for name, _, _ in launched]
+    names = [name for name, _, _ in launched]
     if variant.kernel not in names:
         return [{"variant": str(variant), "error": f"it launched {' and '.join(names)}"}]
     results = []
-    for name, (_, options, kernel) in zip(names, launched, strict=True):
-        if kernel.hash not in seen:
-            seen.add(kernel.hash)
-            row = {"variant": str(variant), "kernel": name, **options, **measured(kernel)}
+    for name, launch, compiled in launched:
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            row = {"variant": str(variant), "kernel": name, **launch.options, **measured(compiled)}
             results.append({**row, "seconds": round(seconds, 2)})
             seconds = 0.0
     return results
@@ -248,19 +256,15 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("arch", type=int, choices=MULTIPROCESSORS)
-    parser.add_argument("--tight", default="0/1", metavar="K/N")
-    parser.add_argument("--rest", default="0/1", metavar="K/N")
+    parser.add_argument("arch", type=int, choices=ARCHS)
+    parser.add_argument("--round", type=int, choices=(0, 1))
     arguments = parser.parse_args()
-    variants = []
-    for share, these in ((arguments.tight, tight()), (arguments.rest, rest())):
-        k, n = map(int, share.split("/"))
-        variants += these[k::n]
-    arch = arguments.arch
+    arch, turn = arguments.arch, arguments.round
+    todo = variants(TIGHT + ALSO_TIGHT) + others() if turn is None else share(arch, turn)
     driver.set_active(Driver(arch))
-    plan.gpu = lambda device: plan.Gpu(f"sm_{arch}", arch, MULTIPROCESSORS[arch])
+    plan.gpu = lambda device: plan.Gpu(f"sm_{arch}", arch, ARCHS[arch])
     seen: set[str] = set()
-    for variant in variants:
+    for variant in todo:
         for result in compile_variant(variant, seen):
             print(json.dumps(result), flush=True)
 

@@ -1,0 +1,75 @@
+"""Every kernel compiles for every architecture, with the oldest and the newest Triton supported.
+
+No GPU is needed. `compile_variants.py` does the work, in a process for each pair of architecture
+and Triton. It lists the variants and says how they are shared out: each is compiled somewhere, and
+those that need the most registers and shared memory for every architecture.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+# Bytes of shared memory that a program can have (CUDA C++ Programming Guide, compute capabilities).
+SHARED = {
+    arch: kb << 10 for arch, kb in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99))
+}
+TENSOR_MEMORY = 512  # columns, on SM 100
+TRITONS = ("3.6.0", "3.9.0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED, ids="sm_{}".format)
+@pytest.mark.parametrize("version", reversed(TRITONS), ids="triton-{}".format)
+def test_fits(version: str, arch: int) -> None:
+    """No kernel spills registers or needs more memory than there is on the chip."""
+    folder = Path(sys.prefix) / f"triton-{version}"
+    if not folder.is_dir():
+        pytest.skip(f"Triton {version} is not installed beside the tests (tools/make_env.py)")
+    results = compiled(arch, TRITONS.index(version), folder)
+    wrong = [line for result in results if (line := complaint(result, SHARED[arch]))]
+    assert results and not wrong, f"{len(wrong)} of {len(results)} kernels:\n" + "\n".join(wrong)
+
+
+def compiled(arch: int, turn: int, triton: Path) -> list[dict[str, Any]]:
+    """What compile_variants.py prints, run with this Triton."""
+    env = {name: x for name, x in os.environ.items() if not name.startswith("TRITON_")}
+    env["PYTHONPATH"] = os.pathsep.join((str(triton), str(HERE.parent)))
+    env["TRITON_CACHE_DIR"] = str(Path(sys.prefix) / "triton-cache")
+    command = [sys.executable, str(HERE / "compile_variants.py"), str(arch), "--round", str(turn)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def complaint(result: dict[str, Any], shared: int) -> str:
+    """What is wrong with a compiled kernel, in one line; empty if nothing is."""
+    if "error" in result:
+        return f"{result['variant']}: {result['error']}"
+    problems = []
+    # Loads of two bytes at a time cost far more than the registers that they make spill.
+    if result["spilled"] and "unaligned" not in result["variant"]:
+        problems.append(f"spills {result['spilled']} bytes a thread")
+    if result["shared"] > shared:
+        problems.append(f"needs {result['shared']} bytes of shared memory, there are {shared}")
+    if result["tensor_memory"] > TENSOR_MEMORY:
+        problems.append(f"needs {result['tensor_memory']} columns of tensor memory")
+    if not problems:
+        return ""
+    how = f"{result['num_warps']} warps, {result['num_stages']} stages"
+    return f"{result['variant']}: {result['kernel']} ({how}) {' and '.join(problems)}"
+
+
+def test_no_kernel_is_left_out() -> None:
+    listed = (HERE / "compile_variants.py").read_text()
+    kernels = (HERE.parent / "mini_flash_attention" / "kernels").glob("*.py")
+    names = [
+        name for file in kernels for name in re.findall(r"def (\w+)_kernel\(", file.read_text())
+    ]
+    assert len(names) >= 4 and all(f'("{name}", ' in listed for name in names)
