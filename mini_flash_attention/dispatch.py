@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
     function: str
     launches: "list[Launch]"
     lse_shape: tuple[int, ...] | None
-    part_shapes: tuple[tuple[int, ...], tuple[int, ...]] | None
+    temporaries: tuple[int, int]  # elements of what split keys leave: parts, owners
 
 
 _recipes: dict[Hashable, Recipe] = {}
@@ -120,18 +120,18 @@ def _recipe(p: Problem) -> Recipe:
     out = p.new_out()
     lse = None if p.lse_shape is None else torch.empty(p.lse_shape, device="meta")
     launches = append.launches(p)
-    part_shapes = None
+    temporaries = (0, 0)
     if not out.numel():
         pass
     elif plan.decodes(p):
         decoding = plan.decode(p, gpu)
-        part_shapes = decode.parts(p, decoding)
+        temporaries = decode.temporaries(p, decoding)
         launches.append(decode.launch(p, out, lse, decoding))
-        if part_shapes is not None:
+        if temporaries[0]:
             launches.append(combine.launch(p, out, lse, decoding))
     else:
         launches.append(forward.launch(p, out, lse, plan.forward(p, gpu)))
-    return Recipe(p.function, launches, p.lse_shape, part_shapes)
+    return Recipe(p.function, launches, p.lse_shape, temporaries)
 
 
 def _follow(recipe: Recipe, arguments: Arguments, names: Arguments) -> Result:
@@ -150,16 +150,16 @@ def _follow(recipe: Recipe, arguments: Arguments, names: Arguments) -> Result:
     if recipe.lse_shape is not None:
         lse = torch.empty(recipe.lse_shape, dtype=torch.float32, device=q.device)
         tensors["lse"] = lse
-    if recipe.part_shapes is not None:
-        out_shape, rows = recipe.part_shapes
-        tensors["part_out"] = torch.empty(out_shape, dtype=torch.float32, device=q.device)
-        states = torch.empty((2, *rows), dtype=torch.float32, device=q.device)
-        tensors["part_max"], tensors["part_sum"] = states[0], states[1]
+    parts, owners = recipe.temporaries
+    if parts:
+        tensors["parts"] = torch.empty(parts, dtype=torch.float32, device=q.device)
+    if owners:
+        tensors["owners"] = torch.empty(owners, dtype=torch.int32, device=q.device)
     for launch in recipe.launches:
         launch(tensors)
     return out, lse
 
 
 NOTHING = dict.fromkeys(
-    ("nothing", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table")
+    ("lse", "parts", "owners", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table")
 )

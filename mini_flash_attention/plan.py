@@ -40,8 +40,11 @@ class Decode(NamedTuple):
     """A launch of the decode kernel."""
 
     tiles: Tiles
-    splits: int  # programs that share the keys of one row block
+    shares: bool  # whether `splits` equal shares of the batch's keys, or parts of each sequence
+    splits: int
+    split_tiles: int  # key tiles of a part; 0 for a sequence's tiles / splits
     programs: int
+    overlapped: bool  # the fold's launch begins before this one ends (SM 90)
 
 
 @cache
@@ -149,20 +152,37 @@ def decode_tiles(arch: int, head_dim: int, rows: int, paged: bool, windowed: boo
     return Tiles(block_m, block_n, 4, (3 if big else 2) + paged)
 
 
+# Shared memory of a multiprocessor in KB, by compute capability; 100 for those not listed.
+SHARED = {80: 164, 90: 228, 100: 228, 103: 228}
+MAX_SHARED_BATCH = 4096  # every program counts the key tiles of all sequences
+
+
+def programs_at_a_time(arch: int, tiles: Tiles, head_dim: int) -> int:
+    """Decode programs on a multiprocessor: registers allow two, if shared memory does."""
+    tile = 2 * tiles.block_n * max(16, next_power_of_2(head_dim)) * 2
+    needed = (tiles.num_stages - 1) * tile + (12 << 10)
+    return 2 if 2 * needed <= SHARED.get(arch, 100) << 10 else 1
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 @lru_cache(maxsize=4096)
-def splits(programs: int, key_tiles: int, multiprocessors: int) -> int:
-    """How many parts to split the keys of each program into, so that the GPU is full.
+def shares(units: int, resident: int) -> int:
+    """Into how many shares to cut a batch's keys if `units` programs work on each.
 
-    Programs run in waves of two a multiprocessor; a wave takes as long as the tiles of a part and
-    a start-up of about four tiles, and folding the parts costs as much as about eight.
+    Programs run in waves of `resident`; the number that fills its waves best, the smallest of
+    those within 3 %.
     """
-    resident = 2 * multiprocessors
+    if units <= resident // 8:
+        return resident // units
 
-    def cost(parts: int) -> int:
-        waves = -(-programs * parts // resident)
-        return waves * (-(-key_tiles // parts) + 4) + (8 if parts > 1 else 0)
+    def filled(n: int) -> float:
+        return n * units / (-(-n * units // resident) * resident)
 
-    return min(range(1, max(1, min(MAX_SPLITS, key_tiles)) + 1), key=cost)
+    best = max(filled(n) for n in range(1, 17))
+    return next(n for n in range(1, 17) if filled(n) >= best - 0.03)
 
 
 def decode(p: Problem, gpu: Gpu) -> Decode:
@@ -171,11 +191,16 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     nheads_k = p.k.shape[-2]
     rows = p.seqlen_q * (nheads // nheads_k)
     tiles = decode_tiles(gpu.arch, head_dim, rows, p.page_size > 0, p.windowed)
-    programs = p.batch * nheads_k * -(-rows // tiles.block_m)
-    parts = p.num_splits
-    if not parts:
-        visible = p.seqlen_k
-        if p.left >= 0:  # to the right of the last query there is no key
-            visible = min(visible, p.left + p.seqlen_q)
-        parts = splits(programs, -(-visible // tiles.block_n), gpu.multiprocessors)
-    return Decode(tiles, parts, programs * parts)
+    units = nheads_k * -(-rows // tiles.block_m)
+    if p.num_splits:
+        n = p.num_splits
+        return Decode(tiles, False, n, 0, p.batch * units * n, gpu.arch >= 90 and n > 1)
+    visible = p.seqlen_k
+    if p.left >= 0:  # to the right of the last query there is no key
+        visible = min(visible, p.left + p.seqlen_q)
+    most = p.batch * -(-visible // tiles.block_n)
+    resident = gpu.multiprocessors * programs_at_a_time(gpu.arch, tiles, head_dim)
+    n = min(shares(units, resident), most)
+    if most == p.batch or p.batch > MAX_SHARED_BATCH or p.batch * units >= 16 * resident:
+        return Decode(tiles, False, 1, 0, p.batch * units, False)
+    return Decode(tiles, True, n, 0, n * units, gpu.arch >= 90)

@@ -26,7 +26,7 @@ TRITONS = ("3.6.0", "3.9.0")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SHARED, ids="sm_{}".format)
-@pytest.mark.parametrize("version", reversed(TRITONS), ids="triton-{}".format)
+@pytest.mark.parametrize("version", TRITONS[::-1], ids="triton-{}".format)
 def test_fits(version: str, arch: int) -> None:
     """No kernel spills registers or needs more memory than there is on the chip."""
     folder = Path(sys.prefix) / f"triton-{version}"

@@ -61,7 +61,7 @@ def rows(start, stride, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def attend(
-    m, l, o, q, i, begin, end, CUT: tl.constexpr,  # [M], [M], [M, D], [M, D], [M]
+    m, l, o, q, i, begin, end, CUT: tl.constexpr,  # [M], [M] or [M, N], [M, D], [M, D], [M]
     k, v, stride_k, stride_v, page_stride_k, page_stride_v, table, num_pages,
     diagonal, left, right, seqlen_k, scale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
@@ -70,7 +70,8 @@ def attend(
 ):  # fmt: skip
     """Lines 7 to 11 of Algorithm 1 over the keys begin..end; CUT where the mask cuts tiles.
 
-    TWINS: the offsets of k serve v too.
+    TWINS: the offsets of k serve v too. l is a sum per row, or one per row and column where summing
+    over the columns would wait for other warps in every tile.
     """
     if PAGE_SIZE:  # looked up a tile ahead, so that no load of keys waits for the block table
         page, there = find_pages(begin, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N)
@@ -101,7 +102,10 @@ def attend(
             seen = mask.sees(i[:, None], j[None, :], diagonal, left, right, seqlen_k, LEFT, RIGHT)
             s = tl.where(seen, s, float("-inf"))
         m, alpha, p = softmax.rescale(m, s, scale)
-        l = l * alpha + tl.sum(p, 1)
+        if len(l.shape) == 1:
+            l = l * alpha + tl.sum(p, 1)
+        else:
+            l = l * alpha[:, None] + p
         v_tile = load_rows(v, offset_v, real, WHOLE, HEAD_DIM, D)  # [N, D]
         o = tl.dot(p.to(v_tile.dtype), v_tile, o * alpha[:, None])
     return m, l, o

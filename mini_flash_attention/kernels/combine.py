@@ -1,62 +1,102 @@
-"""Fold the parts that split keys left: one program for each query token and head."""
+"""Fold the parts that split keys left: one program for each row of a sequence's KV head."""
 
 import math
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from ..plan import Decode
 from ..problem import Problem
-from ..rules import softmax
+from ..rules import heads, softmax
+from .decode import part_rows, slots
 from .launch import Launch, strides
 
 LOG2E = math.log2(math.e)
+PARTS_AT_ONCE = 32
 
 
 @triton.jit(
-    do_not_specialize=["stride_lse_b", "stride_lse_h", "batch", "seqlen_q", "nheads", "splits"]
-)
+    do_not_specialize=[
+        "stride_lse_b", "stride_lse_h", "nheads_k", "group", "splits", "slots", "part_rows",
+        "seqlen_q",
+    ]
+)  # fmt: skip
 def combine_kernel(
-    part_out, part_max, part_sum, out, lse,
+    parts, owners, out, lse,
     stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h,
-    batch, seqlen_q, nheads, splits, scale,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    nheads_k, group, splits, slots, part_rows, seqlen_q, scale,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, S: tl.constexpr,
+    SHARES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # of (batch, seqlen_q, nheads)
-    rows = batch.to(tl.int64) * seqlen_q * nheads
-    head = row % nheads
-    i = row // nheads % seqlen_q
-    b = row // nheads // seqlen_q
-    s = tl.arange(0, S)
+    if PDL:
+        gdc_wait()  # until `decode` is done
+    # Whose parts? `owner` counts (share, KV head, block) or (sequence, KV head, block).
+    local = tl.program_id(0) % part_rows
+    owner = tl.program_id(0) // part_rows
+    blocks = tl.cdiv(seqlen_q * group, BLOCK_M)
+    block = owner % blocks
+    head_k = owner // blocks % nheads_k
+    if SHARES:
+        b = tl.load(owners + 2 * owner)
+        count = tl.load(owners + 2 * owner + 1)
+        first, step = 2 * owner + 1, 2 * blocks * nheads_k
+    else:
+        b = owner // blocks // nheads_k
+        count = splits
+        first, step = owner * splits, 1
+    i, member = heads.unpack(block * BLOCK_M + local, group)
+    if i >= seqlen_q:
+        count = 0
+
     d = tl.arange(0, D)
-    there = s < splits
-    at = s * rows + (b * nheads + head) * seqlen_q + i
-    m = tl.load(part_max + at, mask=there, other=float("-inf"))
-    l = tl.load(part_sum + at, mask=there, other=0.0)
-    o = tl.load(
-        part_out + (s * rows + row)[:, None] * HEAD_DIM + d[None, :],
-        mask=there[:, None] & (d < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    m, l, o = softmax.merge(m, l, o, scale)
-    o, lse_tile = softmax.finish(m, l, o, scale)  # [1, D], [1]
-    out += b * stride_o_b + i * stride_o_t + head * stride_o_h
-    tl.store(out + d[None, :], o.to(out.dtype.element_ty), mask=(d < HEAD_DIM)[None, :])
-    if lse is not None:
-        lse += b * stride_lse_b + head * stride_lse_h + i
-        tl.store(lse + tl.arange(0, 1), lse_tile)
+    m = tl.full([1], float("-inf"), tl.float32)
+    l = tl.zeros([1], tl.float32)
+    o = tl.zeros([1, D], tl.float32)
+    rows = slots.to(tl.int64) * part_rows
+    for start in range(0, count, S):
+        s = start + tl.arange(0, S)
+        slot = first + s * step
+        if SHARES:  # the first lies at a share's end, the others at the beginning of theirs
+            slot -= (s > 0).to(tl.int32)
+        at = slot.to(tl.int64) * part_rows + local
+        part_m = tl.load(parts + rows * HEAD_DIM + at, mask=s < count, other=float("-inf"))
+        part_l = tl.load(parts + rows * (HEAD_DIM + 1) + at, mask=s < count, other=0.0)
+        part_o = tl.load(
+            parts + at[:, None] * HEAD_DIM + d[None, :],
+            mask=(s < count)[:, None] & (d < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        m, l, o = softmax.merge(m, l, o, part_m, part_l, part_o, scale)
+    if count > 0:
+        o, lse_tile = softmax.finish(m, l, o, scale)
+        head = head_k.to(tl.int64) * group + member
+        out += b.to(tl.int64) * stride_o_b + i.to(tl.int64) * stride_o_t + head * stride_o_h
+        tl.store(out + d[None, :], o.to(out.dtype.element_ty), mask=(d < HEAD_DIM)[None, :])
+        if lse is not None:
+            lse += b.to(tl.int64) * stride_lse_b + head * stride_lse_h + i
+            tl.store(lse + tl.arange(0, 1), lse_tile)
+
+
+POINTERS = ("parts", "owners", "out", "lse")
 
 
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode) -> Launch:
     """The launch that folds the parts that `decode` left to out and lse."""
     nheads, head_dim = p.q.shape[-2:]
+    nheads_k = p.k.shape[-2]
     lse_strides = (0, 0) if lse is None else (lse.stride(0), lse.stride(1))
+    rows = part_rows(p, plan)
+    owners = plan.programs if plan.shares else plan.programs // plan.splits
     constants = (
-        *strides(out), *lse_strides, p.batch, p.seqlen_q, nheads, plan.splits,
-        p.softmax_scale * LOG2E,
-        head_dim, triton.next_power_of_2(head_dim), triton.next_power_of_2(plan.splits),
+        *strides(out), *lse_strides, nheads_k, nheads // nheads_k, plan.splits, slots(plan), rows,
+        p.seqlen_q, p.softmax_scale * LOG2E,
+        head_dim, triton.next_power_of_2(head_dim), plan.tiles.block_m,
+        PARTS_AT_ONCE if head_dim <= 128 else PARTS_AT_ONCE // 2, plan.shares,
+        plan.overlapped,
     )  # fmt: skip
-    pointers = ("part_out", "part_max", "part_sum", "out", "lse")
-    rows = p.batch * p.seqlen_q * nheads
-    return Launch(combine_kernel, rows, pointers, constants, 4 if head_dim > 32 else 1)
+    warps = 4 if head_dim > 32 else 1
+    return Launch(
+        combine_kernel, owners * rows, POINTERS, constants, warps, launch_pdl=plan.overlapped
+    )

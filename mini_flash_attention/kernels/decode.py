@@ -1,9 +1,15 @@
 """Attention of few queries to a long cache: the keys are read once, at the speed of memory.
 
 All query heads that share a KV head, and all query tokens, are packed into the rows of one tile,
-so a key is loaded once for all of them. Where that leaves too few programs to fill the GPU, the
-keys are split: each program takes a part, and `combine.py` folds the parts.
-Source: Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023).
+so a key is loaded once for all of them. Keys are split among programs, and `combine.py` folds what
+they found. There are two ways to split, told apart by SHARES:
+
+- equal shares of the whole batch's keys (`shares.py`), one for each program that the GPU can run at
+  a time: it stays full to the end, whatever the lengths;
+- a number of parts for each sequence, where a caller asks for that.
+
+Source: Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023); equal shares as in Stream-K
+(arXiv:2301.03598).
 """
 
 import math
@@ -11,63 +17,58 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..plan import Decode
 from ..problem import Problem
-from ..rules import heads, mask, sequence, softmax, split
+from ..rules import heads, mask, softmax, split
+from . import shares
 from .attend import attend
 from .launch import Launch, strides, twins, wide
 
 LOG2E = math.log2(math.e)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_lse_b", "stride_lse_h", "stride_table", "nheads_k", "group", "splits",
-        "seqlen_q", "seqlen_k", "num_pages", "left", "right", "appended",
-    ]
-)  # fmt: skip
-def decode_kernel(
-    q, k, v, out, lse, sums, seqused_k, block_table,
+@triton.jit
+def decode_tiles(
+    b, head_k, block, low, high, whole, slot,
+    q, k, v, out, lse, parts, seqused_k, block_table,
     stride_q_b, stride_q_t, stride_q_h,
     stride_k_b, stride_k_t, stride_k_h,
     stride_v_b, stride_v_t, stride_v_h,
-    stride_o_s, stride_o_b, stride_o_t, stride_o_h,
-    stride_lse_s, stride_lse_b, stride_lse_h, stride_table,
-    nheads_k, group, splits,
-    seqlen_q, seqlen_k, num_pages,
-    scale, left, right, appended,
+    stride_o_b, stride_o_t, stride_o_h,
+    stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
+    seqlen_q, seqlen_k, num_pages, scale, left, right, appended,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
 ):  # fmt: skip
+    """A block of rows of one KV head against the tiles low..high of what its sequence sees.
+
+    The result goes to out and lse if those tiles are the whole, else to a slot of the parts.
+    """
     # Which rows are mine? Row r is query token r // group of head r % group in the KV head's group.
-    program = tl.program_id(0)
-    part = program % splits
     rows = seqlen_q * group
-    blocks = tl.cdiv(rows, BLOCK_M)
-    block = program // splits % blocks
-    unit = program // splits // blocks
-    head_k = (unit % nheads_k).to(tl.int64)
-    b = (unit // nheads_k).to(tl.int64)
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    local = tl.arange(0, BLOCK_M)
+    row = block * BLOCK_M + local
     i, member = heads.unpack(row, group)
+    head_k = head_k.to(tl.int64)
     head = head_k * group + member
 
     # Which keys are theirs, and which of those mine?
-    length_k = seqlen_k
-    if seqused_k is not None:
-        length_k = sequence.used_length(b, seqused_k, appended, seqlen_k)
+    length_k, start, _ = shares.key_range(
+        b, seqused_k, appended, seqlen_q, seqlen_k, left, right, LEFT, RIGHT, BLOCK_N
+    )
     diagonal = length_k - seqlen_q
     first = block * BLOCK_M // group
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // group, seqlen_q - 1)
-    begin, clear_begin, clear_end, end = mask.key_tiles(
+    begin, _, _, end = mask.key_tiles(
         first, last, diagonal, left, right, length_k, BLOCK_N, LEFT, RIGHT
     )
-    begin, end = split.part(begin, end, part, splits, BLOCK_N)
-    clear_begin = sequence.clamp(clear_begin, begin, end)
-    clear_end = sequence.clamp(clear_end, clear_begin, end)
+    begin = tl.maximum(begin, start + low * BLOCK_N)
+    end = tl.minimum(end, start + high * BLOCK_N)
 
+    b = b.to(tl.int64)
     d = tl.arange(0, D)
     wanted = (row < rows)[:, None] & (d < HEAD_DIM)[None, :]
     q_tile = tl.load(
@@ -86,85 +87,169 @@ def decode_kernel(
     else:
         block_table += b * stride_table
 
+    # One loop with a mask: what the mask costs is hidden behind the loads, and between two loops
+    # no load would be on its way.
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    l = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     o = tl.zeros([BLOCK_M, D], tl.float32)
-    if LEFT:
-        m, l, o = attend(
-            m, l, o, q_tile, i, begin, clear_begin, True,
-            k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
-            diagonal, left, right, length_k, scale,
-            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
-        )  # fmt: skip
     m, l, o = attend(
-        m, l, o, q_tile, i, clear_begin, clear_end, False,
+        m, l, o, q_tile, i, begin, end, True,
         k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
         diagonal, left, right, length_k, scale,
         LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
     )  # fmt: skip
-    m, l, o = attend(
-        m, l, o, q_tile, i, clear_end, end, True,
-        k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
-        diagonal, left, right, length_k, scale,
-        LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
-    )  # fmt: skip
-
+    l = tl.sum(l, 1)
     o, lse_tile = softmax.finish(m, l, o, scale)
-    out += part.to(tl.int64) * stride_o_s + b * stride_o_b
-    tl.store(
-        out + (i.to(tl.int64) * stride_o_t + head * stride_o_h)[:, None] + d[None, :],
-        o.to(out.dtype.element_ty),
-        mask=wanted,
-    )
-    at = part.to(tl.int64) * stride_lse_s + b * stride_lse_b + head * stride_lse_h + i
-    if sums is not None:  # a part: `combine` wants its state
-        tl.store(lse + at, m, mask=row < rows)
-        tl.store(sums + at, l, mask=row < rows)
-    elif lse is not None:
-        tl.store(lse + at, lse_tile, mask=row < rows)
+    if whole:
+        out += b * stride_o_b
+        tl.store(
+            out + (i.to(tl.int64) * stride_o_t + head * stride_o_h)[:, None] + d[None, :],
+            o.to(out.dtype.element_ty),
+            mask=wanted,
+        )
+        if lse is not None:
+            tl.store(lse + b * stride_lse_b + head * stride_lse_h + i, lse_tile, mask=row < rows)
+    elif parts is not None:
+        at = slot.to(tl.int64) * part_rows + local
+        tl.store(parts + at[:, None] * HEAD_DIM + d[None, :], o, mask=wanted)
+        maxima = parts + slots.to(tl.int64) * part_rows * HEAD_DIM
+        tl.store(maxima + at, m, mask=row < rows)
+        tl.store(maxima + slots.to(tl.int64) * part_rows + at, l, mask=row < rows)
 
 
-POINTERS = ("q", "k", "v", "out", "lse", "nothing", "seqused_k", "block_table")
-SPLIT_POINTERS = (
-    "q", "k", "v", "part_out", "part_max", "part_sum", "seqused_k", "block_table",
+@triton.jit(
+    do_not_specialize=[
+        "stride_lse_b", "stride_lse_h", "stride_table", "batch", "nheads_k", "group", "splits",
+        "split_tiles", "slots", "part_rows", "seqlen_q", "seqlen_k", "num_pages", "left", "right",
+        "appended",
+    ]
+)  # fmt: skip
+def decode_kernel(
+    q, k, v, out, lse, parts, owners, seqused_k, block_table,
+    stride_q_b, stride_q_t, stride_q_h,
+    stride_k_b, stride_k_t, stride_k_h,
+    stride_v_b, stride_v_t, stride_v_h,
+    stride_o_b, stride_o_t, stride_o_h,
+    stride_lse_b, stride_lse_h, stride_table,
+    batch, nheads_k, group, splits, split_tiles, slots, part_rows,
+    seqlen_q, seqlen_k, num_pages, scale, left, right, appended,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr, TWINS: tl.constexpr, SHARES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:  # `combine` may take its place as soon as there is room, and waits there
+        gdc_launch_dependents()
+    program = tl.program_id(0)
+    blocks = tl.cdiv(seqlen_q * group, BLOCK_M)
+    if SHARES:
+        # Programs of one share stand side by side, so that all heads of a key are read together.
+        block = program % blocks
+        head_k = program // blocks % nheads_k
+        share = program // blocks // nheads_k
+        total = shares.count(
+            batch, seqused_k, appended, seqlen_q, seqlen_k, left, right, LEFT, RIGHT, BLOCK_N
+        )
+        cuts = tl.minimum(splits, total)
+        tile, stop = split.share(total, share, cuts)
+        b, before = shares.find(
+            tile, batch, seqused_k, appended, seqlen_q, seqlen_k, left, right,
+            LEFT, RIGHT, BLOCK_N,
+        )  # fmt: skip
+        crossed = 0  # shares that the sequence which goes on after this one lies in
+        while tile < stop:
+            _, _, tiles = shares.key_range(
+                b, seqused_k, appended, seqlen_q, seqlen_k, left, right, LEFT, RIGHT, BLOCK_N
+            )
+            low = tile - before
+            high = tl.minimum(tiles, low + stop - tile)
+            begins = low == 0
+            if begins & (high < tiles):  # goes on in the next shares
+                crossed = split.share_of(before + tiles - 1, total, cuts) - share + 1
+                tl.store(owners + 2 * program, b)
+            decode_tiles(
+                b, head_k, block, low, high, begins & (high == tiles),
+                2 * program + begins.to(tl.int32),
+                q, k, v, out, lse, parts, seqused_k, block_table,
+                stride_q_b, stride_q_t, stride_q_h,
+                stride_k_b, stride_k_t, stride_k_h,
+                stride_v_b, stride_v_t, stride_v_h,
+                stride_o_b, stride_o_t, stride_o_h,
+                stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
+                seqlen_q, seqlen_k, num_pages, scale, left, right, appended,
+                LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, D, BLOCK_M, BLOCK_N, WIDE, TWINS,
+            )  # fmt: skip
+            before += tiles
+            tile += high - low
+            b += 1
+        tl.store(owners + 2 * program + 1, crossed)
+    else:
+        part = program % splits
+        block = program // splits % blocks
+        head_k = program // splits // blocks % nheads_k
+        b = program // splits // blocks // nheads_k
+        _, _, tiles = shares.key_range(
+            b, seqused_k, appended, seqlen_q, seqlen_k, left, right, LEFT, RIGHT, BLOCK_N
+        )
+        size = split_tiles
+        if size == 0:
+            size = tl.cdiv(tiles, splits)
+        low, high = split.part(tiles, size, part)
+        decode_tiles(
+            b, head_k, block, low, high, splits == 1, program,
+            q, k, v, out, lse, parts, seqused_k, block_table,
+            stride_q_b, stride_q_t, stride_q_h,
+            stride_k_b, stride_k_t, stride_k_h,
+            stride_v_b, stride_v_t, stride_v_h,
+            stride_o_b, stride_o_t, stride_o_h,
+            stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
+            seqlen_q, seqlen_k, num_pages, scale, left, right, appended,
+            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, D, BLOCK_M, BLOCK_N, WIDE, TWINS,
+        )  # fmt: skip
+
+
+POINTERS = (
+    "q", "k", "v", "out", "lse", "parts", "owners", "seqused_k", "block_table",
 )  # fmt: skip
 
 
-def parts(p: Problem, plan: Decode) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Shapes (fp32) of what splits leave: outputs; maxima and sums. None without splits."""
-    if plan.splits == 1:
-        return None
-    nheads, head_dim = p.q.shape[-2:]
-    return (
-        (plan.splits, p.batch, p.seqlen_q, nheads, head_dim),
-        (plan.splits, p.batch, nheads, p.seqlen_q),
-    )
+def part_rows(p: Problem, plan: Decode) -> int:
+    """Rows of a slot."""
+    return min(plan.tiles.block_m, p.seqlen_q * (p.q.shape[-2] // p.k.shape[-2]))
+
+
+def slots(plan: Decode) -> int:
+    """Places for results that are not the whole: two for a share, since it may begin and end so."""
+    return plan.programs * 2 if plan.shares else plan.programs
+
+
+def temporaries(p: Problem, plan: Decode) -> tuple[int, int]:
+    """Elements of `parts` (fp32: outputs [slots, rows, D], maxima, sums) and `owners` (int32).
+
+    owners says for each program which sequence begins in its share and goes on in the next, and
+    how many shares that lies in; 0 if there is none.
+    """
+    if plan.splits == 1 and not plan.shares:
+        return 0, 0
+    rows = slots(plan) * part_rows(p, plan)
+    return rows * (p.q.shape[-1] + 2), 2 * plan.programs if plan.shares else 0
 
 
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode) -> Launch:
-    """The launch that writes attention of p to out and lse, or to the parts if keys are split."""
+    """The launch that writes attention of p to out and lse, or to the parts where keys are split."""
     tiles = plan.tiles
     nheads, head_dim = p.q.shape[-2:]
     nheads_k = p.k.shape[-2]
-    split = plan.splits > 1
-    if split:
-        row, rows = nheads * head_dim, p.batch * p.seqlen_q * nheads
-        out_strides = (rows * head_dim, p.seqlen_q * row, row, head_dim)
-        lse_strides = (rows, nheads * p.seqlen_q, p.seqlen_q)
-    else:
-        out_strides = (0, *strides(out))
-        lse_strides = (0, 0, 0) if lse is None else (0, lse.stride(0), lse.stride(1))
+    lse_strides = (0, 0) if lse is None else (lse.stride(0), lse.stride(1))
     constants = (
-        *strides(p.q), *strides(p.k), *strides(p.v), *out_strides, *lse_strides,
+        *strides(p.q), *strides(p.k), *strides(p.v), *strides(out), *lse_strides,
         p.block_table.stride(0) if p.block_table is not None else 0,
-        nheads_k, nheads // nheads_k, plan.splits,
-        p.seqlen_q, p.seqlen_k, p.k.shape[0],
+        p.batch, nheads_k, nheads // nheads_k, plan.splits, plan.split_tiles, slots(plan),
+        part_rows(p, plan), p.seqlen_q, p.seqlen_k, p.k.shape[0],
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,
         p.left >= 0, p.right >= 0, p.page_size,
         head_dim, max(16, triton.next_power_of_2(head_dim)), tiles.block_m, tiles.block_n,
-        wide(p, tiles.block_n), twins(p, tiles.block_n),
+        wide(p, tiles.block_n), twins(p, tiles.block_n), plan.shares, plan.overlapped,
     )  # fmt: skip
     return Launch(
-        decode_kernel, plan.programs, SPLIT_POINTERS if split else POINTERS, constants,
-        tiles.num_warps, tiles.num_stages,
-    )  # fmt: skip
+        decode_kernel, plan.programs, POINTERS, constants, tiles.num_warps, tiles.num_stages
+    )

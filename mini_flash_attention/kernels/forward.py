@@ -94,8 +94,10 @@ def forward_kernel(
     begin, clear_begin, clear_end, end = mask.key_tiles(
         first, last, diagonal, left, right, length_k, BLOCK_N, LEFT, RIGHT
     )
-    if first >= rows_q:  # rows after a sequence's end: no keys
-        begin, clear_begin, clear_end, end = 0, 0, 0, 0
+    end = tl.where(first < rows_q, end, begin)  # rows after a sequence's end: no keys
+    clear_end = tl.minimum(clear_end, end)
+    if LEFT:
+        clear_begin = tl.minimum(clear_begin, end)
     if LEFT:
         m, l, o = attend(
             m, l, o, q_tile, i, begin, clear_begin, True,

@@ -51,13 +51,15 @@ class Launch:
 
     def __init__(
         self, kernel: Any, programs: int, pointers: tuple[str, ...], constants: tuple[Any, ...],
-        num_warps: int, num_stages: int = 1,
+        num_warps: int, num_stages: int = 1, launch_pdl: bool = False,
     ) -> None:  # fmt: skip
         self.kernel = kernel
         self.programs = programs
         self.pointers = pointers  # names of the tensors, in the kernel's order
         self.constants = constants  # all the other arguments, constexprs last
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        if launch_pdl:  # programmatic dependent launch: it may start before the launch before ends
+            self.options["launch_pdl"] = True
         self.runner: Any = None
 
     def __call__(self, tensors: Mapping[str, torch.Tensor | None]) -> None:

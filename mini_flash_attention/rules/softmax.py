@@ -36,15 +36,17 @@ def finish(m, l, o, scale):
 
 
 @triton.jit
-def merge(m, l, o, scale):
-    """Fold the states of S parts of the keys: m [S], l [S], o [S, D], each o normalised.
+def merge(m, l, o, part_m, part_l, part_o, scale):
+    """Fold S parts of the keys into a state: part_m, part_l [S], part_o [S, D], each normalised.
 
-    Gives m [1], l [1] and o [1, D], not normalised, as `finish` takes them. A part that saw no key
-    has m = -inf and weighs nothing. Weights come from m and l, not from an LSE: at a score of ten
-    million fp32 has no digits left in it for l.
+    m [1], l [1] and o [1, D] are the state before and after, not normalised, as `finish` takes it.
+    A part that saw no key has m = -inf and weighs nothing. Weights come from m and l, not from an
+    LSE: at a score of ten million fp32 has no digits left in it for l.
     """
-    m_all = tl.max(m, 0, keep_dims=True)
-    reference = tl.where(m_all == float("-inf"), 0.0, m_all)
-    weight = l * tl.exp2((m - reference) * scale)
-    o_all = tl.sum(o * tl.expand_dims(weight, 1), 0, keep_dims=True)
-    return m_all, tl.sum(weight, 0, keep_dims=True), o_all
+    m_new = tl.maximum(m, tl.max(part_m, 0, keep_dims=True))
+    reference = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2((m - reference) * scale)
+    weight = part_l * tl.exp2((part_m - reference) * scale)
+    l = l * alpha + tl.sum(weight, 0, keep_dims=True)
+    o = o * alpha + tl.sum(part_o * tl.expand_dims(weight, 1), 0, keep_dims=True)
+    return m_new, l, o
