@@ -140,39 +140,56 @@ def decodes(p: Problem) -> bool:
     return not packed and (p.seqlen_q <= DECODE_SEQLEN_Q or p.num_splits > 1)
 
 
-def decode_tiles(arch: int, head_dim: int, rows: int, paged: bool, windowed: bool) -> Tiles:
-    """Tiles of the decode kernel: as many keys in flight as shared memory holds twice."""
-    big = arch in TILES
-    most = 64 if big and head_dim <= 128 else 32
-    if paged and windowed:  # three loops that look pages up: half as many rows, or registers spill
-        most //= 2
+class DecodeChoice(NamedTuple):
+    """Tiles of the decode kernel for a head_dim, block_m left open.
+
+    Both keep about as many keys on their way as shared memory holds: wide ones with one program on
+    a multiprocessor, narrow ones with two, which hide one another's waiting.
+    """
+
+    wide: Tiles
+    narrow: Tiles
+
+
+# By head_dim; shared memory of 160 KB and more, and the 99 KB of SM 86, 89 and 120. Measured on an
+# H200 at head_dim 128.
+LARGE_DECODE = {
+    64: DecodeChoice(Tiles(0, 256, 8, 3), Tiles(0, 128, 4, 3)),
+    128: DecodeChoice(Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3)),
+    256: DecodeChoice(Tiles(0, 64, 8, 3), Tiles(0, 32, 4, 3)),
+}
+SMALL_DECODE = {
+    64: DecodeChoice(Tiles(0, 128, 4, 3), Tiles(0, 128, 4, 2)),
+    128: DecodeChoice(Tiles(0, 64, 4, 3), Tiles(0, 64, 4, 2)),
+    256: DecodeChoice(Tiles(0, 32, 4, 3), Tiles(0, 32, 4, 2)),
+}
+SHARED_KB = {80: 164, 90: 228, 100: 228, 103: 228}  # of a multiprocessor; 100 where not listed
+
+
+def decode_tiles(arch: int, head_dim: int, rows: int) -> DecodeChoice:
+    """Wide and narrow tiles for `rows` query rows of a KV head."""
+    size = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    choice = (LARGE_DECODE if arch in SHARED_KB else SMALL_DECODE)[size]
+    most = 32 if size == 256 or arch not in SHARED_KB else 64
     block_m = min(most, 16 if rows <= 16 else 32 if rows <= 32 else 64)
-    block_n = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
-    # A load that waits for the block table takes one more stage to start as early.
-    return Tiles(block_m, block_n, 4, (3 if big else 2) + paged)
-
-
-# Shared memory of a multiprocessor in KB, by compute capability; 100 for those not listed.
-SHARED = {80: 164, 90: 228, 100: 228, 103: 228}
-MAX_SHARED_BATCH = 4096  # every program counts the key tiles of all sequences
+    wide, narrow = (tiles._replace(block_m=block_m) for tiles in choice)
+    if block_m > 16:  # registers for the rows come from more warps
+        narrow = narrow._replace(num_warps=8, block_n=min(64, narrow.block_n))
+    return DecodeChoice(wide if block_m < 64 else narrow, narrow)
 
 
 def programs_at_a_time(arch: int, tiles: Tiles, head_dim: int) -> int:
     """Decode programs on a multiprocessor: registers allow two, if shared memory does."""
-    tile = 2 * tiles.block_n * max(16, next_power_of_2(head_dim)) * 2
+    tile = 2 * tiles.block_n * max(16, 1 << (head_dim - 1).bit_length()) * 2
     needed = (tiles.num_stages - 1) * tile + (12 << 10)
-    return 2 if 2 * needed <= SHARED.get(arch, 100) << 10 else 1
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    return 2 if 2 * needed <= SHARED_KB.get(arch, 100) << 10 else 1
 
 
 @lru_cache(maxsize=4096)
 def shares(units: int, resident: int) -> int:
     """Into how many shares to cut a batch's keys if `units` programs work on each.
 
-    Programs run in waves of `resident`; the number that fills its waves best, the smallest of
+    Programs run in waves of `resident`: the number that fills its waves best, the smallest of
     those within 3 %.
     """
     if units <= resident // 8:
@@ -185,22 +202,43 @@ def shares(units: int, resident: int) -> int:
     return next(n for n in range(1, 17) if filled(n) >= best - 0.03)
 
 
+MAX_SHARED_BATCH = 4096  # in shares every program counts the key tiles of all sequences
+SHARED_WORK = 250  # narrow tiles a multiprocessor, from where equal shares pay for the counting
+SMALL_WORK = 16  # below, folding parts costs more than the second program on a multiprocessor gives
+
+
 def decode(p: Problem, gpu: Gpu) -> Decode:
     """The launch of the decode kernel for a call."""
     nheads, head_dim = p.q.shape[-2:]
     nheads_k = p.k.shape[-2]
     rows = p.seqlen_q * (nheads // nheads_k)
-    tiles = decode_tiles(gpu.arch, head_dim, rows, p.page_size > 0, p.windowed)
-    units = nheads_k * -(-rows // tiles.block_m)
-    if p.num_splits:
-        n = p.num_splits
-        return Decode(tiles, False, n, 0, p.batch * units * n, gpu.arch >= 90 and n > 1)
+    wide, narrow = decode_tiles(gpu.arch, head_dim, rows)
+    blocks = nheads_k * -(-rows // narrow.block_m)  # row blocks of a sequence
+    units = p.batch * blocks
+    if p.num_splits:  # the same tiles in every batch, and so the same bits
+        return _parts(narrow, units, p.num_splits, gpu)
     visible = p.seqlen_k
     if p.left >= 0:  # to the right of the last query there is no key
         visible = min(visible, p.left + p.seqlen_q)
-    most = p.batch * -(-visible // tiles.block_n)
-    resident = gpu.multiprocessors * programs_at_a_time(gpu.arch, tiles, head_dim)
-    n = min(shares(units, resident), most)
-    if most == p.batch or p.batch > MAX_SHARED_BATCH or p.batch * units >= 16 * resident:
-        return Decode(tiles, False, 1, 0, p.batch * units, False)
-    return Decode(tiles, True, n, 0, n * units, gpu.arch >= 90)
+    key_tiles = -(-visible // narrow.block_n)
+    work = units * key_tiles // gpu.multiprocessors
+    small_pages = p.page_size > 0 and p.page_size % narrow.block_n > 0
+    if 1 < p.batch <= MAX_SHARED_BATCH and work >= SHARED_WORK:
+        tiles = narrow if small_pages or rows > 16 else wide
+        resident = gpu.multiprocessors * programs_at_a_time(gpu.arch, tiles, head_dim)
+        n = min(shares(blocks, resident), p.batch * -(-visible // tiles.block_n))
+        return Decode(tiles, True, n, 0, n * blocks, gpu.arch >= 90)
+    if units > gpu.multiprocessors:
+        return _parts(narrow, units, 1, gpu)
+    if 2 * units > gpu.multiprocessors:
+        return _parts(wide, units, 1, gpu)
+    tiles = narrow if small_pages or work < SMALL_WORK else wide
+    resident = gpu.multiprocessors
+    if work >= SMALL_WORK:
+        resident *= programs_at_a_time(gpu.arch, tiles, head_dim)
+    most = min(MAX_SPLITS, -(-visible // tiles.block_n))
+    return _parts(tiles, units, max(1, min(most, resident // max(1, units))), gpu)
+
+
+def _parts(tiles: Tiles, units: int, splits: int, gpu: Gpu) -> Decode:
+    return Decode(tiles, False, splits, 0, units * splits, gpu.arch >= 90 and splits > 1)

@@ -32,7 +32,7 @@ def append_kernel(
     if PAGE_SIZE:
         entry = block_table + b * stride_table + j // PAGE_SIZE
         page, real = paging.lookup(entry, fits, num_pages)
-        row = page * stride_c_b + (j % PAGE_SIZE).to(tl.int64) * stride_c_t
+        row = page.to(tl.int64) * stride_c_b + (j % PAGE_SIZE).to(tl.int64) * stride_c_t
     else:
         real = fits
         row = b * stride_c_b + j.to(tl.int64) * stride_c_t

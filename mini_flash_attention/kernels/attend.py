@@ -19,7 +19,10 @@ def load_rows(base, offset, row_ok, WHOLE: tl.constexpr, HEAD_DIM: tl.constexpr,
 
 
 @triton.jit
-def find_pages(start, seqlen_k, table, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+def find_pages(
+    start, seqlen_k, table, num_pages,
+    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Pages of the keys start..start + BLOCK_N, and which can be read: one if it holds them all."""
     n = tl.arange(0, BLOCK_N)
     if PAGE_SIZE % BLOCK_N == 0:
@@ -30,7 +33,7 @@ def find_pages(start, seqlen_k, table, num_pages, PAGE_SIZE: tl.constexpr, BLOCK
     else:
         entry = table + (start + n) // PAGE_SIZE
         page, real = paging.lookup(entry, start + n < seqlen_k, num_pages)
-    return page, real
+    return tl.cast(page, tl.int64) if WIDE else page, real
 
 
 @triton.jit
@@ -61,20 +64,21 @@ def rows(start, stride, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def attend(
-    m, l, o, q, i, begin, end, CUT: tl.constexpr,  # [M], [M] or [M, N], [M, D], [M, D], [M]
+    m, l, o, q, i, begin, clear_begin, clear_end, end, CUT: tl.constexpr,  # [M], [M] or [M, N], [M, D], [M, D], [M]
     k, v, stride_k, stride_v, page_stride_k, page_stride_v, table, num_pages,
     diagonal, left, right, seqlen_k, scale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
     TWINS: tl.constexpr,
 ):  # fmt: skip
-    """Lines 7 to 11 of Algorithm 1 over the keys begin..end; CUT where the mask cuts tiles.
+    """Lines 7 to 11 of Algorithm 1 over the keys begin..end.
 
-    TWINS: the offsets of k serve v too. l is a sum per row, or one per row and column where summing
-    over the columns would wait for other warps in every tile.
+    CUT: the mask cuts tiles, but none of clear_begin..clear_end. TWINS: the offsets of k serve v
+    too. l is a sum per row, or one per row and column where summing over the columns would wait
+    for other warps in every tile.
     """
     if PAGE_SIZE:  # looked up a tile ahead, so that no load of keys waits for the block table
-        page, there = find_pages(begin, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N)
+        page, there = find_pages(begin, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N, WIDE)
     for start in tl.range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         if PAGE_SIZE:
@@ -85,7 +89,7 @@ def attend(
                 offset_v = page * page_stride_v + slot * stride_v
             real = there & (j < seqlen_k)
             page, there = find_pages(
-                start + BLOCK_N, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N
+                start + BLOCK_N, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N, WIDE
             )
         else:
             real = j < seqlen_k
@@ -99,8 +103,10 @@ def attend(
         k_tile = load_rows(k, offset_k, real, WHOLE, HEAD_DIM, D)  # [N, D]
         s = tl.dot(q, k_tile.T)  # [M, N]
         if CUT:
-            seen = mask.sees(i[:, None], j[None, :], diagonal, left, right, seqlen_k, LEFT, RIGHT)
-            s = tl.where(seen, s, float("-inf"))
+            if (start < clear_begin) | (start >= clear_end):
+                i_, j_ = i[:, None], j[None, :]
+                seen = mask.sees(i_, j_, diagonal, left, right, seqlen_k, LEFT, RIGHT)
+                s = tl.where(seen, s, float("-inf"))
         m, alpha, p = softmax.rescale(m, s, scale)
         if len(l.shape) == 1:
             l = l * alpha + tl.sum(p, 1)

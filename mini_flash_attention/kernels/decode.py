@@ -62,7 +62,7 @@ def decode_tiles(
     diagonal = length_k - seqlen_q
     first = block * BLOCK_M // group
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // group, seqlen_q - 1)
-    begin, _, _, end = mask.key_tiles(
+    begin, clear_begin, clear_end, end = mask.key_tiles(
         first, last, diagonal, left, right, length_k, BLOCK_N, LEFT, RIGHT
     )
     begin = tl.maximum(begin, start + low * BLOCK_N)
@@ -93,7 +93,7 @@ def decode_tiles(
     l = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     o = tl.zeros([BLOCK_M, D], tl.float32)
     m, l, o = attend(
-        m, l, o, q_tile, i, begin, end, True,
+        m, l, o, q_tile, i, begin, clear_begin, clear_end, end, True,
         k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
         diagonal, left, right, length_k, scale,
         LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,

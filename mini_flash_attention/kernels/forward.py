@@ -100,19 +100,19 @@ def forward_kernel(
         clear_begin = tl.minimum(clear_begin, end)
     if LEFT:
         m, l, o = attend(
-            m, l, o, q_tile, i, begin, clear_begin, True,
+            m, l, o, q_tile, i, begin, 0, 0, clear_begin, True,
             k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
             diagonal, left, right, length_k, scale,
             LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
         )  # fmt: skip
     m, l, o = attend(
-        m, l, o, q_tile, i, clear_begin, clear_end, False,
+        m, l, o, q_tile, i, clear_begin, 0, 0, clear_end, False,
         k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
         diagonal, left, right, length_k, scale,
         LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
     )  # fmt: skip
     m, l, o = attend(
-        m, l, o, q_tile, i, clear_end, end, True,
+        m, l, o, q_tile, i, clear_end, 0, 0, end, True,
         k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
         diagonal, left, right, length_k, scale,
         LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,

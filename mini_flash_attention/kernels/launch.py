@@ -21,12 +21,15 @@ def strides(x: torch.Tensor) -> tuple[int, int, int]:
 
 
 def wide(p: Problem, block_n: int) -> bool:
-    """Whether offsets inside a tile of keys, or inside a page, need 64 bits.
+    """Whether offsets inside a tile of keys, or inside a whole cache of pages, need 64 bits.
 
     Above head_dim 128 they are given them anyway: there it is registers that are short.
     """
-    steps = max(block_n, p.page_size)
-    return p.k.shape[-1] > 128 or any(steps * x.stride(-3) >= 2**31 for x in (p.k, p.v))
+    if p.k.shape[-1] > 128:
+        return True
+    steps = p.k.shape[0] if p.page_size else block_n
+    dim = 0 if p.page_size else -3
+    return any(steps * x.stride(dim) >= 2**31 for x in (p.k, p.v))
 
 
 def twins(p: Problem, block_n: int) -> bool:
