@@ -158,6 +158,7 @@ def flash_attn_with_kvcache(
     cu_seqlens_q: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     s_aux: torch.Tensor | None = None,
+    fixed_split_size: int | None = None,
     out: torch.Tensor | None = None,
 ) -> Any:
     """Attention of new tokens to a KV cache, which it may extend first, in place.
@@ -174,9 +175,11 @@ def flash_attn_with_kvcache(
         cache_seqlens: keys in use before k and v: an int, or (batch,) int32 on the device. It is
             not changed. None means the whole cache. 0 gives 0 and an LSE of -inf.
         block_table: as in `flash_attn_varlen_func`.
-        num_splits: programs that share the keys of one sequence: 0 decides from the shapes (never
-            from lengths on the device), 1 gives results for a sequence that are bitwise
-            independent of the rest of the batch.
+        num_splits: programs that share the keys of one sequence. 0 decides from the shapes, and
+            shares the keys of large batches out evenly whatever their lengths. Any other number
+            gives a sequence the same bits whatever else is in the batch.
+        fixed_split_size: keys per program instead, rounded up to whole tiles (of at most 128
+            keys). The same bits too, and parts that stay as they are while the sequence grows.
         return_softmax_lse: return `(out, softmax_lse)`, softmax_lse (batch, nheads, seqlen_q).
         rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, cu_seqlens_q, max_seqlen_q: not
             implemented yet. `rotary_interleaved` has no effect without them.
@@ -195,7 +198,8 @@ def flash_attn_with_kvcache(
         "window_size": window_size, "softcap": softcap, "rotary_interleaved": rotary_interleaved,
         "alibi_slopes": alibi_slopes, "num_splits": num_splits,
         "return_softmax_lse": return_softmax_lse, "cu_seqlens_q": cu_seqlens_q,
-        "max_seqlen_q": max_seqlen_q, "s_aux": s_aux, "out": out,
+        "max_seqlen_q": max_seqlen_q, "s_aux": s_aux, "fixed_split_size": fixed_split_size,
+        "out": out,
     }  # fmt: skip
     result, lse = dispatch.run(problem.kvcache, arguments, CACHE_NAMES)
     return (result, lse) if return_softmax_lse else result

@@ -44,7 +44,13 @@ class Decode(NamedTuple):
     splits: int
     split_tiles: int  # key tiles of a part; 0 for a sequence's tiles / splits
     programs: int
+    rows: int  # of a program's tile that are in use
     overlapped: bool  # the fold's launch begins before this one ends (SM 90)
+
+    @property
+    def slots(self) -> int:
+        """Places for what is not a whole: two for a share, which may begin and end with such."""
+        return 2 * self.programs if self.shares else self.programs if self.splits > 1 else 0
 
 
 @cache
@@ -135,9 +141,9 @@ DECODE_SEQLEN_Q = 16
 
 
 def decodes(p: Problem) -> bool:
-    """Whether a call is the decode kernel's: not packed, few queries or splits asked for."""
+    """Whether a call is the decode kernel's: not packed, few queries or parts asked for."""
     packed = p.cu_seqlens_q is not None or p.cu_seqlens_k is not None
-    return not packed and (p.seqlen_q <= DECODE_SEQLEN_Q or p.num_splits > 1)
+    return not packed and (p.seqlen_q <= DECODE_SEQLEN_Q or p.num_splits > 1 or p.split_size > 0)
 
 
 class DecodeChoice(NamedTuple):
@@ -215,30 +221,40 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     wide, narrow = decode_tiles(gpu.arch, head_dim, rows)
     blocks = nheads_k * -(-rows // narrow.block_m)  # row blocks of a sequence
     units = p.batch * blocks
-    if p.num_splits:  # the same tiles in every batch, and so the same bits
-        return _parts(narrow, units, p.num_splits, gpu)
     visible = p.seqlen_k
     if p.left >= 0:  # to the right of the last query there is no key
         visible = min(visible, p.left + p.seqlen_q)
     key_tiles = -(-visible // narrow.block_n)
+    # Asked for: the same tiles in every batch, and so the same bits.
+    if p.split_size:
+        size = -(-p.split_size // narrow.block_n)
+        # A window's first key may lie inside a tile: that makes one more.
+        n = max(1, -(-(key_tiles + (p.left >= 0)) // size))
+        return _parts(narrow, rows, units, n, gpu)._replace(split_tiles=size)
+    if p.num_splits:
+        return _parts(narrow, rows, units, p.num_splits, gpu)
     work = units * key_tiles // gpu.multiprocessors
     small_pages = p.page_size > 0 and p.page_size % narrow.block_n > 0
     if 1 < p.batch <= MAX_SHARED_BATCH and work >= SHARED_WORK:
         tiles = narrow if small_pages or rows > 16 else wide
         resident = gpu.multiprocessors * programs_at_a_time(gpu.arch, tiles, head_dim)
-        n = min(shares(blocks, resident), p.batch * -(-visible // tiles.block_n))
-        return Decode(tiles, True, n, 0, n * blocks, gpu.arch >= 90)
+        most = p.batch * -(-visible // tiles.block_n)
+        n = min(shares(blocks, resident), most)
+        if most * n < 2**31:  # which is how far the kernel counts
+            in_use = min(rows, tiles.block_m)
+            return Decode(tiles, True, n, 0, n * blocks, in_use, gpu.arch >= 90)
     if units > gpu.multiprocessors:
-        return _parts(narrow, units, 1, gpu)
+        return _parts(narrow, rows, units, 1, gpu)
     if 2 * units > gpu.multiprocessors:
-        return _parts(wide, units, 1, gpu)
+        return _parts(wide, rows, units, 1, gpu)
     tiles = narrow if small_pages or work < SMALL_WORK else wide
     resident = gpu.multiprocessors
     if work >= SMALL_WORK:
         resident *= programs_at_a_time(gpu.arch, tiles, head_dim)
     most = min(MAX_SPLITS, -(-visible // tiles.block_n))
-    return _parts(tiles, units, max(1, min(most, resident // max(1, units))), gpu)
+    return _parts(tiles, rows, units, max(1, min(most, resident // max(1, units))), gpu)
 
 
-def _parts(tiles: Tiles, units: int, splits: int, gpu: Gpu) -> Decode:
-    return Decode(tiles, False, splits, 0, units * splits, gpu.arch >= 90 and splits > 1)
+def _parts(tiles: Tiles, rows: int, units: int, splits: int, gpu: Gpu) -> Decode:
+    in_use, overlapped = min(rows, tiles.block_m), gpu.arch >= 90 and splits > 1
+    return Decode(tiles, False, splits, 0, units * splits, in_use, overlapped)

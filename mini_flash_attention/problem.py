@@ -34,6 +34,7 @@ class Problem(NamedTuple):
     left: int
     right: int
     num_splits: int
+    split_size: int  # keys of a part, 0 where num_splits decides
     need_lse: bool
     windowed: bool  # a left bound was asked for, whether or not it can cut
 
@@ -87,7 +88,7 @@ def dense(
     scale = check.scale(function, softmax_scale, head_dim)
     return Problem(
         function, q, k, v, out, None, None, None, None, None, None,
-        batch, seqlen_q, seqlen_k, 0, 0, scale, left, right, 0, return_attn_probs, asked,
+        batch, seqlen_q, seqlen_k, 0, 0, scale, left, right, 0, 0, return_attn_probs, asked,
     )  # fmt: skip
 
 
@@ -139,7 +140,8 @@ def varlen(
     scale = check.scale(function, softmax_scale, q.shape[-1])
     return Problem(
         function, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, None, None,
-        batch, seqlen_q, seqlen_k, 0, page_size, scale, left, right, 1, return_attn_probs, asked,
+        batch, seqlen_q, seqlen_k, 0, page_size, scale, left, right, 1, 0, return_attn_probs,
+        asked,
     )  # fmt: skip
 
 
@@ -148,7 +150,7 @@ def kvcache(
     rotary_sin: Any, cache_seqlens: Any, cache_batch_idx: Any, cache_leftpad: Any, block_table: Any,
     softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, rotary_interleaved: Any,
     alibi_slopes: Any, num_splits: Any, return_softmax_lse: Any, cu_seqlens_q: Any,
-    max_seqlen_q: Any, s_aux: Any, out: Any,
+    max_seqlen_q: Any, s_aux: Any, fixed_split_size: Any, out: Any,
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_with_kvcache(...)`."""
     function = "flash_attn_with_kvcache"
@@ -166,6 +168,7 @@ def kvcache(
     check.flag(function, "return_softmax_lse", return_softmax_lse)
     check.softcap(function, softcap)
     splits = check.splits(function, num_splits)
+    split_size = check.split_size(function, fixed_split_size, splits)
     batch, seqlen_q, _, head_dim = q.shape
     if block_table is not None:
         page_size, capacity = _pages(function, block_table, batch, q, k_cache)
@@ -198,7 +201,7 @@ def kvcache(
     scale = check.scale(function, softmax_scale, head_dim)
     return Problem(
         function, q, k_cache, v_cache, out, None, None, seqused, block_table, k, v,
-        batch, seqlen_q, seqlen_k, appended, page_size, scale, left, right, splits,
+        batch, seqlen_q, seqlen_k, appended, page_size, scale, left, right, splits, split_size,
         return_softmax_lse, asked,
     )  # fmt: skip
 

@@ -206,6 +206,20 @@ def splits(function: str, num_splits: Any) -> int:
     return number
 
 
+def split_size(function: str, size: Any, num_splits: int) -> int:
+    """Keys of a part, 0 if nobody asked for parts of a fixed size."""
+    if size is None:
+        return 0
+    number = integer(size)
+    if number is None:
+        refuse(TypeError, function, "fixed_split_size", "an int or None", kind_of(size))
+    if not 1 <= number <= MAX_LENGTH:
+        refuse(ValueError, function, "fixed_split_size", "1 or more keys", size)
+    if num_splits:
+        refuse(ValueError, function, "fixed_split_size", "None with num_splits", "both", "drop one")
+    return number
+
+
 # -- what the arguments must be to each other ---------------------------------------------------
 
 

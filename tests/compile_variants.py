@@ -41,8 +41,9 @@ class Variant(NamedTuple):
     head_dim: int
     mask: str
     keys: str  # dense, packed, used (dense with lengths on the device) or pages of a size
-    words: str  # lse, fp16, q=, splits=, append=; apart: v has other strides than k; far: 64 bits;
-    # unaligned: says that head_dim leaves no load aligned
+    words: str  # lse, fp16, q=, splits=, append=; wide, shares: what plan.decode does if there is a
+    # lot to read; apart: v has other strides than k; far: 64 bits; unaligned: says that head_dim
+    # leaves no load aligned
 
     def __str__(self) -> str:
         return f"{self.kernel} head_dim {self.head_dim}, {self.mask}, {self.keys}, {self.words}"
@@ -57,17 +58,19 @@ POWERS, ALL = (64, 128, 256), (64, 128, 256, 96)
 TIGHT = [  # with both Tritons:
     ("forward", ALL, "window", "pages 16", "lse"),  # three loops that look pages up
     ("forward", (128, 256), "none", "packed", "lse"),  # the widest tiles
-    ("decode", (128,), "window", "pages 16", "q=16 lse"),  # three loops, most rows and stages
+    ("decode", (128,), "window", "pages 16", "q=16 lse shares"),  # most rows
 ]
 ALSO_TIGHT = [  # with one of them:
     ("forward", (64,), "none", "packed", "lse"),
     ("forward", ALL, "window", "packed", "lse fp16"),  # three loops, and where the sequence lies
     ("forward", POWERS, "causal", "pages 16", "lse"),  # the tiles for small pages
     ("forward", POWERS, "causal", "pages 256", "lse"),  # the tiles for large pages
-    ("decode", (64, 256), "window", "pages 16", "q=16 lse"),
-    ("decode", POWERS, "window", "used", "q=8"),  # three loops, 32 rows
-    ("decode", (64,), "window", "dense", "q=16 lse"),  # 64 rows
-    ("combine", (256,), "none", "dense", "q=1 splits=128 lse"),  # the most parts
+    ("decode", (64, 256), "window", "pages 16", "q=16 lse shares"),
+    ("decode", (64, 256), "causal", "used", "q=8 shares"),
+    ("decode", POWERS, "causal", "used", "q=8 wide"),
+    ("decode", POWERS, "none", "pages 256", "q=1 wide shares"),
+    ("decode", (128,), "causal", "dense", "q=16 lse"),
+    ("combine", (256,), "none", "dense", "q=1 splits=128 lse"),
 ]
 RARE = [
     ("append", (64,), "none", "dense", "q=1 append=1"),
@@ -151,6 +154,9 @@ def call(variant: Variant) -> None:
         return torch.empty(shape, dtype=torch.int32)
 
     lse, mask = "lse" in words, MASKS[variant.mask]
+    automatic = "wide" in words or "shares" in words
+    plan.SMALL_WORK = 0 if "wide" in words else 2**31
+    plan.SHARED_WORK = 0 if "shares" in words else 2**31
     layout, _, size = variant.keys.partition(" ")
     pages: dict[str, torch.Tensor] = {}
     if size:
@@ -167,7 +173,7 @@ def call(variant: Variant) -> None:
         q = tokens(BATCH, seqlen_q, heads=nheads)
         mfa.flash_attn_with_kvcache(
             q, k, v, **new, cache_seqlens=lengths, **pages, **mask,
-            num_splits=number.get("splits", 1), return_softmax_lse=lse,
+            num_splits=0 if automatic else number.get("splits", 1), return_softmax_lse=lse,
         )  # fmt: skip
     elif pages:
         q = tokens(SEQLEN_Q, heads=nheads)

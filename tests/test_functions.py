@@ -9,6 +9,7 @@ import torch
 from cases import dense, kvcache, varlen
 
 import mini_flash_attention
+from mini_flash_attention import dispatch, plan
 
 MASKS = [
     {},
@@ -59,6 +60,33 @@ def test_splits(num_splits, seqlen_q):
         num_splits=num_splits, causal=True,
     )  # fmt: skip
     case.check(*case.run())
+
+
+@pytest.mark.parametrize("fixed_split_size", [1, 130])
+@pytest.mark.parametrize("window_size", [(-1, -1), (70, 0)])
+def test_parts_of_a_fixed_size(fixed_split_size, window_size):
+    case = kvcache(
+        5, 2, [120, 0, 17], 0, 16, 4, 2, 16, torch.float16, "cpu", causal=True,
+        window_size=window_size,
+    )  # fmt: skip
+    case.check(*case.run(fixed_split_size=fixed_split_size))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 40])
+@pytest.mark.parametrize(("seqlen_q", "window_size"), [(1, (-1, -1)), (1, (40, 0)), (12, (-1, -1))])
+def test_equal_shares(multiprocessors, seqlen_q, window_size, monkeypatch):
+    """Sequences that end inside shares, span several or have no key; more shares than tiles."""
+    monkeypatch.setattr(plan, "gpu", lambda device: plan.Gpu("few", 80, multiprocessors))
+    monkeypatch.setattr(plan, "SHARED_WORK", 0)
+    monkeypatch.setattr(dispatch, "_recipes", {})
+    case = kvcache(
+        7, seqlen_q, [128, 0, 1, 70, 0, 100], 0, 16, 8, 1, 64, torch.float16, "cpu", causal=True,
+        window_size=window_size,
+    )  # fmt: skip
+    decode, planned = plan.decode, []
+    monkeypatch.setattr(plan, "decode", lambda *a: planned.append(decode(*a)) or planned[-1])
+    case.check(*case.run())
+    assert not dispatch.INTERPRETED or planned[0].shares
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 3])

@@ -29,6 +29,15 @@ ARROWS = {
     "kernels": set(),
     "kernels.": {"plan", "problem", "rules.", "kernels.attend", "kernels.launch"},
     "kernels.attend": {"rules."},
+    "kernels.decode": {
+        "plan",
+        "problem",
+        "rules.",
+        "kernels.attend",
+        "kernels.launch",
+        "kernels.shares",
+    },
+    "kernels.shares": {"rules."},
     "kernels.launch": {"problem"},
     "rules": set(),
     "rules.": set(),
@@ -38,6 +47,7 @@ OUTSIDE = {
     "rules.": {"triton"},
     "kernels.": {"torch", "triton"},
     "kernels.attend": {"triton"},
+    "kernels.shares": {"triton"},
     "checks": {"torch", "triton"},
 }
 # Triton may be missing, so it is imported no earlier than a kernel is wanted.
@@ -219,7 +229,8 @@ def flash_attn_with_kvcache(
     q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
     cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
-    return_softmax_lse=False, *, cu_seqlens_q=None, max_seqlen_q=None, s_aux=None, out=None,
+    return_softmax_lse=False, *, cu_seqlens_q=None, max_seqlen_q=None, s_aux=None,
+    fixed_split_size=None, out=None,
 ): ...
 """
 

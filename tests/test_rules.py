@@ -280,19 +280,34 @@ def test_clamp(x, low, high):
     assert clamped == (low if high < low else sorted((low, x, high))[1])
 
 
-@given(first=st.integers(0, 9), tiles=st.integers(0, 40), splits=st.integers(1, 128), block=BLOCKS)
+@given(tiles=st.integers(0, 40), size=st.integers(1, 50), spare=st.integers(0, 3))
 @searched
-def test_parts(first, tiles, splits, block):
-    """The keys of a sequence in order, whole tiles, no part larger than an even share."""
-    begin, end = first * block, (first + tiles) * block
-    at = begin
-    for n in range(splits):
-        mine, until = split.part(Int32(begin), Int32(end), Int32(n), Int32(splits), block)
-        assert mine == at <= until
-        assert (until - mine) % block == 0
-        assert until - mine <= -(-tiles // splits) * block
-        at = until
-    assert at == end
+def test_parts(tiles, size, spare):
+    """The tiles of a sequence in order, none left out, no part larger than asked."""
+    at = 0
+    for n in range(-(-tiles // size) + spare):
+        low, high = split.part(Int32(tiles), Int32(size), Int32(n))
+        assert low == at <= high <= low + size
+        at = high
+    assert at == tiles
+
+
+@given(total=st.integers(1, 300), programs=st.integers(1, 140))
+@searched
+def test_shares(total, programs):
+    """All tiles of a batch in order, as even as can be, and every tile knows whose it is."""
+    cuts = min(programs, total)
+    at, sizes = 0, []
+    for n in range(programs):
+        low, high = split.share(Int32(total), Int32(n), Int32(cuts))
+        assert low == at <= high
+        assert all(
+            split.share_of(Int32(t), Int32(total), Int32(cuts)) == n for t in range(at, high)
+        )
+        sizes += [high - low] if n < cuts else []
+        assert n < cuts or low == high
+        at = high
+    assert at == total and min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
 
 
 # -- paging and heads -----------------------------------------------------------------------------
@@ -392,7 +407,11 @@ def test_merge(scores, widths):
     whole, whole_lse = online(s, v, 0.5, [12])
     for row in range(len(s)):
         m, l, o = (torch.stack([p[n][row] for p in parts]) for n in range(3))  # noqa: E741
-        out, lse = softmax.finish(*softmax.merge(m, l, o, scale), scale)
+        folded = torch.full([1], -math.inf), torch.zeros(1), torch.zeros(1, 3)
+        for two in (slice(0, 2), slice(2, None)):  # some now, the others later
+            if len(m[two]):
+                folded = softmax.merge(*folded, m[two], l[two], o[two], scale)
+        out, lse = softmax.finish(*folded, scale)
         torch.testing.assert_close(out[0], whole[row], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(lse[0], whole_lse[row], rtol=1e-12, atol=1e-12)
 

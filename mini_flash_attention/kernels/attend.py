@@ -64,7 +64,8 @@ def rows(start, stride, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def attend(
-    m, l, o, q, i, begin, clear_begin, clear_end, end, CUT: tl.constexpr,  # [M], [M] or [M, N], [M, D], [M, D], [M]
+    m, l, o, q, i,  # [M], [M] or [M, N], [M, D], [M, D], [M]
+    begin, clear_begin, clear_end, end, CUT: tl.constexpr,
     k, v, stride_k, stride_v, page_stride_k, page_stride_v, table, num_pages,
     diagonal, left, right, seqlen_k, scale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,

@@ -10,7 +10,6 @@ from triton.language.extra.cuda import gdc_wait
 from ..plan import Decode
 from ..problem import Problem
 from ..rules import heads, softmax
-from .decode import part_rows, slots
 from .launch import Launch, strides
 
 LOG2E = math.log2(math.e)
@@ -87,16 +86,15 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode
     nheads, head_dim = p.q.shape[-2:]
     nheads_k = p.k.shape[-2]
     lse_strides = (0, 0) if lse is None else (lse.stride(0), lse.stride(1))
-    rows = part_rows(p, plan)
     owners = plan.programs if plan.shares else plan.programs // plan.splits
     constants = (
-        *strides(out), *lse_strides, nheads_k, nheads // nheads_k, plan.splits, slots(plan), rows,
-        p.seqlen_q, p.softmax_scale * LOG2E,
+        *strides(out), *lse_strides, nheads_k, nheads // nheads_k, plan.splits, plan.slots,
+        plan.rows, p.seqlen_q, p.softmax_scale * LOG2E,
         head_dim, triton.next_power_of_2(head_dim), plan.tiles.block_m,
         PARTS_AT_ONCE if head_dim <= 128 else PARTS_AT_ONCE // 2, plan.shares,
         plan.overlapped,
     )  # fmt: skip
     warps = 4 if head_dim > 32 else 1
     return Launch(
-        combine_kernel, owners * rows, POINTERS, constants, warps, launch_pdl=plan.overlapped
+        combine_kernel, owners * plan.rows, POINTERS, constants, warps, launch_pdl=plan.overlapped
     )

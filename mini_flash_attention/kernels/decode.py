@@ -212,30 +212,18 @@ POINTERS = (
 )  # fmt: skip
 
 
-def part_rows(p: Problem, plan: Decode) -> int:
-    """Rows of a slot."""
-    return min(plan.tiles.block_m, p.seqlen_q * (p.q.shape[-2] // p.k.shape[-2]))
-
-
-def slots(plan: Decode) -> int:
-    """Places for results that are not the whole: two for a share, since it may begin and end so."""
-    return plan.programs * 2 if plan.shares else plan.programs
-
-
 def temporaries(p: Problem, plan: Decode) -> tuple[int, int]:
     """Elements of `parts` (fp32: outputs [slots, rows, D], maxima, sums) and `owners` (int32).
 
     owners says for each program which sequence begins in its share and goes on in the next, and
     how many shares that lies in; 0 if there is none.
     """
-    if plan.splits == 1 and not plan.shares:
-        return 0, 0
-    rows = slots(plan) * part_rows(p, plan)
-    return rows * (p.q.shape[-1] + 2), 2 * plan.programs if plan.shares else 0
+    parts = plan.slots * plan.rows * (p.q.shape[-1] + 2)
+    return parts, 2 * plan.programs if plan.shares else 0
 
 
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode) -> Launch:
-    """The launch that writes attention of p to out and lse, or to the parts where keys are split."""
+    """The launch that writes attention of p to out and lse, or to parts where keys are split."""
     tiles = plan.tiles
     nheads, head_dim = p.q.shape[-2:]
     nheads_k = p.k.shape[-2]
@@ -243,8 +231,8 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode
     constants = (
         *strides(p.q), *strides(p.k), *strides(p.v), *strides(out), *lse_strides,
         p.block_table.stride(0) if p.block_table is not None else 0,
-        p.batch, nheads_k, nheads // nheads_k, plan.splits, plan.split_tiles, slots(plan),
-        part_rows(p, plan), p.seqlen_q, p.seqlen_k, p.k.shape[0],
+        p.batch, nheads_k, nheads // nheads_k, plan.splits, plan.split_tiles, plan.slots,
+        plan.rows, p.seqlen_q, p.seqlen_k, p.k.shape[0],
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,
         p.left >= 0, p.right >= 0, p.page_size,
         head_dim, max(16, triton.next_power_of_2(head_dim)), tiles.block_m, tiles.block_n,

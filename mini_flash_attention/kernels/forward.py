@@ -96,27 +96,26 @@ def forward_kernel(
     )
     end = tl.where(first < rows_q, end, begin)  # rows after a sequence's end: no keys
     clear_end = tl.minimum(clear_end, end)
-    if LEFT:
-        clear_begin = tl.minimum(clear_begin, end)
-    if LEFT:
+    if LEFT:  # cut tiles on both sides: one loop, or three would drain the pipeline three times
         m, l, o = attend(
-            m, l, o, q_tile, i, begin, 0, 0, clear_begin, True,
+            m, l, o, q_tile, i, begin, clear_begin, clear_end, end, True,
             k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
             diagonal, left, right, length_k, scale,
             LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
         )  # fmt: skip
-    m, l, o = attend(
-        m, l, o, q_tile, i, clear_begin, 0, 0, clear_end, False,
-        k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
-        diagonal, left, right, length_k, scale,
-        LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
-    )  # fmt: skip
-    m, l, o = attend(
-        m, l, o, q_tile, i, clear_end, 0, 0, end, True,
-        k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
-        diagonal, left, right, length_k, scale,
-        LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
-    )  # fmt: skip
+    else:
+        m, l, o = attend(
+            m, l, o, q_tile, i, begin, 0, 0, clear_end, False,
+            k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
+            diagonal, left, right, length_k, scale,
+            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
+        )  # fmt: skip
+        m, l, o = attend(
+            m, l, o, q_tile, i, clear_end, 0, 0, end, True,
+            k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
+            diagonal, left, right, length_k, scale,
+            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
+        )  # fmt: skip
 
     o, lse_tile = softmax.finish(m, l, o, scale)
     if cu_seqlens_q is not None:  # rows after the last sequence's end

@@ -1,0 +1,105 @@
+"""Which launch is chosen for a decoding call: a table of cases, on GPUs that need not be there."""
+
+import itertools
+
+import pytest
+import torch
+
+from mini_flash_attention import plan
+from mini_flash_attention.problem import Problem
+
+H200 = plan.Gpu("H200", 90, 132)
+L4 = plan.Gpu("L4", 89, 58)
+
+
+def call(
+    batch, nheads, nheads_k, seqlen_k, page_size=0, *, seqlen_q=1, head_dim=128, num_splits=0,
+    split_size=0, left=-1,
+):  # fmt: skip
+    """flash_attn_with_kvcache as the kernels see it, on tensors without memory."""
+    q = torch.empty(batch, seqlen_q, nheads, head_dim, dtype=torch.bfloat16, device="meta")
+    rows = (batch * seqlen_k // page_size, page_size) if page_size else (batch, seqlen_k)
+    k = torch.empty(*rows, nheads_k, head_dim, dtype=torch.bfloat16, device="meta")
+    nothing = dict.fromkeys(
+        ("out", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table", "k_new", "v_new")
+    )
+    return Problem(
+        "", q=q, k=k, v=k, **nothing, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k,
+        appended=0, page_size=page_size, softmax_scale=1.0, left=left, right=-1,
+        num_splits=num_splits, split_size=split_size, need_lse=False, windowed=left >= 0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gpu", "arguments", "shares", "splits", "block_n"),
+    [
+        # one program for each sequence and head fills the GPU once: nothing to fold
+        (H200, (16, 32, 8, 4096), False, 1, 128),
+        (H200, (16, 32, 8, 4096, 16), False, 1, 128),
+        # or several times over, with little to do for each
+        (H200, (64, 32, 8, 1024), False, 1, 64),
+        (H200, (24, 24, 24, 2048, 16), False, 1, 64),
+        # a lot to do: equal shares, in the largest number that runs at a time
+        (H200, (64, 32, 8, 8192), True, 16, 128),
+        (H200, (64, 32, 8, 8192, 256), True, 16, 128),
+        (H200, (64, 32, 8, 8192, 16), True, 33, 64),
+        (H200, (24, 24, 24, 8192), True, 11, 128),
+        # too few programs: parts of each sequence
+        (H200, (1, 32, 8, 1024), False, 16, 64),
+        (H200, (4, 32, 8, 1024), False, 4, 64),
+        (H200, (1, 32, 8, 131072), False, 16, 128),
+        (H200, (1, 32, 8, 131072, 16), False, 33, 64),
+        (H200, (8, 64, 8, 16384), False, 2, 128),
+        (H200, (1, 1, 1, 100), False, 2, 64),
+        (H200, (1, 1, 1, 0), False, 1, 64),
+        (L4, (1, 32, 8, 131072), False, 7, 64),
+        (L4, (64, 32, 8, 8192, 16), True, 14, 64),
+    ],
+)
+def test_decode(gpu, arguments, shares, splits, block_n):
+    chosen = plan.decode(call(*arguments), gpu)
+    assert (chosen.shares, chosen.splits, chosen.tiles.block_n) == (shares, splits, block_n)
+    batch, nheads_k = arguments[0], arguments[2]
+    assert chosen.programs == splits * nheads_k * (1 if shares else batch)
+
+
+def test_a_window_counts_as_far_as_it_reaches():
+    """The rest of a long cache is never read, so it is no reason to split."""
+    wide, narrow = (plan.decode(call(1, 32, 8, 131072, left=n), H200) for n in (-1, 255))
+    assert wide.splits > narrow.splits == 4
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 8, 16])
+@pytest.mark.parametrize("asked", [{"num_splits": 1}, {"num_splits": 7}, {"split_size": 512}])
+def test_what_is_asked_for_does_not_depend_on_the_batch(asked, seqlen_q):
+    plans = [
+        plan.decode(call(batch, 32, 8, 8192, seqlen_q=seqlen_q, **asked), H200)
+        for batch in (1, 5, 64, 1000)
+    ]
+    assert len({(p.tiles, p.shares, p.splits, p.split_tiles) for p in plans}) == 1
+    assert not plans[0].shares
+
+
+def test_parts_of_a_fixed_size_cover_the_cache():
+    for size, seqlen_k, left in itertools.product((1, 64, 100, 5000), (0, 1, 4097), (-1, 70)):
+        chosen = plan.decode(call(1, 8, 2, seqlen_k, split_size=size, left=left), H200)
+        keys = chosen.splits * chosen.split_tiles * chosen.tiles.block_n
+        assert keys >= min(seqlen_k, left + 1 + chosen.tiles.block_n if left >= 0 else seqlen_k)
+        assert size <= chosen.split_tiles * chosen.tiles.block_n < size + chosen.tiles.block_n
+
+
+def test_no_count_overflows():
+    """Programs count tiles of the whole batch times shares in 32 bits."""
+    for batch, seqlen_k in ((4096, 2**20), (4096, 2**24), (2, 2**30)):
+        chosen = plan.decode(call(batch, 8, 1, seqlen_k), H200)
+        tiles = batch * -(-seqlen_k // chosen.tiles.block_n)
+        assert not chosen.shares or tiles * chosen.splits < 2**31
+
+
+def test_every_tile_of_work_fits():
+    """Whatever the GPU, shared memory holds what is on its way."""
+    limits = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+    for arch, head_dim, rows in itertools.product(limits, (64, 128, 256), (1, 16, 32, 64, 128)):
+        for tiles in plan.decode_tiles(arch, head_dim, rows):
+            on_the_way = (tiles.num_stages - 1) * 2 * tiles.block_n * head_dim * 2
+            assert on_the_way + tiles.block_m * head_dim * 2 <= limits[arch] << 10
