@@ -72,7 +72,7 @@ class Choice(NamedTuple):
     """Tiles for a head_dim: plain, and where windows or pages take registers."""
 
     plain: Tiles
-    window: Tiles  # also for a head_dim that is no power of two
+    window: Tiles  # also for a head_dim that is no power of two, and packed queries up to 64
     paged: Tiles
     large_pages: Tiles  # pages of whole tiles
 
@@ -99,18 +99,18 @@ BLACKWELL = {
 SMALL = {
     64: Choice(Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
     128: Choice(
-        Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)
+        Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)
     ),
     256: Choice(Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2), Tiles(64, 16, 8, 2), Tiles(64, 16, 8, 2)),
 }
 TILES = {90: HOPPER, 100: BLACKWELL, 103: BLACKWELL}
 
 
-def forward_tiles(arch: int, head_dim: int, window: bool, page_size: int) -> Tiles:
+def forward_tiles(arch: int, head_dim: int, window: bool, page_size: int, packed: bool) -> Tiles:
     """Tiles of the forward kernel; each fits the architecture's shared memory without a spill."""
     size = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     choice = TILES.get(arch, SMALL)[size]
-    if window or head_dim & (head_dim - 1):
+    if window or head_dim & (head_dim - 1) or (packed and size == 64):
         return choice.window
     if not page_size:
         return choice.plain
@@ -125,7 +125,7 @@ L2_BYTES = 32 << 20
 def forward(p: Problem, gpu: Gpu) -> Forward:
     """The launch of the forward kernel for a call."""
     nheads, head_dim = p.q.shape[-2:]
-    tiles = forward_tiles(gpu.arch, head_dim, p.windowed, p.page_size)
+    tiles = forward_tiles(gpu.arch, head_dim, p.windowed, p.page_size, p.cu_seqlens_q is not None)
     if p.cu_seqlens_q is None:
         rows, units = -(-p.seqlen_q // tiles.block_m), p.batch * nheads
     else:
@@ -155,33 +155,33 @@ class DecodeChoice(NamedTuple):
 
     wide: Tiles
     narrow: Tiles
+    rows: Tiles  # narrow, for more than 16 rows
 
 
 # By head_dim; shared memory of 160 KB and more, and the 99 KB of SM 86, 89 and 120. Measured on an
 # H200 at head_dim 128.
 LARGE_DECODE = {
-    64: DecodeChoice(Tiles(0, 256, 8, 3), Tiles(0, 128, 4, 3)),
-    128: DecodeChoice(Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3)),
-    256: DecodeChoice(Tiles(0, 64, 8, 3), Tiles(0, 32, 4, 3)),
+    64: DecodeChoice(Tiles(0, 256, 8, 3), Tiles(0, 64, 4, 4), Tiles(0, 64, 4, 4)),
+    128: DecodeChoice(Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3), Tiles(0, 64, 8, 3)),
+    256: DecodeChoice(Tiles(0, 64, 8, 3), Tiles(0, 32, 4, 3), Tiles(0, 32, 8, 3)),
 }
 SMALL_DECODE = {
-    64: DecodeChoice(Tiles(0, 128, 4, 3), Tiles(0, 128, 4, 2)),
-    128: DecodeChoice(Tiles(0, 64, 4, 3), Tiles(0, 64, 4, 2)),
-    256: DecodeChoice(Tiles(0, 32, 4, 3), Tiles(0, 32, 4, 2)),
+    64: DecodeChoice(Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3), Tiles(0, 64, 4, 3)),
+    128: DecodeChoice(Tiles(0, 64, 8, 3), Tiles(0, 32, 4, 3), Tiles(0, 32, 8, 3)),
+    256: DecodeChoice(Tiles(0, 32, 8, 3), Tiles(0, 16, 4, 3), Tiles(0, 16, 4, 3)),
 }
 SHARED_KB = {80: 164, 90: 228, 100: 228, 103: 228}  # of a multiprocessor; 100 where not listed
 
 
-def decode_tiles(arch: int, head_dim: int, rows: int) -> DecodeChoice:
+def decode_tiles(arch: int, head_dim: int, rows: int) -> tuple[Tiles, Tiles]:
     """Wide and narrow tiles for `rows` query rows of a KV head."""
     size = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     choice = (LARGE_DECODE if arch in SHARED_KB else SMALL_DECODE)[size]
     most = 32 if size == 256 or arch not in SHARED_KB else 64
     block_m = min(most, 16 if rows <= 16 else 32 if rows <= 32 else 64)
-    wide, narrow = (tiles._replace(block_m=block_m) for tiles in choice)
-    if block_m > 16:  # registers for the rows come from more warps
-        narrow = narrow._replace(num_warps=8, block_n=min(64, narrow.block_n))
-    return DecodeChoice(wide if block_m < 64 else narrow, narrow)
+    narrow = choice.narrow if block_m == 16 else choice.rows
+    wide = choice.wide if block_m < 64 else narrow  # registers end
+    return wide._replace(block_m=block_m), narrow._replace(block_m=block_m)
 
 
 def programs_at_a_time(arch: int, tiles: Tiles, head_dim: int) -> int:
@@ -209,8 +209,10 @@ def shares(units: int, resident: int) -> int:
 
 
 MAX_SHARED_BATCH = 4096  # in shares every program counts the key tiles of all sequences
-SHARED_WORK = 250  # narrow tiles a multiprocessor, from where equal shares pay for the counting
-SMALL_WORK = 16  # below, folding parts costs more than the second program on a multiprocessor gives
+# Bytes of keys and values for each multiprocessor to read. From the first on equal shares pay for
+# the counting; below the second folding more parts costs more than more programs gain.
+SHARED_WORK = 8 << 20
+SMALL_WORK = 512 << 10
 
 
 def decode(p: Problem, gpu: Gpu) -> Decode:
@@ -233,7 +235,7 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
         return _parts(narrow, rows, units, n, gpu)._replace(split_tiles=size)
     if p.num_splits:
         return _parts(narrow, rows, units, p.num_splits, gpu)
-    work = units * key_tiles // gpu.multiprocessors
+    work = units * visible * 2 * head_dim * p.k.element_size() // gpu.multiprocessors
     small_pages = p.page_size > 0 and p.page_size % narrow.block_n > 0
     if 1 < p.batch <= MAX_SHARED_BATCH and work >= SHARED_WORK:
         tiles = narrow if small_pages or rows > 16 else wide

@@ -53,7 +53,7 @@ def call(
         (H200, (1, 1, 1, 100), False, 2, 64),
         (H200, (1, 1, 1, 0), False, 1, 64),
         (L4, (1, 32, 8, 131072), False, 7, 64),
-        (L4, (64, 32, 8, 8192, 16), True, 14, 64),
+        (L4, (64, 32, 8, 8192, 16), True, 14, 32),
     ],
 )
 def test_decode(gpu, arguments, shares, splits, block_n):

@@ -94,7 +94,7 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode
         PARTS_AT_ONCE if head_dim <= 128 else PARTS_AT_ONCE // 2, plan.shares,
         plan.overlapped,
     )  # fmt: skip
-    warps = 4 if head_dim > 32 else 1
+    warps = 8 if head_dim > 64 else 4 if head_dim > 32 else 1
     return Launch(
         combine_kernel, owners * plan.rows, POINTERS, constants, warps, launch_pdl=plan.overlapped
     )
