@@ -10,7 +10,8 @@ serving engines:
 2. Prefill. New prompts of any length are packed one behind the other, without padding, and go
    through `flash_attn_varlen_func`, which finds keys and values through the block table.
 3. Decode. Each running sequence feeds its newest token to `flash_attn_with_kvcache`, which writes
-   that token's key and value into the right page and attends to everything before it.
+   that token's key and value into the right page and attends to everything before it. With
+   `--graph`, on a GPU, the whole step is a CUDA graph, recorded once and replayed for every token.
 4. Continuous batching. A finished sequence leaves at once, its pages are freed, and a waiting
    prompt takes its place; nobody waits for the longest answer (Orca, Yu et al., 2022).
 
@@ -99,17 +100,25 @@ def demonstrate(options: Options) -> int:
         warm_up = Engine(model, cache, end_tokens, replace(options, max_tokens=2))
         for _ in warm_up.run(as_sequences(prompts)):
             pass
+        engine = Engine(model, cache, end_tokens, options)
+        if options.graph:
+            engine.decoder.capture()
 
     print(
         f"prompts: {len(prompts)}, at most {options.batch} at a time; "
         f"KV cache: {options.pages} pages of {options.page_size} tokens\n"
     )
     sequences = as_sequences(prompts)
-    engine = Engine(model, cache, end_tokens, options)
     screen = Screen(tokenizer, options.prompts)
     for served in engine.run(sequences):
         screen.update(served)
 
+    eager = None
+    if options.graph:
+        with progress("the same prompts without the CUDA graph"):
+            eager = Engine(model, cache, end_tokens, options)
+            for _ in eager.run(as_sequences(prompts)):
+                pass
     with progress("the same prompts through transformers with its own attention"):
         stock_run = run_stock(stock, prompts, options, end_tokens)
     print()
@@ -118,7 +127,7 @@ def demonstrate(options: Options) -> int:
         # In half precision two right answers may part where two words are about equally likely,
         # and differ from there on. What can be held to a bound is the logits.
         agreed = logits_agree(stock, sequences)
-    print_table(engine, stock_run, num_layers=len(model.layers))
+    print_table(engine, eager, stock_run, num_layers=len(model.layers))
     if not agreed:
         print("\ngenerate.py: MISMATCH: transformers' own attention gives another result")
     return 0 if agreed else 1
@@ -317,10 +326,10 @@ class PagedCache:
 
         The width is that of the longest sequence to come, so shapes, and with them the choice of
         a kernel, stay the same from step to step. Entries past a sequence's last page are never
-        followed: -1 is as good as anything.
+        followed: -1 is as good as anything. The tensor lies on the CPU, as do the page numbers.
         """
         rows = [s.pages + [-1] * (self.max_blocks - len(s.pages)) for s in sequences]
-        return torch.tensor(rows, dtype=torch.int32, device=self.storage.device)
+        return torch.tensor(rows, dtype=torch.int32)
 
     def slots(self, sequence: Sequence) -> list[int]:
         """The row of each of a sequence's tokens when all pages are seen as one long list."""
@@ -368,7 +377,7 @@ class Prefill(Batch):
             tokens=torch.tensor([t for s in sequences for t in s.tokens], device=device),
             positions=torch.tensor([i for s in sequences for i in range(s.length)], device=device),
             last_rows=torch.tensor([end - 1 for end in ends[1:]], device=device),
-            block_table=cache.block_table(sequences),
+            block_table=cache.block_table(sequences).to(device),
             slots=torch.tensor([slot for s in sequences for slot in cache.slots(s)], device=device),
             cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device),
             max_seqlen=max(sequence.length for sequence in sequences),
@@ -400,16 +409,24 @@ class Decode(Batch):
     cache_seqlens: Tensor  # [batch], int32: how many tokens of each sequence the cache holds
 
     @staticmethod
-    def of(sequences: list[Sequence], cache: PagedCache) -> Decode:
+    def allocate(rows: int, cache: PagedCache) -> Decode:
+        """Tensors to be filled, once or before every step."""
         device = cache.storage.device
-        positions = torch.tensor([sequence.length - 1 for sequence in sequences], device=device)
+        lengths = torch.empty(rows, dtype=torch.int32, device=device)
         return Decode(
-            tokens=torch.tensor([sequence.tokens[-1] for sequence in sequences], device=device),
-            positions=positions,
-            last_rows=torch.arange(len(sequences), device=device),
-            block_table=cache.block_table(sequences),
-            cache_seqlens=positions.int(),  # all but the newest token have been stored
+            tokens=torch.empty(rows, dtype=torch.int32, device=device),
+            positions=lengths,  # all but the newest token have been stored
+            last_rows=torch.arange(rows, device=device),
+            block_table=torch.empty((rows, cache.max_blocks), dtype=torch.int32, device=device),
+            cache_seqlens=lengths,
         )
+
+    def fill(self, sequences: list[Sequence], cache: PagedCache) -> None:
+        """A row for each sequence, written in place; the rest become padding."""
+        rows = sequences + [PADDING] * (len(self.tokens) - len(sequences))
+        self.tokens.copy_(torch.tensor([sequence.tokens[-1] for sequence in rows]))
+        self.cache_seqlens.copy_(torch.tensor([sequence.length - 1 for sequence in rows]))
+        self.block_table.copy_(cache.block_table(rows))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         o: Tensor = flash_attn_with_kvcache(
@@ -423,6 +440,52 @@ class Decode(Batch):
             causal=True,
         )
         return o.squeeze(1)
+
+
+# A sequence without a page: what it stores is dropped, and its one key reads as zeros.
+PADDING = Sequence(number=-1, prompt=[0])
+
+
+class Decoder:
+    """Decoding steps, launched kernel by kernel or, once captured, all at once as a CUDA graph.
+
+    A step is hundreds of kernels, and for so small a model the GPU is done with each before the CPU
+    has launched the next. A graph is one launch. It repeats what was recorded, so shapes and
+    addresses are fixed: every place of the batch has a row, and new numbers go into old tensors.
+    """
+
+    def __init__(self, model: Llama, cache: PagedCache, places: int | None) -> None:
+        self.model = model
+        self.cache = cache
+        # None: each step gets new tensors, with as many rows as there are sequences.
+        self.fixed = None if places is None else Decode.allocate(places, cache)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def run(self, sequences: list[Sequence]) -> Tensor:
+        """Returns the logits [batch, vocab] of the token that follows each sequence."""
+        batch = self.fixed or Decode.allocate(len(sequences), self.cache)
+        batch.fill(sequences, self.cache)
+        if self.graph is None:
+            logits = self.model.forward(batch, self.cache)
+        else:
+            self.graph.replay()
+            logits = self.logits.clone()  # the next replay overwrites them
+        return logits[: len(sequences)]
+
+    def capture(self) -> None:
+        """Records a step. All its rows are padding, so the cache stays as it is."""
+        assert self.fixed is not None
+        self.fixed.fill([], self.cache)
+        device = self.cache.storage.device
+        stream = torch.cuda.Stream(device)  # the default stream can't be captured
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self.model.forward(self.fixed, self.cache)  # for what is set up at the first use
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.logits = self.model.forward(self.fixed, self.cache)  # recorded, not run
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph.replay()  # the first one takes longer
 
 
 # ----------------------------------------------------------------------------------------------
@@ -462,6 +525,7 @@ class Engine:
         self.cache = cache
         self.end_tokens = end_tokens
         self.options = options
+        self.decoder = Decoder(model, cache, options.batch if options.graph else None)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # the oldest first
         self.prefill = Phase()
@@ -482,11 +546,11 @@ class Engine:
         """
         newcomers = self.admit()
         if newcomers:
-            self.advance(newcomers, Prefill, self.prefill)
+            self.advance(newcomers, self.prefill)
             return newcomers
         self.make_room()
         runners = list(self.running)
-        self.advance(runners, Decode, self.decode)
+        self.advance(runners, self.decode)
         return runners
 
     def admit(self) -> list[Sequence]:
@@ -513,15 +577,17 @@ class Engine:
                 self.waiting.appendleft(youngest)
                 self.preemptions += 1
 
-    def advance(
-        self, sequences: list[Sequence], kind: type[Prefill] | type[Decode], phase: Phase
-    ) -> None:
+    def advance(self, sequences: list[Sequence], phase: Phase) -> None:
         """One pass through the model: each of the sequences gets its most likely next token."""
         start = time.perf_counter()
-        batch = kind.of(sequences, self.cache)
-        logits = self.model.forward(batch, self.cache)
+        if phase is self.prefill:
+            tokens = sum(sequence.length for sequence in sequences)
+            logits = self.model.forward(Prefill.of(sequences, self.cache), self.cache)
+        else:
+            tokens = len(sequences)
+            logits = self.decoder.run(sequences)
         choices: list[int] = logits.argmax(dim=-1).tolist()  # waits for the GPU
-        phase.add(len(batch.tokens), time.perf_counter() - start)
+        phase.add(tokens, time.perf_counter() - start)
         for sequence, row, token in zip(sequences, logits, choices, strict=True):
             sequence.generated.append(token)
             if self.options.compares_logits:
@@ -744,14 +810,16 @@ def logits_agree(stock: PreTrainedModel, sequences: list[Sequence]) -> bool:
     return bool(ours <= allowed)  # not so if it is NaN
 
 
-def print_table(engine: Engine, stock_run: StockRun, num_layers: int) -> None:
+def print_table(engine: Engine, eager: Engine | None, stock_run: StockRun, num_layers: int) -> None:
     """Calls, tokens and speed, ours beside transformers'."""
     rows = [
         ("prefill", "mini_flash_attention", engine.prefill),
         ("", "transformers (sdpa)", stock_run.prefill),
-        ("decode", "mini_flash_attention", engine.decode),
+        ("decode", "mini_flash_attention", (eager or engine).decode),
         ("", "transformers (sdpa)", stock_run.decode),
     ]
+    if eager:
+        rows.insert(3, ("", "  in a CUDA graph", engine.decode))
     heads = ("calls", "tokens", "ms per call", "tokens/s")
     print(f"\n{'phase':9}{'attention':22}" + "".join(f"{head:>13}" for head in heads))
     for name, attention, phase in rows:
@@ -784,6 +852,7 @@ class Options:
     page_size: int
     pages: int
     batch: int
+    graph: bool
 
     @property
     def compares_logits(self) -> bool:
@@ -804,21 +873,24 @@ def parse_arguments() -> Options:
     add("--page-size", type=positive, default=16, metavar="N", help="tokens in a page (16)")
     add("--pages", type=positive, metavar="N", help="pages in the pool (room for 2048 tokens)")
     add("--batch", type=positive, default=4, metavar="N", help="sequences that run at a time (4)")
+    add("--graph", action="store_true", help="decode with a CUDA graph, where there is a GPU")
     arguments = parser.parse_args()
     try:
         device = choose_device(arguments.device)
         dtype = choose_dtype(arguments.dtype, device)
     except UsageError as error:
         parser.error(str(error))
+    prompts = arguments.prompt or PROMPTS
     return Options(
-        prompts=arguments.prompt or PROMPTS,
+        prompts=prompts,
         max_tokens=arguments.max_tokens,
         device=device,
         dtype=dtype,
         page_size=arguments.page_size,
         pages=arguments.pages
         or max(pages_for(DEFAULT_POOL_TOKENS, arguments.page_size), arguments.batch),
-        batch=arguments.batch,
+        batch=min(arguments.batch, len(prompts)),
+        graph=device.type == "cuda" and arguments.graph,
     )
 
 

@@ -161,12 +161,12 @@ class DecodeChoice(NamedTuple):
 # By head_dim; shared memory of 160 KB and more, and the 99 KB of SM 86, 89 and 120. Measured on an
 # H200 at head_dim 128.
 LARGE_DECODE = {
-    64: DecodeChoice(Tiles(0, 256, 8, 3), Tiles(0, 64, 4, 4), Tiles(0, 64, 4, 4)),
-    128: DecodeChoice(Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3), Tiles(0, 64, 8, 3)),
+    64: DecodeChoice(Tiles(0, 128, 8, 4), Tiles(0, 64, 4, 4), Tiles(0, 32, 4, 4)),
+    128: DecodeChoice(Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3), Tiles(0, 32, 8, 4)),
     256: DecodeChoice(Tiles(0, 64, 8, 3), Tiles(0, 32, 4, 3), Tiles(0, 32, 8, 3)),
 }
 SMALL_DECODE = {
-    64: DecodeChoice(Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3), Tiles(0, 64, 4, 3)),
+    64: DecodeChoice(Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3), Tiles(0, 32, 4, 4)),
     128: DecodeChoice(Tiles(0, 64, 8, 3), Tiles(0, 32, 4, 3), Tiles(0, 32, 8, 3)),
     256: DecodeChoice(Tiles(0, 32, 8, 3), Tiles(0, 16, 4, 3), Tiles(0, 16, 4, 3)),
 }
@@ -180,7 +180,9 @@ def decode_tiles(arch: int, head_dim: int, rows: int) -> tuple[Tiles, Tiles]:
     most = 32 if size == 256 or arch not in SHARED_KB else 64
     block_m = min(most, 16 if rows <= 16 else 32 if rows <= 32 else 64)
     narrow = choice.narrow if block_m == 16 else choice.rows
-    wide = choice.wide if block_m < 64 else narrow  # registers end
+    # Registers end: wide tiles of 32 rows fit at head_dim 128 alone, of 64 rows nowhere.
+    fits = block_m == 16 or (block_m == 32 and size == 128)
+    wide = choice.wide if fits else narrow
     return wide._replace(block_m=block_m), narrow._replace(block_m=block_m)
 
 
@@ -238,7 +240,7 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     work = units * visible * 2 * head_dim * p.k.element_size() // gpu.multiprocessors
     small_pages = p.page_size > 0 and p.page_size % narrow.block_n > 0
     if 1 < p.batch <= MAX_SHARED_BATCH and work >= SHARED_WORK:
-        tiles = narrow if small_pages or rows > 16 else wide
+        tiles = narrow if p.page_size or rows > 16 else wide
         resident = gpu.multiprocessors * programs_at_a_time(gpu.arch, tiles, head_dim)
         most = p.batch * -(-visible // tiles.block_n)
         n = min(shares(blocks, resident), most)

@@ -172,6 +172,9 @@ def test_a_sequence_does_not_see_its_neighbours(head_dim, window_size):
                 of_few |= {n: decoded.arguments[n][:batch] for n in ("k_cache", "v_cache")}
             assert torch.equal(whole.run(**few)[0], out[: cu[-1]])
             assert torch.equal(decoded.run(**of_few)[0], step[:batch])
+            for asked in ({"num_splits": 3}, {"num_splits": 0, "fixed_split_size": 128}):
+                of_all = decoded.run(**asked)[0]
+                assert torch.equal(decoded.run(**of_few, **asked)[0], of_all[:batch])
 
 
 def test_graph_replay_follows_lengths_and_pages():

@@ -41,7 +41,7 @@ def call(
         (H200, (24, 24, 24, 2048, 16), False, 1, 64),
         # a lot to do: equal shares, in the largest number that runs at a time
         (H200, (64, 32, 8, 8192), True, 16, 128),
-        (H200, (64, 32, 8, 8192, 256), True, 16, 128),
+        (H200, (64, 32, 8, 8192, 256), True, 33, 64),
         (H200, (64, 32, 8, 8192, 16), True, 33, 64),
         (H200, (24, 24, 24, 8192), True, 11, 128),
         # too few programs: parts of each sequence

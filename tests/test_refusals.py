@@ -426,6 +426,15 @@ for call in (varlen, kvcache):
     row(f"41-negative-{call.__name__}", call, ValueError, "num_splits: expected 0 .* 128, got -1",
         num_splits=-1)
 
+for size in (0, -1, 2**31):
+    row(f"41-size-{size}", kvcache, ValueError, f"fixed_split_size: expected 1 or .*got {size}",
+        fixed_split_size=size)
+for size, got in ((True, "bool"), (64.0, "float"), ("64", "str")):
+    row(f"41-size-{got}", kvcache, TypeError, f"fixed_split_size: expected an int .*got {got}",
+        fixed_split_size=size)
+row("41-size-and-splits", kvcache, ValueError, "fixed_split_size: expected None with num_splits",
+    fixed_split_size=64, num_splits=2)
+
 for out, got in (([1.0], "list"), (True, "bool")):
     row(f"46-{got}", dense, TypeError, f"out: {A_TENSOR} {got}", out=out)
 row("46-shape", dense, ValueError, "out: expected shape .*, got", out=lambda a: a["out"][:, :2])
@@ -713,6 +722,7 @@ ALLOWED = {
     # Both are written to it; which of them remains is left open.
     "one-cache-for-both": (append, dict.fromkeys(("k_cache", "v_cache"), tensor(2, 8))),
     "most-splits": (kvcache, {"num_splits": 128}),
+    "fixed-splits": (kvcache, {"fixed_split_size": 1}),
     "no-pages": (paged, {"k": tensor(0, 4), "v": tensor(0, 4)}),
 }  # fmt: skip
 

@@ -239,5 +239,6 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode
         wide(p, tiles.block_n), twins(p, tiles.block_n), plan.shares, plan.overlapped,
     )  # fmt: skip
     return Launch(
-        decode_kernel, plan.programs, POINTERS, constants, tiles.num_warps, tiles.num_stages
-    )
+        decode_kernel, plan.programs, POINTERS, constants, tiles.num_warps, tiles.num_stages,
+        maxnreg=None if 64 < head_dim <= 128 else 255,  # tuned without at head_dim 128
+    )  # fmt: skip

@@ -54,7 +54,8 @@ class Launch:
 
     def __init__(
         self, kernel: Any, programs: int, pointers: tuple[str, ...], constants: tuple[Any, ...],
-        num_warps: int, num_stages: int = 1, launch_pdl: bool = False,
+        num_warps: int, num_stages: int = 1, *, launch_pdl: bool = False,
+        maxnreg: int | None = None,
     ) -> None:  # fmt: skip
         self.kernel = kernel
         self.programs = programs
@@ -63,6 +64,8 @@ class Launch:
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
         if launch_pdl:  # programmatic dependent launch: it may start before the launch before ends
             self.options["launch_pdl"] = True
+        if maxnreg:  # registers of a thread; else ptxas may rather spill than lose occupancy
+            self.options["maxnreg"] = maxnreg
         self.runner: Any = None
 
     def __call__(self, tensors: Mapping[str, torch.Tensor | None]) -> None:

@@ -1,0 +1,238 @@
+"""Random decoding calls against the definition. A seed and a number describe a call wholly.
+
+    python tests/fuzz.py --cases 2000 --jobs 12
+    python tests/fuzz.py --seed 0 --case 17
+
+Memory that no sequence uses holds NaN, also around all that the package allocates, and must hold
+the same bits after the call.
+"""
+
+import argparse
+import multiprocessing
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from cases import Case, kvcache, margined
+
+import mini_flash_attention as mfa
+from mini_flash_attention import dispatch, plan, reference
+
+COMBINATIONS = 36  # case n has combination n % 36, so that a GPU compiles few variants
+MASKS = ("none", "causal", "left", "both", "right")
+# The CPU takes what is small: the first five and the first nine. A page size of 0 is no paging.
+HEAD_DIMS = (16, 40, 64, 64, 64, 80, 128, 128, 128, 192, 256)
+PAGE_SIZES = (0, 0, 0, 1, 3, 16, 20, 48, 64, 128, 256)
+
+
+def build(seed: int, number: int, gpu: bool) -> tuple[Case, dict[str, Any]]:
+    """The case, in the CPU's memory, and what was drawn for it."""
+    # What kernels are compiled for comes from c, which many cases share; r draws the rest.
+    c = random.Random(f"{seed} {gpu} {number % COMBINATIONS}")
+    dtype = c.choice((torch.float16, torch.bfloat16 if gpu else torch.float32))
+    head_dim = c.choice(HEAD_DIMS[: 11 if gpu else 5])
+    page_size = c.choice(PAGE_SIZES[: 11 if gpu else 9])
+    mask, lse, shares = c.choice(MASKS), c.random() < 0.5, c.random() < 0.3
+    r = random.Random(f"{seed} {gpu} case {number}")
+    batch = 70 if gpu and r.random() < 0.05 else r.randint(1, 12 if gpu else 3)
+    # Several queries first: they need the most variants, and the last should not take longest.
+    seqlen_q = r.randint(2, 16 if gpu else 6) if number % COMBINATIONS < 11 else 1
+    nheads_k = r.choice((1, 2, 5) if gpu else (1, 2))
+    if head_dim % 16:  # else some heads make strides multiples of 16, which compiles anew
+        nheads_k = 2
+    longest = int(((300 if batch == 70 else 3000) if gpu else 87) ** r.random() ** 0.5)
+    appended = r.choice((0, 0, 0, 1, 1, 2, 9))
+    if page_size and r.random() < 0.5:
+        longest += -(longest + appended) % page_size
+    left, right = int((longest + 2) ** r.random()) - 1, r.randint(0, seqlen_q)
+    windows = {"left": (left, 0), "both": (left, right), "right": (-1, right)}
+    words: dict[str, Any] = {
+        "seed": r.getrandbits(32),
+        "seqlen_q": seqlen_q,
+        "lengths": [r.choice((0, longest, *[r.randint(1, longest)] * 8)) for _ in range(batch)],
+        "appended": appended,
+        "page_size": page_size,
+        "nheads": nheads_k * r.choice((1, 2, 3, 4, 7, 8, 16)),
+        "nheads_k": nheads_k,
+        "head_dim": head_dim,
+        "dtype": dtype,
+        "num_splits": r.choice((0, 0, 0, 0, 0, 0, 1, 2, 5, *((17, 128) if gpu else ()))),
+        "causal": mask in ("causal", "left"),
+        "window_size": windows.get(mask, (-1, -1)),
+    }
+    case, room = kvcache(**words, device="cpu"), r.choice((0, 0, 1, 1, 300))
+    case.arguments["return_softmax_lse"] = lse
+    if not words["num_splits"] and r.random() < 0.1:
+        case.arguments["fixed_split_size"] = r.choice((1, 200, 1000))
+    if page_size:
+        case.arguments["block_table"] = with_junk(case.arguments, appended, room)
+    elif not room:  # the longest sequence fills the cache
+        full = max(words["lengths"]) + appended
+        case.arguments |= {x: case.arguments[x][:, :full] for x in ("k_cache", "v_cache")}
+    size = case.arguments.get("fixed_split_size")
+    words |= {"lse": lse, "shares": shares, "room": room, "fixed_split_size": size}
+    return case, words | {"own_out": r.random() < 0.4}
+
+
+def with_junk(arguments: dict[str, Any], appended: int, room: int) -> torch.Tensor:
+    """The block table and `room` columns, unused entries: no page, one of NaN, another's."""
+    table, cache = arguments["block_table"], arguments["k_cache"]
+    pages = -(-(arguments["cache_seqlens"] + appended) // cache.shape[1])
+    empty = cache.isnan().flatten(1).all(1).nonzero().flatten().tolist()
+    junk = torch.tensor([-1, -(2**31), 2**31 - 1, len(cache), *empty[:3], *range(len(cache))[:3]])
+    g = torch.Generator().manual_seed(int(pages.sum()))
+    wide = junk[torch.randint(len(junk), (len(table), table.shape[1] + room), generator=g)].int()
+    used = torch.arange(table.shape[1]) < pages[:, None]
+    wide[:, : table.shape[1]] = table.where(used, wide[:, : table.shape[1]])
+    return wide[:, : max(1, int(pages.max())) + room]
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """All memory behind x, as integers."""
+    dtype = {2: torch.int16, 4: torch.int32}[x.element_size()]
+    return torch.empty(0, dtype=dtype, device=x.device).set_(x.untyped_storage())
+
+
+def copied(x: Any, device: str) -> Any:
+    """x with all memory behind it."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    storage = bits(x).to(device, copy=True).untyped_storage()
+    empty = torch.empty(0, dtype=x.dtype, device=device)
+    return empty.set_(storage, x.storage_offset(), x.shape, x.stride())
+
+
+@contextmanager
+def poisoned() -> Iterator[list[torch.Tensor]]:
+    """What is allocated inside: numbers are NaN between margins of NaN, integers are 1."""
+    made = []
+
+    def allocate(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        x = original(*args, **kwargs)
+        if x.is_meta or not x.is_floating_point():
+            return x if x.is_meta else x.fill_(1)
+        made.append(margined(tuple(x.shape), x.dtype, str(x.device)))
+        return made[-1]
+
+    empty, empty_like = partial(allocate, torch.empty), partial(allocate, torch.empty_like)
+    with patch.object(torch, "empty", empty), patch.object(torch, "empty_like", empty_like):
+        yield made
+
+
+def call(case: Case, words: dict[str, Any], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, LSE) of the call on copies of its tensors. Only caches may change, by what is appended.
+
+    An LSE that is not asked for is the right one.
+    """
+    given = {name: copied(x, device) for name, x in case.arguments.items()}
+    q, lse = given["q"], None
+    if words["own_out"]:
+        batch, seqlen_q, nheads, head_dim = q.shape
+        shape = (batch + 2, seqlen_q + 1, nheads + 2, head_dim + 16)
+        around = torch.full(shape, float("nan"), dtype=q.dtype, device=device)
+        given["out"] = around[1:-1, 1:, :nheads, :head_dim]
+    with poisoned() as made:
+        out = mfa.flash_attn_with_kvcache(**given)
+    if words["lse"]:
+        out, lse = out
+    assert out is given.pop("out", out), "out is not the caller's"
+    assert out.dtype is q.dtype and out.shape == q.shape, f"out is {out.dtype} {out.shape}"
+    if lse is None:
+        lse = torch.stack([reference.attention(*row[2:], **case.meaning)[1] for row in case.rows])
+    result = out.clone(), lse.float().clone()
+    for x in (*made, out):
+        memory = bits(x.fill_(float("nan")))
+        assert (memory == memory[0]).all(), f"written outside a result of shape {tuple(x.shape)}"
+    after = {name: copied(x, "cpu") for name, x in case.arguments.items()}
+    for b, n in enumerate(words["lengths"]):
+        j = torch.arange(n, n + words["appended"])
+        at = (torch.full_like(j, b), j)
+        if words["page_size"]:
+            page = after["block_table"][b, j // words["page_size"]].long()
+            at = (page, j % words["page_size"])
+        after["k_cache"][at], after["v_cache"][at] = (x[n:].cpu() for x in case.rows[b][3:])
+    for name, x in given.items():
+        same = not isinstance(x, torch.Tensor) or torch.equal(bits(x).cpu(), bits(after[name]))
+        assert same, f"{name}: changed, or not as keys should be appended"
+    return result
+
+
+def narrowed(choose: Callable[..., tuple[plan.Tiles, ...]], *words: Any) -> tuple[plan.Tiles, ...]:
+    """The tiles chosen, of 16 keys."""
+    return tuple(tiles._replace(block_n=16) for tiles in choose(*words))
+
+
+def check(seed: int, number: int, device: str) -> None:
+    """Make the call. If it is wrong, the error begins with the line that makes it again."""
+    words: dict[str, Any] = {}
+    try:
+        case, words = build(seed, number, device == "cuda")
+        case.rows = [(*row[:2], *(x.to(device) for x in row[2:])) for row in case.rows]
+        work = 0 if words["shares"] else plan.SHARED_WORK
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(plan, "SHARED_WORK", work))
+            stack.enter_context(patch.object(dispatch, "_recipes", {}))
+            if device == "cpu":  # the interpreter's few keys, in many tiles
+                few = partial(narrowed, plan.decode_tiles)
+                stack.enter_context(patch.object(plan, "decode_tiles", few))
+            out, lse = call(case, words, device)
+            case.check(out, lse)
+            assert not lse.isnan().any(), "NaN in the LSE"
+            if not dispatch.INTERPRETED:  # now as its recipe and the launchers kept it
+                for x, y in zip((out, lse), call(case, words, device), strict=True):
+                    assert torch.equal(x, y), "other bits when called again"
+    except Exception as error:
+        line = f"python tests/fuzz.py --seed {seed} --case {number} --device {device}"
+        line = f"TRITON_INTERPRET=1 {line}" if dispatch.INTERPRETED else line
+        raise AssertionError(f"{line}\n  {error!r}\n  {words}") from error
+
+
+def check_all(numbers: range, seed: int, device: str) -> tuple[int, list[str]]:
+    """How many cases were checked, and what failed. After a GPU's fault no more can be."""
+    failures: list[str] = []
+    for done, number in enumerate(numbers, 1):
+        try:
+            check(seed, number, device)
+        except AssertionError as error:
+            failures.append(str(error))
+            if "CUDA error" in failures[-1] or "[CUDA]" in failures[-1]:
+                return done, failures
+    return len(numbers), failures
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check the cases asked for, print what failed, and return 1 if anything did."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", type=int, help="this case alone")
+    parser.add_argument("--cases", type=int, default=100, help="how many (100)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is a GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (1)")
+    asked = parser.parse_args(argv)
+    parts = [range(i, asked.cases, COMBINATIONS) for i in range(min(COMBINATIONS, asked.cases))]
+    if asked.case is not None:
+        parts = [range(asked.case, asked.case + 1)]
+    device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    work = partial(check_all, seed=asked.seed, device=device)
+    began, cases, failed = time.monotonic(), 0, 0
+    with ExitStack() as stack:
+        results: Iterator[tuple[int, list[str]]] = map(work, parts)
+        if asked.jobs > 1:  # each on one thread; a combination's variants are compiled by one
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(context.Pool(asked.jobs, torch.set_num_threads, (1,)))
+            results = pool.imap_unordered(work, parts)
+        for done, failures in results:
+            cases, failed = cases + done, failed + len(failures)
+            print(*failures, sep="\n", end="\n" * bool(failures), flush=True)
+    print(f"{cases} cases, {failed} failures, {time.monotonic() - began:.1f} s")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
