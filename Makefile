@@ -34,10 +34,10 @@ test: ## lint, format, types and every test this machine can run
 	$(in_venv) -m ruff check .
 	$(in_venv) -m ruff format --check .
 	$(in_venv) -m mypy
-	OMP_NUM_THREADS=1 $(in_venv) -m pytest -n $(JOBS) -m "not slow"
+	OMP_NUM_THREADS=1 $(in_venv) -m pytest -n $(JOBS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(in_venv) -m pytest -n $(JOBS) -q -W ignore tests/test_functions.py
 
-compile: ## compile every kernel for every architecture, no GPU needed; takes many minutes
+compile: ## only the tests that compile every kernel for every architecture, no GPU needed
 	@$(make_env) $(TRITONS:%=--triton %)
 	$(in_venv) -m pytest -n $(JOBS) tests/test_compile.py
 
