@@ -78,8 +78,8 @@ class Choice(NamedTuple):
 
 
 # Tiles of the forward kernel by head_dim. HOPPER is measured on an H200 (bench/NOTES.md); SMALL
-# fits the 99 KB of shared memory of SM 86, 89 and 120. `make compile`
-# (tests/test_compile.py) looks for spills on every architecture.
+# fits the 99 KB of shared memory of SM 86, 89 and 120. tests/test_compile.py looks for spills on
+# every architecture.
 HOPPER = {
     64: Choice(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
     128: Choice(
@@ -232,8 +232,9 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     # Asked for: the same tiles in every batch, and so the same bits.
     if p.split_size:
         size = -(-p.split_size // narrow.block_n)
-        # A window's first key may lie inside a tile: that makes one more.
-        n = max(1, -(-(key_tiles + (p.left >= 0)) // size))
+        # A window's first key may lie inside a tile: that makes one more. At least two parts, so
+        # that a result always takes the same way, whatever the cache's capacity.
+        n = max(2, -(-(key_tiles + (p.left >= 0)) // size))
         return _parts(narrow, rows, units, n, gpu)._replace(split_tiles=size)
     if p.num_splits:
         return _parts(narrow, rows, units, p.num_splits, gpu)
@@ -242,7 +243,7 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     if 1 < p.batch <= MAX_SHARED_BATCH and work >= SHARED_WORK:
         tiles = narrow if p.page_size or rows > 16 else wide
         resident = gpu.multiprocessors * programs_at_a_time(gpu.arch, tiles, head_dim)
-        most = p.batch * -(-visible // tiles.block_n)
+        most = p.batch * (-(-visible // tiles.block_n) + (p.left >= 0))
         n = min(shares(blocks, resident), most)
         if most * n < 2**31:  # which is how far the kernel counts
             in_use = min(rows, tiles.block_m)

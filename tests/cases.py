@@ -46,6 +46,7 @@ class Case:
                 promise += 8 * torch.finfo(q.dtype).eps * _largest(v)
             assert error <= promise, f"error {error:.3g} over {promise:.3g}"
             there = ref_lse > float("-inf")
+            assert not lse[lse_at].isnan().any()
             assert torch.equal(lse[lse_at] > float("-inf"), there)
             lse_error = _largest(lse[lse_at].double()[there] - ref_lse[there])
             assert lse_error <= 1e-5 * max(1.0, _largest(ref_lse[there]))

@@ -46,7 +46,7 @@ def build(seed: int, number: int, gpu: bool) -> tuple[Case, dict[str, Any]]:
     nheads_k = r.choice((1, 2, 5) if gpu else (1, 2))
     if head_dim % 16:  # else some heads make strides multiples of 16, which compiles anew
         nheads_k = 2
-    longest = int(((300 if batch == 70 else 3000) if gpu else 87) ** r.random() ** 0.5)
+    longest = int(((300 if batch == 70 else 3000) if gpu else 60) ** r.random() ** 0.5)
     appended = r.choice((0, 0, 0, 1, 1, 2, 9))
     if page_size and r.random() < 0.5:
         longest += -(longest + appended) % page_size

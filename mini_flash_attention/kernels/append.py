@@ -24,11 +24,11 @@ def append_kernel(
     b = (unit // nheads_k).to(tl.int64)
     t = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, D)
-    if seqused is None:
-        j = seqlen_k - appended + t
-    else:
-        j = sequence.used_length(b, seqused, 0, seqlen_k) + t
-    fits = (t < appended) & (j < seqlen_k)
+    used = seqlen_k - appended
+    if seqused is not None:
+        used = sequence.used_length(b, seqused, 0, seqlen_k)
+    fits = (t < appended) & (t < seqlen_k - used)
+    j = used + tl.where(fits, t, 0)
     if PAGE_SIZE:
         entry = block_table + b * stride_table + j // PAGE_SIZE
         page, real = paging.lookup(entry, fits, num_pages)

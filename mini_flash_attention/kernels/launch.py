@@ -27,9 +27,12 @@ def wide(p: Problem, block_n: int) -> bool:
     """
     if p.k.shape[-1] > 128:
         return True
-    steps = p.k.shape[0] if p.page_size else block_n
-    dim = 0 if p.page_size else -3
-    return any(steps * x.stride(dim) >= 2**31 for x in (p.k, p.v))
+    if p.page_size:
+        last = (p.k.shape[0] - 1, p.k.shape[1] - 1)
+        reach = (last[0] * x.stride(0) + last[1] * x.stride(1) for x in (p.k, p.v))
+    else:
+        reach = (block_n * x.stride(-3) for x in (p.k, p.v))
+    return any(n + p.k.shape[-1] >= 2**31 for n in reach)
 
 
 def twins(p: Problem, block_n: int) -> bool:

@@ -61,4 +61,4 @@ def find(tile, cu_seqlens, batch, total, BLOCK: tl.constexpr):
 @triton.jit
 def used_length(b, seqused, appended, capacity):
     """Keys in use: `seqused[b]` (negative counts as 0) and those just appended, within capacity."""
-    return tl.minimum(clamp(tl.load(seqused + b), 0, capacity) + appended, capacity)
+    return tl.minimum(clamp(tl.load(seqused + b), 0, capacity), capacity - appended) + appended
