@@ -34,12 +34,12 @@ test: ## lint, format, types and every test this machine can run
 	$(in_venv) -m ruff check .
 	$(in_venv) -m ruff format --check .
 	$(in_venv) -m mypy
-	OMP_NUM_THREADS=1 $(in_venv) -m pytest -n $(JOBS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(in_venv) -m pytest -n $(JOBS) -q -W ignore tests/test_functions.py
+	OMP_NUM_THREADS=1 $(in_venv) -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(in_venv) -m pytest -n $(JOBS) --dist worksteal -q -W ignore tests/test_functions.py
 
-compile: ## only the tests that compile every kernel for every architecture, no GPU needed
+compile: ## compile every kernel for every architecture, no GPU needed; takes four minutes
 	@$(make_env) $(TRITONS:%=--triton %)
-	$(in_venv) -m pytest -n $(JOBS) tests/test_compile.py
+	$(in_venv) -m pytest -n $(JOBS) --dist worksteal tests/test_compile.py
 
 bench: env ## measure; SUITE=portable is the default
 	$(in_venv) -m bench $(SUITE)
