@@ -88,6 +88,25 @@ def test_parts_of_a_fixed_size_cover_the_cache():
         assert size <= chosen.split_tiles * chosen.tiles.block_n < size + chosen.tiles.block_n
 
 
+def test_parts_of_a_fixed_size_take_one_way():
+    """A result is folded whether or not the cache could hold more than a part: the same bits."""
+    for seqlen_k in (0, 1, 512, 513, 8192):
+        assert plan.decode(call(1, 8, 2, seqlen_k, split_size=512), H200).splits >= 2
+
+
+def test_offsets_of_pages_count_what_lies_inside_them():
+    """A page's tokens may be further apart than the pages."""
+    launch = pytest.importorskip("mini_flash_attention.kernels.launch")
+    p = call(1, 8, 8, 2**15 * 256, 256)
+    far = torch.empty_strided(
+        (2**15, 256, 8, 128), (1024, 2**25, 128, 1), dtype=torch.bfloat16, device="meta"
+    )
+    near = far[:, :8]
+    assert launch.wide(p._replace(k=far, v=near), 64)
+    assert launch.wide(p._replace(k=near, v=far), 64)
+    assert not launch.wide(p._replace(k=near, v=near), 64)
+
+
 def test_no_count_overflows():
     """Programs count tiles of the whole batch times shares in 32 bits."""
     window = 1985 * 64 - 1
