@@ -87,16 +87,26 @@ def _signature(describe: Callable[..., Problem], arguments: Arguments) -> Hashab
         return None  # the last, because it grows with every token
     grad = torch.is_grad_enabled()
     key: list[Any] = [describe]
+    add = key.append
     try:
         for x in arguments.values():
-            if isinstance(x, torch.Tensor):
-                if (grad and x.requires_grad) or x.is_neg() or not x.dim():
-                    return None  # to be refused, or a length to be read
-                key.append((x.__class__, x.dtype, x.device, x.shape, x.stride()))
-            elif x.__class__ in PLAIN:
-                key.append((x.__class__, x))  # 1 and True and 1.0 are equal, but not alike
-            elif x.__class__ is tuple and all(type(y) in PLAIN for y in x):
-                key.append((x, *map(type, x)))
+            kind = type(x)
+            if x is None or kind is bool:
+                add(x)
+            elif kind is int or kind is float:  # 1 and True and 1.0 are equal, but not alike
+                add(kind)
+                add(x)
+            elif kind is tuple:
+                add(x)
+                for y in x:
+                    if type(y) not in PLAIN:
+                        return None
+                    add(type(y))
+            elif isinstance(x, torch.Tensor):
+                shape = x.shape
+                if not shape or (grad and x.requires_grad) or x.is_neg():
+                    return None  # a length to be read, or to be refused
+                key += (kind, x.dtype, x.device, shape, x.stride())
             else:
                 return None
         signature = tuple(key)

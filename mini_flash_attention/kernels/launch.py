@@ -72,12 +72,21 @@ class Launch:
         self.runner: Any = None
 
     def __call__(self, tensors: Mapping[str, torch.Tensor | None]) -> None:
-        given = [tensors[name] for name in self.pointers]
-        addresses = [None if x is None else x.data_ptr() for x in given]
-        aligned = not any(a is not None and a % ALIGNMENT for a in addresses)
+        addresses: list[int | None] = []
+        bits = 0
+        for name in self.pointers:
+            x = tensors[name]
+            if x is None:
+                addresses.append(None)
+            else:
+                address = x.data_ptr()
+                addresses.append(address)
+                bits |= address
+        aligned = bits % ALIGNMENT == 0
         if aligned and self.runner is not None:
             self.runner(*addresses, *self.constants)
             return
+        given = [tensors[name] for name in self.pointers]
         compiled = self.kernel[(self.programs,)](*given, *self.constants, **self.options)
         if aligned and compiled is not None:  # the interpreter compiles nothing
             self.runner = compiled[(self.programs, 1, 1)]
