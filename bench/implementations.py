@@ -44,6 +44,7 @@ class Implementation:
     # Entered around the calls, outside what is timed.
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     on_request: bool = False  # runs only when named
+    attends: bool = True  # no: a yardstick, whose result is not looked at
 
 
 def missing(module: str) -> str | None:
@@ -189,10 +190,24 @@ def prepare_fa3(workload: Workload, tensors: Tensors) -> Prepared | None:
     return Prepared(lambda: fa3.flash_attn_with_kvcache(q, k, v, **cache, **mask))
 
 
+# -- a yardstick -------------------------------------------------------------------------------
+
+LEAST_READ = 1 << 28  # bytes; below, its two launches and what it adds up count too much
+
+
+def prepare_read(workload: Workload, tensors: Tensors) -> Prepared | None:
+    """Add up a dense cache: how fast this card reads so many bytes."""
+    dense = workload.kind == "decode" and workload.uniform and workload.page_size is None
+    if not dense or workload.kv_bytes < LEAST_READ:
+        return None
+    return Prepared(lambda: (torch.sum(tensors.k), torch.sum(tensors.v)))
+
+
 IMPLEMENTATIONS = (
     Implementation("mini", lambda: missing("mini_flash_attention"), prepare_mini),
     Implementation("fa2", fa2_available, prepare_fa2, only(SDPBackend.FLASH_ATTENTION)),
     Implementation("cudnn", cudnn_available, prepare_sdpa, only(SDPBackend.CUDNN_ATTENTION)),
     Implementation("fa3", fa3_available, prepare_fa3),
+    Implementation("read", lambda: None, prepare_read, attends=False),
     Implementation("flex", lambda: None, prepare_flex, on_request=True),
 )

@@ -325,19 +325,23 @@ def uniform_lengths(count: int, longest: int, seed: int = 1) -> tuple[int, ...]:
 
 RAGGED = uniform_lengths(64, 16 * 1024)
 
+PAGES = (1, 16, 64, 256)
+PAGED = ((1, 32, 1024), (16, 32, 4096), (1, 32, 128 * 1024), (16, 64, 16 * 1024))
+
 DECODE = tuple(
     workload
     for cell in (
         # batch 24, 24 heads of fp16: the table of a small educational project
         *(decode_cell(24, 24, 24, s, (16,), dtype="float16") for s in (512, 2048, 8192)),
-        # grouped heads, from latency to bandwidth
+        # grouped heads, from latency to bandwidth; batch 64 x 128k would take 34 GB
         *(
-            decode_cell(batch, 32, 8, seqlen, (1, 16, 64, 256))
-            for batch, seqlen in ((1, 1024), (16, 4096), (64, 8192), (1, 128 * 1024))
+            decode_cell(batch, heads, 8, seqlen, PAGES if (batch, heads, seqlen) in PAGED else ())
+            for heads, batch, seqlen in product(
+                (32, 64), (1, 4, 16, 64), (1024, 4096, 16 * 1024, 128 * 1024)
+            )
+            if batch * seqlen < 64 * 128 * 1024
         ),
-        decode_cell(4, 32, 8, 1024),
-        decode_cell(64, 32, 8, 1024),
-        decode_cell(8, 64, 8, 16 * 1024, (16,)),
+        decode_cell(64, 32, 8, 8192, PAGES),
         # ragged, and an even batch of as many keys
         decode_cell(64, 32, 8, 0, (16,), lengths=RAGGED),
         decode_cell(64, 32, 8, sum(RAGGED) // 64 // 256 * 256, (16,)),

@@ -230,6 +230,8 @@ def main(argv: list[str] | None = None) -> int:
         for done, failures in results:
             cases, failed = cases + done, failed + len(failures)
             print(*failures, sep="\n", end="\n" * bool(failures), flush=True)
+            seconds = time.monotonic() - began
+            print(f"{cases} of {asked.cases} cases, {seconds:.0f} s", file=sys.stderr, flush=True)
     print(f"{cases} cases, {failed} failures, {time.monotonic() - began:.1f} s")
     return int(failed > 0)
 

@@ -156,7 +156,8 @@ def decode_kernel(
             LEFT, RIGHT, BLOCK_N,
         )  # fmt: skip
         crossed = 0  # shares that the sequence which goes on after this one lies in
-        while tile < stop:
+        # Lengths that another stream changes meanwhile may spoil results, but lead nowhere else.
+        while (tile < stop) & (b < batch):
             _, _, tiles = shares.key_range(
                 b, seqused_k, appended, seqlen_q, seqlen_k, left, right, LEFT, RIGHT, BLOCK_N
             )
@@ -165,6 +166,7 @@ def decode_kernel(
             begins = low == 0
             if begins & (high < tiles):  # goes on in the next shares
                 crossed = split.share_of(before + tiles - 1, total, cuts) - share + 1
+                crossed = tl.minimum(crossed, cuts - share)
                 tl.store(owners + 2 * program, b)
             decode_tiles(
                 b, head_k, block, low, high, begins & (high == tiles),
