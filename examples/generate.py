@@ -10,8 +10,8 @@ serving engines:
 2. Prefill. New prompts of any length are packed one behind the other, without padding, and go
    through `flash_attn_varlen_func`, which finds keys and values through the block table.
 3. Decode. Each running sequence feeds its newest token to `flash_attn_with_kvcache`, which writes
-   that token's key and value into the right page and attends to everything before it. With
-   `--graph`, on a GPU, the whole step is a CUDA graph, recorded once and replayed for every token.
+   that token's key and value into the right page and attends to everything before it. On a GPU
+   the whole step is a CUDA graph, recorded once and replayed for every token.
 4. Continuous batching. A finished sequence leaves at once, its pages are freed, and a waiting
    prompt takes its place; nobody waits for the longest answer (Orca, Yu et al., 2022).
 
@@ -873,7 +873,7 @@ def parse_arguments() -> Options:
     add("--page-size", type=positive, default=16, metavar="N", help="tokens in a page (16)")
     add("--pages", type=positive, metavar="N", help="pages in the pool (room for 2048 tokens)")
     add("--batch", type=positive, default=4, metavar="N", help="sequences that run at a time (4)")
-    add("--graph", action="store_true", help="decode with a CUDA graph, where there is a GPU")
+    add("--no-graph", action="store_true", help="decode without a CUDA graph on a GPU, too")
     arguments = parser.parse_args()
     try:
         device = choose_device(arguments.device)
@@ -890,7 +890,7 @@ def parse_arguments() -> Options:
         pages=arguments.pages
         or max(pages_for(DEFAULT_POOL_TOKENS, arguments.page_size), arguments.batch),
         batch=min(arguments.batch, len(prompts)),
-        graph=device.type == "cuda" and arguments.graph,
+        graph=device.type == "cuda" and not arguments.no_graph,
     )
 
 
