@@ -37,6 +37,7 @@ class Recipe(NamedTuple):
     launches: "list[Launch]"
     lse_shape: tuple[int, ...] | None
     temporaries: tuple[int, int]  # elements of what split keys leave: parts, owners
+    draws: bool  # programs draw their work from a counter
 
 
 _recipes: dict[Hashable, Recipe] = {}
@@ -130,7 +131,7 @@ def _recipe(p: Problem) -> Recipe:
     out = p.new_out()
     lse = None if p.lse_shape is None else torch.empty(p.lse_shape, device="meta")
     launches = append.launches(p)
-    temporaries = (0, 0)
+    temporaries, draws = (0, 0), False
     if not out.numel():
         pass
     elif plan.decodes(p):
@@ -141,7 +142,12 @@ def _recipe(p: Problem) -> Recipe:
             launches.append(combine.launch(p, out, lse, decoding))
     else:
         launches.append(forward.launch(p, out, lse, plan.forward(p, gpu)))
-    return Recipe(p.function, launches, p.lse_shape, temporaries)
+        if hopper := plan.hopper(p, out, gpu):
+            from .kernels import forward_hopper
+
+            launches[-1] = forward_hopper.launch(p, out, lse, hopper, otherwise=launches[-1])
+            draws = True
+    return Recipe(p.function, launches, p.lse_shape, temporaries, draws)
 
 
 def _follow(recipe: Recipe, arguments: Arguments, names: Arguments) -> Result:
@@ -165,9 +171,29 @@ def _follow(recipe: Recipe, arguments: Arguments, names: Arguments) -> Result:
         tensors["parts"] = torch.empty(parts, dtype=torch.float32, device=q.device)
     if owners:
         tensors["owners"] = torch.empty(owners, dtype=torch.int32, device=q.device)
+    if recipe.draws:
+        tensors["counter"] = _counter(q.device)
     for launch in recipe.launches:
         launch(tensors)
     return out, lse
+
+
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _counter(device: torch.device) -> torch.Tensor:
+    """A zero to draw tiles of work from, which a kernel leaves zero again.
+
+    Kernels of one stream run one after the other and share it. A CUDA graph, which may be replayed
+    on any stream, has its own, and sets it.
+    """
+    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    counter = _counters.get(key)
+    if counter is None:
+        counter = _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return counter
 
 
 NOTHING = dict.fromkeys(

@@ -3,6 +3,7 @@
 Every heuristic of the package stands here, and none looks at a length on the device.
 """
 
+import os
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -34,6 +35,19 @@ class Forward(NamedTuple):
     rows: int  # query tiles per unit
     units: int  # (batch, head) pairs; heads alone when q is packed
     per_group: int  # units whose keys share the L2 cache
+
+
+class Hopper(NamedTuple):
+    """A launch of the Hopper kernel: consumers of 64 query rows each."""
+
+    block_n: int
+    slots: int  # Q tiles in shared memory
+    pingpong: bool  # consumers issue in turn
+    early: bool  # exponentials before the wait for the sum of the tile before
+    rows: int
+    units: int
+    per_group: int
+    programs: int
 
 
 class Decode(NamedTuple):
@@ -124,16 +138,62 @@ L2_BYTES = 32 << 20
 
 def forward(p: Problem, gpu: Gpu) -> Forward:
     """The launch of the forward kernel for a call."""
-    nheads, head_dim = p.q.shape[-2:]
+    head_dim = p.q.shape[-1]
     tiles = forward_tiles(gpu.arch, head_dim, p.windowed, p.page_size, p.cu_seqlens_q is not None)
+    return Forward(tiles, *_work(p, tiles.block_m))
+
+
+def _work(p: Problem, block_m: int) -> tuple[int, int, int]:
+    """Tiles of query rows of a unit, units, and units per group."""
+    nheads, head_dim = p.q.shape[-2:]
     if p.cu_seqlens_q is None:
-        rows, units = -(-p.seqlen_q // tiles.block_m), p.batch * nheads
+        rows, units = -(-p.seqlen_q // block_m), p.batch * nheads
     else:
         # rules/sequence.py counts tiles through all sequences; each may leave one unused.
-        rows, units = p.q.shape[0] // tiles.block_m + p.batch, nheads
+        rows, units = p.q.shape[0] // block_m + p.batch, nheads
     group = nheads // p.k.shape[-2]
     bytes_of_unit = 2 * p.seqlen_k * head_dim * p.k.element_size() // group
-    return Forward(tiles, rows, units, max(1, min(units, L2_BYTES // max(1, bytes_of_unit))))
+    return rows, units, max(1, min(units, L2_BYTES // max(1, bytes_of_unit)))
+
+
+# MINI_FLASH_ATTENTION_PORTABLE=1 leaves the Hopper kernel out, for comparison.
+PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"
+CONSUMERS = 2
+# By head_dim: block_n, slots, pingpong, early. Measured on an H200 (bench/NOTES.md).
+HOPPER_TILES = {
+    64: (128, 2, True, False),
+    128: (128, 2, True, True),
+    256: (64, 1, False, True),
+}
+# Below so many operations, some 10 microseconds, descriptors cost the CPU more than the GPU gains.
+HOPPER_FLOPS = 4 << 30
+
+
+def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
+    """The launch of the Hopper kernel for a call, or None where the forward kernel has to do it.
+
+    TMA wants strides of whole 16 bytes and 32-bit coordinates; a tile of keys comes from one page.
+    """
+    nheads, head_dim = p.q.shape[-2:]
+    if PORTABLE or gpu.arch != 90 or head_dim % 8 or not 32 < head_dim <= 256:
+        return None
+    block_n, slots, pingpong, early = HOPPER_TILES[
+        64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    ]
+    flops = 4 * p.q.numel() * p.seqlen_k
+    if flops < HOPPER_FLOPS or p.page_size % block_n or not all(map(tma, (p.q, p.k, p.v, out))):
+        return None
+    rows, units, per_group = _work(p, 64 * CONSUMERS)
+    if rows * units >= 2**31 - gpu.multiprocessors or nheads * p.q.shape[0] * p.seqlen_q >= 2**31:
+        return None
+    programs = min(gpu.multiprocessors, rows * units)
+    return Hopper(block_n, slots, pingpong, early, rows, units, per_group, programs)
+
+
+def tma(x: torch.Tensor) -> bool:
+    """Whether a TMA descriptor can stand for x, as far as shape and strides say."""
+    steps = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
+    return x.numel() > 0 and all(s % 8 == 0 and 0 < s < 2**31 for s in steps)
 
 
 # Up to here all query tokens of a KV head fit in a tile or two, and reading keys is the cost.

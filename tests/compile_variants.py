@@ -239,9 +239,8 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
         return dispatch._follow(dispatch._recipe(p), arguments, names)
 
     def compile_only(launch: Launch, tensors: Any) -> None:
-        given = [tensors[name] for name in launch.pointers]
-        grid = (launch.programs,)
-        compiled = launch.kernel.warmup(*given, *launch.constants, grid=grid, **launch.options)
+        arguments = launch.arguments(tensors)
+        compiled = launch.kernel.warmup(*arguments, grid=(launch.programs,), **launch.options)
         launched.append((launch.kernel.__name__.removesuffix("_kernel"), launch, compiled))
 
     dispatch.run, Launch.__call__ = run, compile_only

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..plan import Forward
 from ..problem import Problem
-from ..rules import grid, heads, mask, sequence, softmax
+from ..rules import heads, softmax, work
 from .attend import attend
 from .launch import Launch, strides, twins, wide
 
@@ -44,31 +44,14 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
 ):  # fmt: skip
     # Which rows are mine?
-    if cu_seqlens_q is None:
-        units = batch * nheads
-        tile, unit = grid.place(tl.program_id(0), tiles, units, per_group)
-        b = unit // nheads
-        first_q, rows_q = 0, seqlen_q
-        writable = seqlen_q
-    else:
-        tile, unit = grid.place(tl.program_id(0), tiles, nheads, per_group)
-        b, tile = sequence.find(tile, cu_seqlens_q, batch, total_q, BLOCK_M)
-        first_q, length_q = sequence.query_span(b, cu_seqlens_q, total_q)
-        rows_q = tl.minimum(length_q, seqlen_q)
-        writable = tl.where(b == batch - 1, total_q - first_q, length_q)
-    head = unit % nheads
+    b, head, first_q, rows_q, writable, first = work.queries(
+        tl.program_id(0), cu_seqlens_q, batch, nheads, tiles, per_group, seqlen_q, total_q, BLOCK_M
+    )
     b = b.to(tl.int64)
-    first = tile * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
 
     # Which keys are theirs?
-    first_k = 0
-    length_k = seqlen_k
-    if cu_seqlens_k is not None:
-        first_k, length_k = sequence.span(b, cu_seqlens_k, total_k)
-    if seqused_k is not None:
-        length_k = sequence.used_length(b, seqused_k, appended, length_k)
-    length_k = tl.minimum(length_k, seqlen_k)
+    first_k, length_k = work.keys(b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended)
 
     d = tl.arange(0, D)
     q += b * stride_q_b + head.to(tl.int64) * stride_q_h
@@ -90,12 +73,9 @@ def forward_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     o = tl.zeros([BLOCK_M, D], tl.float32)
     diagonal = length_k - rows_q
-    last = tl.minimum(first + BLOCK_M, rows_q) - 1
-    begin, clear_begin, clear_end, end = mask.key_tiles(
-        first, last, diagonal, left, right, length_k, BLOCK_N, LEFT, RIGHT
+    begin, clear_begin, clear_end, end = work.key_tiles(
+        first, rows_q, length_k, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N
     )
-    end = tl.where(first < rows_q, end, begin)  # rows after a sequence's end: no keys
-    clear_end = tl.minimum(clear_end, end)
     if LEFT:  # cut tiles on both sides: one loop, or three would drain the pipeline three times
         m, l, o = attend(
             m, l, o, q_tile, i, begin, clear_begin, clear_end, end, True,

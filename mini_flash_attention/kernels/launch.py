@@ -71,7 +71,12 @@ class Launch:
             self.options["maxnreg"] = maxnreg
         self.runner: Any = None
 
-    def __call__(self, tensors: Mapping[str, torch.Tensor | None]) -> None:
+    def arguments(self, tensors: Mapping[str, torch.Tensor | None]) -> tuple[Any, ...]:
+        """What the kernel is called with the first time."""
+        return (*(tensors[name] for name in self.pointers), *self.constants)
+
+    def addresses(self, tensors: Mapping[str, torch.Tensor | None]) -> tuple[list[Any], bool]:
+        """Where the tensors lie, and whether all at multiples of ALIGNMENT."""
         addresses: list[int | None] = []
         bits = 0
         for name in self.pointers:
@@ -82,11 +87,13 @@ class Launch:
                 address = x.data_ptr()
                 addresses.append(address)
                 bits |= address
-        aligned = bits % ALIGNMENT == 0
+        return addresses, bits % ALIGNMENT == 0
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor | None]) -> None:
+        addresses, aligned = self.addresses(tensors)
         if aligned and self.runner is not None:
             self.runner(*addresses, *self.constants)
             return
-        given = [tensors[name] for name in self.pointers]
-        compiled = self.kernel[(self.programs,)](*given, *self.constants, **self.options)
+        compiled = self.kernel[(self.programs,)](*self.arguments(tensors), **self.options)
         if aligned and compiled is not None:  # the interpreter compiles nothing
             self.runner = compiled[(self.programs, 1, 1)]

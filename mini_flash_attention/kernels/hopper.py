@@ -1,0 +1,203 @@
+"""The tools of a Hopper kernel in Gluon: what loads for others hands over, and to whom.
+
+All that differs between Triton's versions stands here too. Named barriers are the hardware's 16;
+Triton takes the first few itself, 8 to 15 are free.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .launch import ALIGNMENT, Launch
+
+__all__ = [
+    "Ring", "TmaLaunch", "Turns", "View", "arrive", "barriers", "fence_async_shared", "fill",
+    "filled", "free", "gl", "gluon", "hear", "here", "mbarrier", "sync", "tell", "tma_load",
+    "tma_store", "tma_store_wait", "warpgroup_mma", "warpgroup_mma_wait",
+]  # fmt: skip
+
+# Triton 3.8 renamed them.
+tma_load: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store: Any = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+tma_store_wait: Any = tma.store_wait
+
+STAGES = gl.constexpr(2)  # tiles in a ring
+PRODUCER = gl.constexpr(32)  # threads
+CONSUMER = gl.constexpr(128)
+ONE = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+FOUR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+
+
+class View(NamedTuple):
+    """How a descriptor sees a tensor, (batch or page, token, head, head_dim), and what it moves."""
+
+    name: str
+    shape: list[int]
+    strides: list[int]
+    box: list[int]
+
+
+class Placed:
+    """What Triton's launcher reads of a TensorDescriptor, without the checks of making one."""
+
+    __slots__ = ("base", "shape", "strides")
+    padding = "zero"
+    round_f32_to_tf32 = False
+
+    def __init__(self, base: torch.Tensor, view: View) -> None:
+        self.base, self.shape, self.strides = base, view.shape, view.strides
+
+
+class TmaLaunch(Launch):
+    """A launch whose first arguments are descriptors; `otherwise` where an address fits none."""
+
+    __slots__ = ("otherwise", "views")
+
+    def __init__(self, *arguments: Any, views: list[View], otherwise: Launch) -> None:
+        super().__init__(*arguments)
+        self.views = views
+        self.otherwise = otherwise
+
+    def arguments(self, tensors: Mapping[str, torch.Tensor | None]) -> tuple[Any, ...]:
+        descriptors = []
+        for view in self.views:
+            x: Any = tensors[view.name]
+            dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x.dtype]
+            layout = gl.NVMMASharedLayout.get_default_for(view.box, dtype)
+            descriptors.append(TensorDescriptor(x, view.shape, view.strides, view.box, layout))
+        return (*descriptors, *super().arguments(tensors))
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor | None]) -> None:
+        bases: list[Any] = [tensors[view.name] for view in self.views]
+        if any(x.data_ptr() % ALIGNMENT for x in bases):
+            self.otherwise(tensors)
+            return
+        if self.runner is None:
+            super().__call__(tensors)
+            return
+        addresses, aligned = self.addresses(tensors)
+        if not aligned:
+            super().__call__(tensors)
+            return
+        descriptors = map(Placed, bases, self.views)
+        self.runner(*descriptors, *addresses, *self.constants)
+
+
+class Ring(NamedTuple):
+    """Tiles that the producer fills in turn. The n-th lies in place n % STAGES.
+
+    `full` says that a tile is there; that a place is free again, the named barriers from `freed`
+    on: to arrive at one costs a consumer less than an mbarrier, for which its warps have to meet.
+    """
+
+    tiles: Any
+    full: Any
+    freed: Any
+
+
+class Turns(NamedTuple):
+    """Tiles of work on their way from the producer to the consumers, WORDS numbers each."""
+
+    words: Any
+    full: Any
+    empty: Any
+
+
+WORDS = gl.constexpr(11)
+
+
+@gluon.jit
+def barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
+    """New mbarriers that COUNT arrivals complete."""
+    made = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(NUMBER):
+        mbarrier.init(made.index(n), count=COUNT)
+    return made
+
+
+@gluon.jit
+def sync(barrier, THREADS: gl.constexpr):
+    """Wait at a named barrier until THREADS threads have come or arrived, these included."""
+    gl.inline_asm_elementwise(
+        f"bar.sync $1, {THREADS}; mov.u32 $0, 0;", "=r,r", [gl.to_tensor(barrier)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def arrive(barrier, THREADS: gl.constexpr):
+    """Count as having come to a named barrier, and go on."""
+    gl.inline_asm_elementwise(
+        f"bar.arrive $1, {THREADS}; mov.u32 $0, 0;", "=r,r", [gl.to_tensor(barrier)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def here(x):
+    """The integer x, of which nothing is worked out before: that would take registers all along."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [gl.to_tensor(x)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def fill(ring, n, desc, at, wanted, CONSUMERS: gl.constexpr):
+    """Load the n-th tile of a ring from the coordinates `at`, once its place is free."""
+    stage = n % STAGES
+    if wanted and n >= STAGES:
+        sync(ring.freed + stage, PRODUCER + CONSUMER * CONSUMERS)
+    mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes, pred=wanted)
+    tma_load(desc, at, ring.full.index(stage), ring.tiles.index(stage), pred=wanted)
+
+
+@gluon.jit
+def filled(ring, n, wanted):
+    """Wait until the n-th tile is there, if it is wanted."""
+    mbarrier.wait(ring.full.index(n % STAGES), n // STAGES & 1, pred=wanted)
+
+
+@gluon.jit
+def free(ring, n, CONSUMERS: gl.constexpr):
+    """A consumer has read the n-th tile."""
+    arrive(ring.freed + n % STAGES, PRODUCER + CONSUMER * CONSUMERS)
+
+
+@gluon.jit
+def tell(turns, turn, words):
+    """The producer hands the turn's words to the consumers."""
+    place = turn % 2
+    mbarrier.wait(turns.empty.index(place), (turn // 2 & 1) ^ 1)
+    for n in gl.static_range(WORDS):
+        word = gl.to_tensor(words[n])
+        turns.words.index(place * WORDS + n).store(gl.full([1], word, gl.int32, ONE))
+    mbarrier.arrive(turns.full.index(place))
+
+
+@gluon.jit
+def word(turns, turn, n):
+    return gl.max(turns.words.index(turn % 2 * WORDS + n).load(FOUR), 0)
+
+
+@gluon.jit
+def hear(turns, turn):
+    """A consumer waits for them."""
+    mbarrier.wait(turns.full.index(turn % 2), turn // 2 & 1)
+    words = (
+        word(turns, turn, 0), word(turns, turn, 1), word(turns, turn, 2), word(turns, turn, 3),
+        word(turns, turn, 4), word(turns, turn, 5), word(turns, turn, 6), word(turns, turn, 7),
+        word(turns, turn, 8), word(turns, turn, 9), word(turns, turn, 10),
+    )  # fmt: skip
+    mbarrier.arrive(turns.empty.index(turn % 2))
+    return words
