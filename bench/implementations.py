@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,6 +80,28 @@ def prepare_mini(workload: Workload, tensors: Tensors) -> Prepared | None:
     return Prepared(
         lambda: mini.flash_attn_varlen_func(q, k, v, *lengths, block_table=table, **mask)
     )
+
+
+@contextmanager
+def portable() -> Iterator[None]:
+    """Ours without the Hopper kernel."""
+    plan: Any = importlib.import_module("mini_flash_attention.plan")
+    before, plan.PORTABLE = plan.PORTABLE, True
+    try:
+        yield
+    finally:
+        plan.PORTABLE = before
+
+
+def prepare_portable(workload: Workload, tensors: Tensors) -> Prepared | None:
+    return None if workload.kind == "decode" else prepare_mini(workload, tensors)
+
+
+def portable_available() -> str | None:
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    if not hopper or os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1":
+        return "here it is what mini runs"
+    return missing("mini_flash_attention")
 
 
 # -- PyTorch -----------------------------------------------------------------------------------
@@ -203,8 +226,12 @@ def prepare_read(workload: Workload, tensors: Tensors) -> Prepared | None:
     return Prepared(lambda: (torch.sum(tensors.k), torch.sum(tensors.v)))
 
 
-IMPLEMENTATIONS = (
+OURS = (
     Implementation("mini", lambda: missing("mini_flash_attention"), prepare_mini),
+    Implementation("portable", portable_available, prepare_portable, portable),
+)
+IMPLEMENTATIONS = (
+    *OURS,
     Implementation("fa2", fa2_available, prepare_fa2, only(SDPBackend.FLASH_ATTENTION)),
     Implementation("cudnn", cudnn_available, prepare_sdpa, only(SDPBackend.CUDNN_ATTENTION)),
     Implementation("fa3", fa3_available, prepare_fa3),

@@ -6,6 +6,7 @@ cache, where the measuring process then finds it.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import time
 from collections import defaultdict
@@ -31,14 +32,16 @@ def run_once(workloads: Sequence[Workload]) -> list[str]:
     """In a worker: each workload once. What failed is told; the measuring run records it."""
     import torch
 
-    from bench.implementations import prepare_mini
+    from bench.implementations import OURS
 
     failures = []
-    for workload in workloads:
+    ours = [implementation for implementation in OURS if implementation.available() is None]
+    for workload, implementation in itertools.product(workloads, ours):
         try:
-            prepared = prepare_mini(workload, workload.tensors(torch.device("cuda")))
-            if prepared is not None:
-                prepared.call()
+            prepared = implementation.prepare(workload, workload.tensors(torch.device("cuda")))
+            with implementation.context():
+                if prepared is not None:
+                    prepared.call()
             torch.cuda.synchronize()
         except Exception as error:
             failures.append(f"{workload.name}: {type(error).__name__}: {error}")

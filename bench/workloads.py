@@ -351,6 +351,84 @@ DECODE = tuple(
     for workload in cell
 )
 
+
+def dense_cell(
+    name: str, batch: int, seqlen: int, heads: int, head_dim: int, *, causal: bool,
+    heads_k: int = 0, window: tuple[int, int] = EVERYTHING, dtype: str = "bfloat16",
+) -> Workload:  # fmt: skip
+    mask = "causal" if causal else "none"
+    return Workload(
+        name=f"{name}/d{head_dim}/{mask}/s{seqlen}",
+        kind="dense",
+        seqlens_q=(seqlen,) * batch,
+        seqlens_k=(seqlen,) * batch,
+        heads=heads,
+        heads_k=heads_k or heads,
+        head_dim=head_dim,
+        causal=causal,
+        window=window,
+        dtype=dtype,
+    )
+
+
+PREFILL = (
+    *(
+        dense_cell("prefill", TOKENS // s, s, WIDTH // d, d, causal=causal)
+        for d, causal, s in product(
+            (64, 128, 256), (False, True), (512, 1024, 2048, 4096, 8192, 16384)
+        )
+    ),
+    # batch 48, 24 heads of fp16: the table of a small educational project
+    *(
+        dense_cell("table", 48, s, 24, 128, causal=False, dtype="float16")
+        for s in (256, 512, 1024, 2048, 4096)
+    ),
+    dense_cell("gqa", 4, 4096, 32, 128, heads_k=8, causal=True),
+    dense_cell("window", 1, 16384, 16, 128, causal=True, window=(4096, 0)),
+)
+
+
+def mixed_lengths(total: int, shortest: int, longest: int, seed: int = 1) -> tuple[int, ...]:
+    """Lengths drawn from shortest to longest, until they are ``total`` tokens."""
+    draw = random.Random(seed)
+    lengths: list[int] = []
+    while (left := total - sum(lengths)) > 0:
+        lengths.append(min(left, draw.randint(shortest, longest)))
+    return tuple(lengths)
+
+
+MIXED = mixed_lengths(2 * TOKENS, 32, 4096)
+
+VARLEN = (
+    *(
+        Workload(
+            name=f"varlen/d{d}/{'causal' if causal else 'none'}",
+            kind="varlen",
+            seqlens_q=MIXED,
+            seqlens_k=MIXED,
+            heads=WIDTH // d,
+            heads_k=WIDTH // d,
+            head_dim=d,
+            causal=causal,
+        )
+        for d, causal in product((64, 128, 256), (False, True))
+    ),
+    *(  # 1 k new tokens after 8 k that lie in the cache
+        Workload(
+            name=f"prefix/d128/p{page}",
+            kind="paged",
+            seqlens_q=(1024,) * 8,
+            seqlens_k=(9 * 1024,) * 8,
+            heads=32,
+            heads_k=8,
+            head_dim=128,
+            causal=True,
+            page_size=page,
+        )
+        for page in (16, 256)
+    ),
+)
+
 # One of each kind, small: shows within seconds that the harness runs on a machine.
 SMOKE = (
     small("smoke/dense", "dense", (100, 100)),
@@ -376,5 +454,7 @@ HOST = (
 SUITES: dict[str, tuple[Workload, ...]] = {
     "portable": PORTABLE,
     "decode": DECODE,
+    "prefill": PREFILL,
+    "varlen": VARLEN,
     "smoke": SMOKE,
 }

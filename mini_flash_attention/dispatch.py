@@ -10,6 +10,7 @@ through the GPU kernels too, in Triton's interpreter: slow, and open to a debugg
 """
 
 import os
+import threading
 from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -87,7 +88,7 @@ def _signature(describe: Callable[..., Problem], arguments: Arguments) -> Hashab
     if checks.ON or refusals.transformed() or type(arguments.get("cache_seqlens")) is int:
         return None  # the last, because it grows with every token
     grad = torch.is_grad_enabled()
-    key: list[Any] = [describe]
+    key: list[Any] = [describe, plan.PORTABLE]
     add = key.append
     try:
         for x in arguments.values():
@@ -142,7 +143,8 @@ def _recipe(p: Problem) -> Recipe:
             launches.append(combine.launch(p, out, lse, decoding))
     else:
         launches.append(forward.launch(p, out, lse, plan.forward(p, gpu)))
-        if hopper := plan.hopper(p, out, gpu):
+        hopper = None if INTERPRETED else plan.hopper(p, out, gpu)  # Gluon has no interpreter
+        if hopper:
             from .kernels import forward_hopper
 
             launches[-1] = forward_hopper.launch(p, out, lse, hopper, otherwise=launches[-1])
@@ -178,18 +180,19 @@ def _follow(recipe: Recipe, arguments: Arguments, names: Arguments) -> Result:
     return out, lse
 
 
-_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+_counters: dict[tuple[torch.device, int, int], torch.Tensor] = {}
 
 
 def _counter(device: torch.device) -> torch.Tensor:
     """A zero to draw tiles of work from, which a kernel leaves zero again.
 
-    Kernels of one stream run one after the other and share it. A CUDA graph, which may be replayed
-    on any stream, has its own, and sets it.
+    Kernels of one stream run one after the other and share it; threads don't, for each may have a
+    stream of its own under the same handle. A CUDA graph, which may be replayed on any stream, has
+    its own, and sets it.
     """
     if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    key = (device, torch.cuda.current_stream(device).cuda_stream, threading.get_ident())
     counter = _counters.get(key)
     if counter is None:
         counter = _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)

@@ -44,6 +44,7 @@ class Hopper(NamedTuple):
     slots: int  # Q tiles in shared memory
     pingpong: bool  # consumers issue in turn
     early: bool  # exponentials before the wait for the sum of the tile before
+    exact: bool
     rows: int
     units: int
     per_group: int
@@ -120,9 +121,14 @@ SMALL = {
 TILES = {90: HOPPER, 100: BLACKWELL, 103: BLACKWELL}
 
 
+def size_class(head_dim: int) -> int:
+    """Tiles are chosen for these three; head_dim is at most 256."""
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+
+
 def forward_tiles(arch: int, head_dim: int, window: bool, page_size: int, packed: bool) -> Tiles:
     """Tiles of the forward kernel; each fits the architecture's shared memory without a spill."""
-    size = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    size = size_class(head_dim)
     choice = TILES.get(arch, SMALL)[size]
     if window or head_dim & (head_dim - 1) or (packed and size == 64):
         return choice.window
@@ -159,6 +165,7 @@ def _work(p: Problem, block_m: int) -> tuple[int, int, int]:
 # MINI_FLASH_ATTENTION_PORTABLE=1 leaves the Hopper kernel out, for comparison.
 PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"
 CONSUMERS = 2
+EXACT = True
 # By head_dim: block_n, slots, pingpong, early. Measured on an H200 (bench/NOTES.md).
 HOPPER_TILES = {
     64: (128, 2, True, False),
@@ -177,17 +184,18 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     nheads, head_dim = p.q.shape[-2:]
     if PORTABLE or gpu.arch != 90 or head_dim % 8 or not 32 < head_dim <= 256:
         return None
-    block_n, slots, pingpong, early = HOPPER_TILES[
-        64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    ]
-    flops = 4 * p.q.numel() * p.seqlen_k
-    if flops < HOPPER_FLOPS or p.page_size % block_n or not all(map(tma, (p.q, p.k, p.v, out))):
+    block_n, slots, pingpong, early = HOPPER_TILES[size_class(head_dim)]
+    if p.page_size % block_n or not p.seqlen_k or not all(map(tma, (p.q, p.k, p.v, out))):
+        return None
+    # With one split the batch decides nothing: a sequence gets the same bits in all of them.
+    if p.num_splits != 1 and 4 * p.q.numel() * p.seqlen_k < HOPPER_FLOPS:
         return None
     rows, units, per_group = _work(p, 64 * CONSUMERS)
-    if rows * units >= 2**31 - gpu.multiprocessors or nheads * p.q.shape[0] * p.seqlen_q >= 2**31:
+    lse_in_32_bits = p.cu_seqlens_q is not None or nheads * p.seqlen_q < 2**31
+    if rows * units >= 2**31 - gpu.multiprocessors or not lse_in_32_bits:
         return None
     programs = min(gpu.multiprocessors, rows * units)
-    return Hopper(block_n, slots, pingpong, early, rows, units, per_group, programs)
+    return Hopper(block_n, slots, pingpong, early, EXACT, rows, units, per_group, programs)
 
 
 def tma(x: torch.Tensor) -> bool:
@@ -235,7 +243,7 @@ SHARED_KB = {80: 164, 90: 228, 100: 228, 103: 228}  # of a multiprocessor; 100 w
 
 def decode_tiles(arch: int, head_dim: int, rows: int) -> tuple[Tiles, Tiles]:
     """Wide and narrow tiles for `rows` query rows of a KV head."""
-    size = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    size = size_class(head_dim)
     choice = (LARGE_DECODE if arch in SHARED_KB else SMALL_DECODE)[size]
     most = 32 if size == 256 or arch not in SHARED_KB else 64
     block_m = min(most, 16 if rows <= 16 else 32 if rows <= 32 else 64)

@@ -27,6 +27,7 @@ from triton.runtime.driver import driver
 
 import mini_flash_attention as mfa
 from mini_flash_attention import dispatch, plan
+from mini_flash_attention.kernels.hopper import TmaLaunch
 from mini_flash_attention.kernels.launch import Launch
 
 BATCH, SEQLEN_Q, SEQLEN_K = 2, 1024, 2048
@@ -92,6 +93,15 @@ RARE = [
 ]
 
 
+# The Hopper kernel, on its architecture with both Tritons.
+HOPPER = [
+    ("forward_hopper", POWERS, "causal", "dense", ""),
+    ("forward_hopper", POWERS, "window", "packed", "lse"),
+    ("forward_hopper", POWERS, "window", "pages 256", "lse fp16"),
+    ("forward_hopper", (96,), "none", "used", "lse"),
+]
+
+
 def variants(rows: list[tuple[str, tuple[int, ...], str, str, str]]) -> list[Variant]:
     """One for each head_dim of each row."""
     return [Variant(kernel, d, *row) for kernel, head_dims, *row in rows for d in head_dims]
@@ -129,6 +139,7 @@ def share(arch: int, turn: int) -> list[Variant]:
     def takes(n: int) -> bool:
         return arch not in alike or alike[(n + turn) % 3] == arch
 
+    mine += variants(HOPPER) if arch == 90 else []
     mine += [v for n, v in enumerate(variants(TIGHT)) if takes(n)]
     half = [(n, v) for n, v in enumerate(variants(ALSO_TIGHT)) if (n + arch // 10) % 2 == turn]
     return mine + [v for n, v in half if takes(n // 2)]
@@ -153,6 +164,7 @@ def call(variant: Variant) -> None:
     def numbers(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32)
 
+    plan.PORTABLE = variant.kernel != "forward_hopper"
     lse, mask = "lse" in words, MASKS[variant.mask]
     automatic = "wide" in words or "shares" in words
     plan.SMALL_WORK = 0 if "wide" in words else 2**31
@@ -214,18 +226,37 @@ class Driver:
         return 0
 
 
-def measured(kernel: Any) -> dict[str, int]:
-    """Resources of a compiled kernel. It has a stack only where registers were spilled."""
+def cuobjdump(kernel: Any, *words: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
+        command = [triton.knobs.nvidia.cuobjdump.path, *words, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def measured(kernel: Any) -> dict[str, int]:
+    """Resources of a compiled kernel. It has a stack only where registers were spilled."""
+    usage = cuobjdump(kernel, "-res-usage")
     registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     shared, columns = kernel.metadata.shared, kernel.metadata.tmem_size or 0
     return {"registers": registers, "spilled": stack, "shared": shared, "tensor_memory": columns}
+
+
+# One of the Hopper kernel's matrix products, the wait for it, or an exponential.
+STEP = re.compile(r"\b(HGMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]|MUFU\.EX2)")
+
+
+def schedule(kernel: Any) -> dict[str, int]:
+    """Of the Hopper kernel's machine code: what ptxas made of the order that its source asks for.
+
+    groups: of matrix products issued together; where ptxas serialises them each stands alone.
+    hidden: exponentials between the wait for the scores and the one for the weighted sum.
+    """
+    steps = STEP.findall(cuobjdump(kernel, "-sass"))
+    letters = {"HGMMA": "h", "WARPGROUP.ARRIVE": "a", "MUFU.EX2": "e"}
+    text = "".join(letters.get(x, x[-1]) for x in steps)
+    hidden = [len(found) for found in re.findall(r"1(e*)0", text)]
+    return {"groups": text.count("a"), "hidden": min(hidden, default=0)}
 
 
 def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
@@ -243,7 +274,7 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
         compiled = launch.kernel.warmup(*arguments, grid=(launch.programs,), **launch.options)
         launched.append((launch.kernel.__name__.removesuffix("_kernel"), launch, compiled))
 
-    dispatch.run, Launch.__call__ = run, compile_only
+    dispatch.run, Launch.__call__, TmaLaunch.__call__ = run, compile_only, compile_only
     start = time.perf_counter()
     try:
         call(variant)
@@ -258,6 +289,8 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
         if compiled.hash not in seen:
             seen.add(compiled.hash)
             row = {"variant": str(variant), "kernel": name, **launch.options, **measured(compiled)}
+            if name == "forward_hopper":
+                row |= schedule(compiled)
             results.append({**row, "seconds": round(seconds, 2)})
             seconds = 0.0
     return results
@@ -269,7 +302,8 @@ def main() -> None:
     parser.add_argument("--round", type=int, choices=(0, 1))
     arguments = parser.parse_args()
     arch, turn = arguments.arch, arguments.round
-    todo = variants(TIGHT + ALSO_TIGHT) + others() if turn is None else share(arch, turn)
+    everything = variants(TIGHT + ALSO_TIGHT) + others() + variants(HOPPER) * (arch == 90)
+    todo = everything if turn is None else share(arch, turn)
     driver.set_active(Driver(arch))
     plan.gpu = lambda device: plan.Gpu(f"sm_{arch}", arch, ARCHS[arch])
     seen: set[str] = set()

@@ -5,24 +5,9 @@ exponentials are worked out while the tensor cores are at it. With PINGPONG cons
 turn, so that one's exponentials meet the other's products.
 """
 
-from ..rules import mask
+from ..rules import mask, softmax
 from . import hopper
-from .hopper import fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
-
-TURN = gl.constexpr(8)  # named barriers: the turn to issue of each consumer
-
-
-@gluon.jit
-def rescale(m, s, scale):
-    """`softmax.rescale` with one instruction fewer an element: it scales and subtracts in one.
-
-    What the rounding of m * scale shifts, it shifts in the weights, their sum and the LSE alike.
-    """
-    m_new = gl.maximum(m, gl.max(s, 1))
-    reference = gl.where(m_new == float("-inf"), 0.0, m_new * scale)
-    alpha = gl.exp2(m * scale - reference)
-    p = gl.exp2(s * scale - gl.expand_dims(reference, 1))
-    return m_new, alpha, p
+from .hopper import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 
 @gluon.jit
@@ -38,19 +23,20 @@ def by_row(x, like):
 
 
 @gluon.jit
-def scores(q, k_tile, S: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr):
-    """Begin q kᵀ."""
-    k = k_tile.reshape([BLOCK_N, D]).permute((1, 0))
-    zeros = gl.zeros([64, BLOCK_N], gl.float32, S)
+def scores(q, keys, n, BLOCK_N: gl.constexpr, D: gl.constexpr):
+    """Begin q kᵀ for the n-th tile of keys."""
+    k = hopper.tile(keys, n).reshape([BLOCK_N, D]).permute((1, 0))
+    zeros = gl.zeros([64, BLOCK_N], gl.float32, hopper.accumulator(BLOCK_N))
     return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def masked(
-    s, i, start, diagonal, left, right, length_k,
+    s, first, start, diagonal, left, right, length_k,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Scores with -inf where query i does not see the key."""
+    """Scores with -inf where the query of a row does not see the key."""
+    i = first + gl.arange(0, 64, gl.SliceLayout(1, s.type.layout))
     j = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s.type.layout))
     i_, j_ = gl.expand_dims(i, 1), gl.expand_dims(j, 0)
     seen = mask.sees(i_, j_, diagonal, left, right, length_k, LEFT, RIGHT)
@@ -58,93 +44,88 @@ def masked(
 
 
 @gluon.jit
-def clear(v, low, high, BLOCK_N: gl.constexpr):
-    """Zero the rows of a tile [N, D] outside low..high: a weight of 0 does not hide their NaN.
-
-    Each consumer does it, before it reads; what another still reads gets the values it has.
-    """
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    for first in gl.static_range(0, BLOCK_N, 16):
-        if (first < low) | (first + 16 > high):
-            rows = v.slice(first, 16)
-            row = first + gl.arange(0, 16, gl.SliceLayout(1, LAYOUT))
-            x = rows.load(LAYOUT)
-            keep = gl.expand_dims((row >= low) & (row < high), 1)
-            rows.store(gl.where(keep, x, 0.0).to(x.dtype))
-    fence_async_shared()
+def rescale(m, s, scale):
+    """twin"""
+    m_new = gl.maximum(m, gl.max(s, 1))
+    reference = gl.where(m_new == float("-inf"), 0.0, m_new * scale)
+    alpha = gl.exp2(m * scale - reference)
+    p = gl.exp2(s * scale - gl.expand_dims(reference, 1))
+    return m_new, alpha, p
 
 
 @gluon.jit
 def attend(
     which: gl.constexpr,
-    q, i, keys, values, q_free, slot_before, release, done, begin, clear_begin, clear_end, end,
-    diagonal, left, right, length_k, low, scale,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, CLEAR: gl.constexpr, D: gl.constexpr,
-    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
+    queries, worked, keys, values, done, begin, clear_begin, clear_end, end,
+    first, diagonal, left, right, length_k, scale,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
+    SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
-    """Lines 6 to 12 of Algorithm 1 for 64 rows: (m, l, o) over the keys from end to begin."""
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    """Lines 6 to 12 of Algorithm 1 for the rows from `first`: (m, l, o), keys from end to begin."""
+    O: gl.constexpr = hopper.accumulator(D)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    MINE: gl.constexpr = TURN + which
-    NEXT: gl.constexpr = TURN + (which + 1) % CONSUMERS
+    slot = worked % SLOTS * hopper.CONSUMERS + which
+    mbarrier.wait(queries.full.index(slot), worked // SLOTS & 1)
+    q = queries.tiles.index(slot).reshape([64, D])
     dtype: gl.constexpr = q.dtype
-    n = (end - begin) // BLOCK_N
+    start = end - BLOCK_N
 
     hopper.filled(keys, done, True)
     if PINGPONG:
-        hopper.sync(MINE, 2 * hopper.CONSUMER)
-    s = scores(q, keys.tiles.index(done % 2), S, BLOCK_N, D)
+        hopper.my_turn(which)
+    s = scores(q, keys, done, BLOCK_N, D)
     if PINGPONG:
-        hopper.arrive(NEXT, 2 * hopper.CONSUMER)
-    if release:  # the rows of the turn before are written out by now
-        hopper.tma_store_wait(0)
-        mbarrier.arrive(q_free.index(slot_before))
+        hopper.your_turn(which)
+    if SLOTS > 1:
+        if worked > 0:  # the rows of the tile of work before are written out by now
+            hopper.tma_store_wait(0)
+            before = (worked - 1) % SLOTS * hopper.CONSUMERS + which
+            mbarrier.arrive(queries.free.index(before))
     s = warpgroup_mma_wait(0, deps=[s])
-    hopper.free(keys, done, CONSUMERS)
-    s = masked(s, i, end - BLOCK_N, diagonal, left, right, length_k, LEFT, RIGHT, BLOCK_N)
-    m = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-    m, alpha, p = rescale(m, s, scale)
+    hopper.free(keys, done)
+    s = masked(s, first, start, diagonal, left, right, length_k, LEFT, RIGHT, BLOCK_N)
+    m = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, s.type.layout))
+    if EXACT:
+        m, alpha, p = softmax.rescale(m, s, scale)
+    else:
+        m, alpha, p = rescale(m, s, scale)
     l = sums(p, BLOCK_N)
     o = gl.zeros([64, D], gl.float32, O)
     p = gl.convert_layout(p.to(dtype), P)
+    stop = done + (end - begin) // BLOCK_N
     if EARLY:
-        hopper.filled(keys, done + 1, n > 1)
-    for j in range(1, n):
-        start = end - (j + 1) * BLOCK_N
-        now, before = done + j, done + j - 1
+        hopper.filled(keys, done + 1, done + 1 < stop)
+    for n in range(done + 1, stop):
+        start -= BLOCK_N
         if not EARLY:
-            hopper.filled(keys, now, True)
+            hopper.filled(keys, n, True)
         if PINGPONG:
-            hopper.sync(MINE, 2 * hopper.CONSUMER)
-        s = scores(q, keys.tiles.index(now % 2), S, BLOCK_N, D)
-        hopper.filled(values, before, True)
-        v = values.tiles.index(before % 2).reshape([BLOCK_N, D])
-        if CLEAR:
-            if (j == 1) | (start + BLOCK_N < clear_begin):
-                clear(v, low - start - BLOCK_N, length_k - start - BLOCK_N, BLOCK_N)
+            hopper.my_turn(which)
+        s = scores(q, keys, n, BLOCK_N, D)
+        hopper.filled(values, n - 1, True)
+        v = hopper.tile(values, n - 1).reshape([BLOCK_N, D])
         o = warpgroup_mma(p, v, o, is_async=True)
         if PINGPONG:
-            hopper.arrive(NEXT, 2 * hopper.CONSUMER)
+            hopper.your_turn(which)
         s = warpgroup_mma_wait(1, deps=[s])
-        hopper.free(keys, now, CONSUMERS)
+        hopper.free(keys, n)
         if (start >= clear_end) | (start < clear_begin):
-            s = masked(s, i, start, diagonal, left, right, length_k, LEFT, RIGHT, BLOCK_N)
-        m, alpha, p_new = rescale(m, s, scale)
-        l = l * by_row(alpha, l) + sums(p_new, BLOCK_N)
-        if EARLY:  # a branch, which keeps ptxas from moving the next wait before the exponentials
-            hopper.filled(keys, now + 1, j + 1 < n)
+            s = masked(s, first, start, diagonal, left, right, length_k, LEFT, RIGHT, BLOCK_N)
+        if EXACT:
+            m, alpha, p_next = softmax.rescale(m, s, scale)
+        else:
+            m, alpha, p_next = rescale(m, s, scale)
+        l = l * by_row(alpha, l) + sums(p_next, BLOCK_N)
+        if EARLY:  # a branch: else ptxas moves the next wait to before the exponentials
+            hopper.filled(keys, n + 1, n + 1 < stop)
         o, p = warpgroup_mma_wait(0, deps=[o, p])
-        hopper.free(values, before, CONSUMERS)
+        hopper.free(values, n - 1)
         o = o * by_row(alpha, o)
-        p = gl.convert_layout(p_new.to(dtype), P)
-    before = done + n - 1
-    hopper.filled(values, before, True)
-    v = values.tiles.index(before % 2).reshape([BLOCK_N, D])
-    if CLEAR:
-        clear(v, low - begin, length_k - begin, BLOCK_N)
+        p = gl.convert_layout(p_next.to(dtype), P)
+    hopper.filled(values, stop - 1, True)
+    v = hopper.tile(values, stop - 1).reshape([BLOCK_N, D])
     o = warpgroup_mma(p, v, o, is_async=True)
     l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, O))
     o = warpgroup_mma_wait(0, deps=[o])
-    hopper.free(values, before, CONSUMERS)
+    hopper.free(values, stop - 1)
     return gl.convert_layout(m, gl.SliceLayout(1, O)), l, o

@@ -16,37 +16,37 @@ from ..plan import Hopper
 from ..problem import Problem
 from ..rules import heads, softmax, work
 from . import hopper
-from .attend_hopper import TURN, attend
+from .attend_hopper import attend
 from .hopper import fence_async_shared, gl, gluon, mbarrier
 from .launch import Launch, strides
 
 LOG2E = math.log2(math.e)
 MAX_INT = 2**31 - 1
-# Named barriers of the places in each ring; 8 to 10 are for turns to issue.
-K_FREED, V_FREED = gl.constexpr(11), gl.constexpr(13)
+ROWS = gl.constexpr(64 * plans.CONSUMERS)  # query rows of a tile of work
 
 
 @gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, counter, queries, q_free, keys, values, turns,
+    q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns,
     cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, stride_table,
     batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
     left, right, appended,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr,
-    CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
+    BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Draw tiles of work; load their queries, and keys and values from the last to the first."""
     turn = 0
     done = 0  # tiles of keys in the turns before
     worked = 0  # turns that had any
+    cleared = 0  # tiles of values that are someone else's, or nobody's, in part
     number = gl.program_id(0)
     while number < total:
         b, head, first_q, rows_q, writable, first = work.queries(
-            number, cu_seqlens_q, batch, nheads, tiles, per_group, seqlen_q, total_q, 64 * CONSUMERS
+            number, cu_seqlens_q, batch, nheads, tiles, per_group, seqlen_q, total_q, ROWS
         )
         first_k, length_k = work.keys(b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended)
         begin, clear_begin, clear_end, end = work.key_tiles(
-            first, rows_q, length_k, left, right, LEFT, RIGHT, 64 * CONSUMERS, BLOCK_N
+            first, rows_q, length_k, left, right, LEFT, RIGHT, ROWS, BLOCK_N
         )
         hopper.tell(
             turns, turn,
@@ -56,13 +56,14 @@ def produce(
             ),
         )  # fmt: skip
         head_k = heads.kv_head(head, group)
+        low = first + length_k - rows_q - left if LEFT else 0  # before it no row sees a key
         batch_q = b if cu_seqlens_q is None else 0
         page = b if cu_seqlens_k is None else 0
         n = (end - begin) // BLOCK_N
         if n > 0:
-            for c in gl.static_range(CONSUMERS):
-                slot = worked % SLOTS * CONSUMERS + c
-                mbarrier.wait(q_free.index(slot), (worked // SLOTS & 1) ^ 1)
+            for c in gl.static_range(hopper.CONSUMERS):
+                slot = worked % SLOTS * hopper.CONSUMERS + c
+                mbarrier.wait(queries.free.index(slot), (worked // SLOTS & 1) ^ 1)
                 mbarrier.expect(queries.full.index(slot), q_desc.block_type.nbytes)
                 hopper.tma_load(
                     q_desc, [batch_q, first_q + first + 64 * c, head, 0],
@@ -76,19 +77,24 @@ def produce(
             if PAGE_SIZE == 0:
                 row -= BLOCK_N
             elif j < n:
-                start = end - (j + 1) * BLOCK_N
-                page = gl.load(block_table + b.to(gl.int64) * stride_table + start // PAGE_SIZE)
-                row = start % PAGE_SIZE
-            hopper.fill(keys, done + j, k_desc, [page, row, head_k, 0], j < n, CONSUMERS)
+                start_k = end - (j + 1) * BLOCK_N
+                page = gl.load(block_table + b.to(gl.int64) * stride_table + start_k // PAGE_SIZE)
+                row = start_k % PAGE_SIZE
+            hopper.fill(keys, done + j, k_desc, [page, row, head_k, 0], j < n)
             if (j + 1 == n) | (n == 0):  # late, which balances; in time for the next queries
                 drawn = gl.atomic_add(counter, 1)
                 # A program draws once for each tile it works on, so there is a last draw.
                 if drawn == total - 1:
                     gl.atomic_xchg(counter, 0)
-            hopper.fill(
-                values, gl.maximum(done + j - 1, 0), v_desc, [page_v, row_v, head_k, 0], j > 0,
-                CONSUMERS,
-            )  # fmt: skip
+            at_v, start_v = [page_v, row_v, head_k, 0], end - j * BLOCK_N
+            if CLEAR and (j > 0) & ((start_v + BLOCK_N > length_k) | (start_v < low)):
+                hopper.fill_part(
+                    values, done + j - 1, v_desc, at_v, low - start_v, length_k - start_v,
+                    loaded, cleared,
+                )  # fmt: skip
+                cleared += 1
+            else:
+                hopper.fill(values, gl.maximum(done + j - 1, 0), v_desc, at_v, j > 0)
         done += n
         turn += 1
         number = gl.num_programs(0) + drawn
@@ -98,74 +104,76 @@ def produce(
 @gluon.jit
 def consume(
     which: gl.constexpr,
-    o_desc, out, lse, queries, q_free, keys, values, turns,
+    o_desc, out, lse, queries, keys, values, turns,
     stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right,
-    PACKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, CLEAR: gl.constexpr,
-    HEAD_DIM: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
-    SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
+    PACKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, HEAD_DIM: gl.constexpr,
+    D: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr,
+    EARLY: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each tile of work: attention to their keys, and the rows written out."""
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    if PINGPONG and which == CONSUMERS - 1:
-        hopper.arrive(TURN, 2 * hopper.CONSUMER)  # the first one's first turn
+    O: gl.constexpr = hopper.accumulator(D)
+    if PINGPONG and which == 1:
+        hopper.your_turn(which)  # the first one's first
     turn = 0
     done = 0
     worked = 0
-    (
-        b, head, first_q, rows_q, writable, first, length_k, begin, clear_begin, clear_end, end
-    ) = hopper.hear(turns, turn)  # fmt: skip
+    hopper.hear(turns, turn)
+    first = hopper.word(turns, turn, hopper.FIRST)
     while first >= 0:
-        diagonal = length_k - rows_q
-        low = first + diagonal - left if LEFT else 0  # before it no row of the tile sees a key
-        mine = first + 64 * which
-        row = mine + gl.arange(0, 64, gl.SliceLayout(1, O))
+        rows_q = hopper.word(turns, turn, hopper.ROWS_Q)
+        begin = hopper.word(turns, turn, hopper.BEGIN)
+        end = hopper.word(turns, turn, hopper.END)
+        first += 64 * which
         o = gl.zeros([64, D], gl.float32, O)
         lse_tile = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, O))
-        whole = end > begin  # TMA writes the rows: it stops at a tensor's end, not a sequence's
-        if PACKED:
-            whole = whole & (mine + 64 <= rows_q)
         if end > begin:
-            slot = worked % SLOTS * CONSUMERS + which
-            mbarrier.wait(queries.full.index(slot), worked // SLOTS & 1)
-            q = queries.tiles.index(slot).reshape([64, D])
-            i = mine + gl.arange(0, 64, gl.SliceLayout(1, S))
+            length_k = hopper.word(turns, turn, hopper.LENGTH_K)
+            clear_begin = hopper.word(turns, turn, hopper.CLEAR_BEGIN)
+            clear_end = hopper.word(turns, turn, hopper.CLEAR_END)
             m, l, o = attend(
-                which, q, i, keys, values, q_free, (worked - 1) % SLOTS * CONSUMERS + which,
-                (SLOTS > 1) & (worked > 0), done, begin, clear_begin, clear_end, end,
-                diagonal, left, right, length_k, low, scale,
-                LEFT, RIGHT, CLEAR, D, BLOCK_N, CONSUMERS, PINGPONG, EARLY,
+                which, queries, worked, keys, values, done, begin, clear_begin, clear_end, end,
+                first, length_k - rows_q, left, right, length_k, scale,
+                LEFT, RIGHT, D, BLOCK_N, SLOTS, PINGPONG, EARLY, EXACT,
             )  # fmt: skip
             o, lse_tile = softmax.finish(m, l, o, scale)
+        b = hopper.word(turns, turn, hopper.B)
+        head = hopper.word(turns, turn, hopper.HEAD)
+        first_q = hopper.word(turns, turn, hopper.FIRST_Q) + first
+        whole = end > begin  # TMA writes the rows: it stops at a tensor's end, not a sequence's
+        if PACKED:
+            whole = whole & (first + 64 <= rows_q)
+        if end > begin:
+            slot = worked % SLOTS * hopper.CONSUMERS + which
             if whole:  # through the queries' place
-                q.store(o.to(q.dtype))
+                tile = queries.tiles.index(slot)
+                tile.reshape([64, D]).store(o.to(o_desc.dtype))
                 fence_async_shared()
-                batch_q = 0 if PACKED else b
-                hopper.tma_store(
-                    o_desc, [batch_q, first_q + mine, head, 0], queries.tiles.index(slot)
-                )
+                hopper.tma_store(o_desc, [0 if PACKED else b, first_q, head, 0], tile)
             if SLOTS == 1:
                 hopper.tma_store_wait(0)
-                mbarrier.arrive(q_free.index(slot))
+                mbarrier.arrive(queries.free.index(slot))
             worked += 1
         b, head = b.to(gl.int64), head.to(gl.int64)
+        row = gl.arange(0, 64, gl.SliceLayout(1, O))
+        writable = row < hopper.word(turns, turn, hopper.WRITABLE) - first
         if not whole:
-            o = gl.where(gl.expand_dims(row < rows_q, 1), o, 0.0)
-            lse_tile = gl.where(row < rows_q, lse_tile, float("-inf"))
+            mine = row < rows_q - first
+            o = gl.where(gl.expand_dims(mine, 1), o, 0.0)
+            lse_tile = gl.where(mine, lse_tile, float("-inf"))
             d = gl.arange(0, D, gl.SliceLayout(0, O))
             at = (first_q + row).to(gl.int64) * hopper.here(stride_o_t)
             at = gl.expand_dims(at, 1) + gl.expand_dims(d, 0)
-            wanted = gl.expand_dims(row < writable, 1) & gl.expand_dims(d < HEAD_DIM, 0)
+            wanted = gl.expand_dims(writable, 1) & gl.expand_dims(d < HEAD_DIM, 0)
             base = out + b * hopper.here(stride_o_b) + head * hopper.here(stride_o_h)
             gl.store(base + at, o.to(o_desc.dtype), mask=wanted)
         if lse is not None:
             base = lse + b * hopper.here(stride_lse_b) + head * hopper.here(stride_lse_h)
-            gl.store(base + first_q + row, lse_tile, mask=row < writable)
+            gl.store(base + first_q + row, lse_tile, mask=writable)
         done += (end - begin) // BLOCK_N
+        hopper.heard(turns, turn)
         turn += 1
-        (
-            b, head, first_q, rows_q, writable, first, length_k, begin, clear_begin, clear_end, end
-        ) = hopper.hear(turns, turn)  # fmt: skip
+        hopper.hear(turns, turn)
+        first = hopper.word(turns, turn, hopper.FIRST)
     hopper.tma_store_wait(0)
 
 
@@ -183,46 +191,49 @@ def forward_hopper_kernel(
     batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
     scale, left, right, appended,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
-    HEAD_DIM: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
-    PINGPONG: gl.constexpr, EARLY: gl.constexpr,
+    HEAD_DIM: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
+    EXACT: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = k_desc.block_shape[1]
     D: gl.constexpr = k_desc.block_shape[3]
-    q_box: gl.constexpr = [SLOTS * CONSUMERS, 1, 64, 1, D]
-    k_box: gl.constexpr = [2, 1, BLOCK_N, 1, D]
+    PACKED: gl.constexpr = cu_seqlens_q is not None
+    Q_TILES: gl.constexpr = SLOTS * hopper.CONSUMERS
+    q_box: gl.constexpr = [Q_TILES, 1, 64, 1, D]
+    k_box: gl.constexpr = [hopper.STAGES, 1, BLOCK_N, 1, D]
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, q_box, q_desc.layout)
     k_tiles = gl.allocate_shared_memory(k_desc.dtype, k_box, k_desc.layout)
     v_tiles = gl.allocate_shared_memory(v_desc.dtype, k_box, v_desc.layout)
-    PACKED: gl.constexpr = cu_seqlens_q is not None
     words = gl.allocate_shared_memory(
         gl.int32, [2 * hopper.WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    queries = hopper.Ring(q_tiles, hopper.barriers(SLOTS * CONSUMERS, 1), 0)
-    q_free = hopper.barriers(SLOTS * CONSUMERS, 1)
-    keys = hopper.Ring(k_tiles, hopper.barriers(2, 1), K_FREED)
-    values = hopper.Ring(v_tiles, hopper.barriers(2, 1), V_FREED)
-    turns = hopper.Turns(words, hopper.barriers(2, 1), hopper.barriers(2, CONSUMERS))
+    queries = hopper.Queries(q_tiles, hopper.barriers(Q_TILES, 1), hopper.barriers(Q_TILES, 1))
+    keys = hopper.Ring(k_tiles, hopper.barriers(hopper.STAGES, 1), hopper.K_FREED)
+    values = hopper.Ring(v_tiles, hopper.barriers(hopper.STAGES, 1), hopper.V_FREED)
+    loaded = hopper.barriers(1, 1)
+    turns = hopper.Turns(words, hopper.barriers(2, 1), hopper.barriers(2, hopper.CONSUMERS))
     fence_async_shared()
     gl.warp_specialize(
         [
             (consume, (
-                0, o_desc, out, lse, queries, q_free, keys, values, turns,
+                0, o_desc, out, lse, queries, keys, values, turns,
                 stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right,
-                PACKED, LEFT, RIGHT, CLEAR, HEAD_DIM, D, BLOCK_N, CONSUMERS, SLOTS, PINGPONG, EARLY,
+                PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, SLOTS, PINGPONG, EARLY, EXACT,
             )),
             (consume, (
-                1, o_desc, out, lse, queries, q_free, keys, values, turns,
+                1, o_desc, out, lse, queries, keys, values, turns,
                 stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right,
-                PACKED, LEFT, RIGHT, CLEAR, HEAD_DIM, D, BLOCK_N, CONSUMERS, SLOTS, PINGPONG, EARLY,
+                PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, SLOTS, PINGPONG, EARLY, EXACT,
             )),
             (produce, (
-                q_desc, k_desc, v_desc, counter, queries, q_free, keys, values, turns,
+                q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns,
                 cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, stride_table,
                 batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
                 left, right, appended,
-                LEFT, RIGHT, PAGE_SIZE, BLOCK_N, CONSUMERS, SLOTS,
+                LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, SLOTS,
             )),
-        ], [4, 1], [240, 24],
+        ],
+        [4, 1],
+        [232, 40],
     )  # fmt: skip
 
 
@@ -238,11 +249,7 @@ def view(name: str, x: torch.Tensor, tokens: int, rows: int) -> hopper.View:
     shape = [1 if packed else outer[0], tokens, nheads, head_dim]
     # A dimension of one is never stepped over, but TMA wants a stride that it could take.
     steps = [s if s and n > 1 else 8 for s, n in zip(strides(x), shape, strict=False)]
-    return hopper.View(name, shape, [*steps, 1], [1, rows, 1, padded(head_dim)])
-
-
-def padded(head_dim: int) -> int:
-    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    return hopper.View(name, shape, [*steps, 1], [1, rows, 1, plans.size_class(head_dim)])
 
 
 def launch(
@@ -259,15 +266,16 @@ def launch(
         view("v", p.v, tokens_k, plan.block_n), view("out", out, tokens_q, 64),
     ]  # fmt: skip
     lse_strides = (0, 0) if lse is None else (0 if packed else lse.stride(0), lse.stride(-2))
-    # Below a dense tensor's end TMA finds zeros; elsewhere others' keys, or what was never written.
-    ends_inside = p.cu_seqlens_k is not None or p.seqused_k is not None or p.page_size > 0
+    # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was never
+    # written; and what lies before every window may be someone else's by now.
+    inside = p.cu_seqlens_k is not None or p.seqused_k is not None or p.page_size > 0
     constants = (
         *strides(out), *lse_strides, p.block_table.stride(0) if p.block_table is not None else 0,
         p.batch, nheads, nheads // p.k.shape[-2], plan.rows, plan.per_group, plan.rows * plan.units,
         p.seqlen_q, p.seqlen_k, total_q, MAX_INT if p.page_size else total_k,
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,
-        p.left >= 0, p.right >= 0, p.page_size, ends_inside,
-        head_dim, plans.CONSUMERS, plan.slots, plan.pingpong, plan.early,
+        p.left >= 0, p.right >= 0, p.page_size, inside or p.left >= 0,
+        head_dim, plan.slots, plan.pingpong, plan.early, plan.exact,
     )  # fmt: skip
     return hopper.TmaLaunch(
         forward_hopper_kernel, plan.programs, POINTERS, constants, 4,

@@ -1,7 +1,6 @@
-"""The tools of a Hopper kernel in Gluon: what loads for others hands over, and to whom.
+"""The tools of a Hopper kernel in Gluon: how a producer and its consumers hand each other tiles.
 
-All that differs between Triton's versions stands here too. Named barriers are the hardware's 16;
-Triton takes the first few itself, 8 to 15 are free.
+All that differs between Triton's versions stands here too.
 """
 
 from collections.abc import Mapping
@@ -21,22 +20,37 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .launch import ALIGNMENT, Launch
 
+# What the kernel writes without `hopper.` before it.
 __all__ = [
-    "Ring", "TmaLaunch", "Turns", "View", "arrive", "barriers", "fence_async_shared", "fill",
-    "filled", "free", "gl", "gluon", "hear", "here", "mbarrier", "sync", "tell", "tma_load",
-    "tma_store", "tma_store_wait", "warpgroup_mma", "warpgroup_mma_wait",
-]  # fmt: skip
+    "fence_async_shared",
+    "gl",
+    "gluon",
+    "mbarrier",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]
 
 # Triton 3.8 renamed them.
 tma_load: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store: Any = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 tma_store_wait: Any = tma.store_wait
 
+CONSUMERS = gl.constexpr(2)  # of four warps and 64 query rows each
 STAGES = gl.constexpr(2)  # tiles in a ring
-PRODUCER = gl.constexpr(32)  # threads
-CONSUMER = gl.constexpr(128)
+# Threads that meet at a named barrier of a ring, and at one of the consumers' turns to issue.
+RING_THREADS, TURN_THREADS = gl.constexpr(128 * 2 + 32), gl.constexpr(256)
+# The hardware's 16 named barriers. Triton takes the first few itself, 8 to 15 are free.
+TURN = gl.constexpr(8)  # and 9: a consumer's turn to issue
+K_FREED, V_FREED = gl.constexpr(10), gl.constexpr(12)  # and the next: a place in a ring is free
 ONE = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 FOUR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))
+
+
+@gluon.constexpr_function
+def accumulator(columns):
+    """Where a consumer's four warps hold the 64 rows of a product."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 class View(NamedTuple):
@@ -83,15 +97,19 @@ class TmaLaunch(Launch):
         if any(x.data_ptr() % ALIGNMENT for x in bases):
             self.otherwise(tensors)
             return
-        if self.runner is None:
-            super().__call__(tensors)
-            return
         addresses, aligned = self.addresses(tensors)
-        if not aligned:
-            super().__call__(tensors)
-            return
-        descriptors = map(Placed, bases, self.views)
-        self.runner(*descriptors, *addresses, *self.constants)
+        if aligned and self.runner is not None:
+            self.runner(*map(Placed, bases, self.views), *addresses, *self.constants)
+        else:
+            self.first(tensors, aligned)
+
+
+class Queries(NamedTuple):
+    """Q tiles, a slot for each consumer of one or two tiles of work, and their barriers."""
+
+    tiles: Any
+    full: Any
+    free: Any
 
 
 class Ring(NamedTuple):
@@ -114,6 +132,10 @@ class Turns(NamedTuple):
     empty: Any
 
 
+# What the words are.
+B, HEAD, FIRST_Q, ROWS_Q, WRITABLE, FIRST, LENGTH_K, BEGIN, CLEAR_BEGIN, CLEAR_END, END = (
+    gl.constexpr(n) for n in range(11)
+)
 WORDS = gl.constexpr(11)
 
 
@@ -145,6 +167,17 @@ def arrive(barrier, THREADS: gl.constexpr):
 
 
 @gluon.jit
+def my_turn(which: gl.constexpr):
+    """Wait until the other consumer has issued its products."""
+    sync(TURN + which, TURN_THREADS)
+
+
+@gluon.jit
+def your_turn(which: gl.constexpr):
+    arrive(TURN + 1 - which, TURN_THREADS)
+
+
+@gluon.jit
 def here(x):
     """The integer x, of which nothing is worked out before: that would take registers all along."""
     return gl.inline_asm_elementwise(
@@ -153,13 +186,45 @@ def here(x):
 
 
 @gluon.jit
-def fill(ring, n, desc, at, wanted, CONSUMERS: gl.constexpr):
+def tile(ring, n):
+    return ring.tiles.index(n % STAGES)
+
+
+@gluon.jit
+def fill(ring, n, desc, at, wanted):
     """Load the n-th tile of a ring from the coordinates `at`, once its place is free."""
     stage = n % STAGES
     if wanted and n >= STAGES:
-        sync(ring.freed + stage, PRODUCER + CONSUMER * CONSUMERS)
+        sync(ring.freed + stage, RING_THREADS)
     mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes, pred=wanted)
     tma_load(desc, at, ring.full.index(stage), ring.tiles.index(stage), pred=wanted)
+
+
+@gluon.jit
+def fill_part(ring, n, desc, at, low, high, loaded, times):
+    """`fill`, with zeros outside the rows low..high: a weight of 0 does not hide what is NaN.
+
+    The producer waits for the load at a barrier of its own, which it has used `times` times.
+    """
+    stage = n % STAGES
+    if n >= STAGES:
+        sync(ring.freed + stage, RING_THREADS)
+    tile = ring.tiles.index(stage)
+    mbarrier.expect(loaded.index(0), desc.block_type.nbytes)
+    tma_load(desc, at, loaded.index(0), tile)
+    mbarrier.wait(loaded.index(0), times & 1)
+    N: gl.constexpr = desc.block_shape[1]
+    D: gl.constexpr = desc.block_shape[3]
+    for first in gl.static_range(0, N, 8):
+        if (first < low) | (first + 8 > high):
+            row = here(first) + gl.arange(0, 8, gl.SliceLayout(1, ROWS))
+            keep = gl.expand_dims((row >= low) & (row < high), 1)
+            for column in gl.static_range(0, D, 64):  # few registers
+                part = tile.reshape([N, D]).slice(first, 8).slice(column, 64, 1)
+                x = part.load(ROWS)
+                part.store(gl.where(keep, x, 0.0).to(x.dtype))
+    fence_async_shared()
+    mbarrier.arrive(ring.full.index(stage))
 
 
 @gluon.jit
@@ -169,9 +234,9 @@ def filled(ring, n, wanted):
 
 
 @gluon.jit
-def free(ring, n, CONSUMERS: gl.constexpr):
+def free(ring, n):
     """A consumer has read the n-th tile."""
-    arrive(ring.freed + n % STAGES, PRODUCER + CONSUMER * CONSUMERS)
+    arrive(ring.freed + n % STAGES, RING_THREADS)
 
 
 @gluon.jit
@@ -186,18 +251,16 @@ def tell(turns, turn, words):
 
 
 @gluon.jit
+def hear(turns, turn):
+    """A consumer waits for them; it may read them until it says that it has heard."""
+    mbarrier.wait(turns.full.index(turn % 2), turn // 2 & 1)
+
+
+@gluon.jit
 def word(turns, turn, n):
     return gl.max(turns.words.index(turn % 2 * WORDS + n).load(FOUR), 0)
 
 
 @gluon.jit
-def hear(turns, turn):
-    """A consumer waits for them."""
-    mbarrier.wait(turns.full.index(turn % 2), turn // 2 & 1)
-    words = (
-        word(turns, turn, 0), word(turns, turn, 1), word(turns, turn, 2), word(turns, turn, 3),
-        word(turns, turn, 4), word(turns, turn, 5), word(turns, turn, 6), word(turns, turn, 7),
-        word(turns, turn, 8), word(turns, turn, 9), word(turns, turn, 10),
-    )  # fmt: skip
+def heard(turns, turn):
     mbarrier.arrive(turns.empty.index(turn % 2))
-    return words

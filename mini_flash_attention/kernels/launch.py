@@ -89,11 +89,15 @@ class Launch:
                 bits |= address
         return addresses, bits % ALIGNMENT == 0
 
+    def first(self, tensors: Mapping[str, torch.Tensor | None], keep: bool) -> None:
+        """The way of any Triton launch; `keep` what it compiled."""
+        compiled = self.kernel[(self.programs,)](*self.arguments(tensors), **self.options)
+        if keep and compiled is not None:  # the interpreter compiles nothing
+            self.runner = compiled[(self.programs, 1, 1)]
+
     def __call__(self, tensors: Mapping[str, torch.Tensor | None]) -> None:
         addresses, aligned = self.addresses(tensors)
         if aligned and self.runner is not None:
             self.runner(*addresses, *self.constants)
-            return
-        compiled = self.kernel[(self.programs,)](*self.arguments(tensors), **self.options)
-        if aligned and compiled is not None:  # the interpreter compiles nothing
-            self.runner = compiled[(self.programs, 1, 1)]
+        else:
+            self.first(tensors, aligned)
