@@ -44,7 +44,6 @@ class Hopper(NamedTuple):
     slots: int  # Q tiles in shared memory
     pingpong: bool  # consumers issue in turn
     early: bool  # exponentials before the wait for the sum of the tile before
-    exact: bool
     rows: int
     units: int
     per_group: int
@@ -165,7 +164,6 @@ def _work(p: Problem, block_m: int) -> tuple[int, int, int]:
 # MINI_FLASH_ATTENTION_PORTABLE=1 leaves the Hopper kernel out, for comparison.
 PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"
 CONSUMERS = 2
-EXACT = True
 # By head_dim: block_n, slots, pingpong, early. Measured on an H200 (bench/NOTES.md).
 HOPPER_TILES = {
     64: (128, 2, True, False),
@@ -195,7 +193,7 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     if rows * units >= 2**31 - gpu.multiprocessors or not lse_in_32_bits:
         return None
     programs = min(gpu.multiprocessors, rows * units)
-    return Hopper(block_n, slots, pingpong, early, EXACT, rows, units, per_group, programs)
+    return Hopper(block_n, slots, pingpong, early, rows, units, per_group, programs)
 
 
 def tma(x: torch.Tensor) -> bool:

@@ -133,8 +133,10 @@ def test_strides_and_addresses_give_the_same_bits(chosen):
     assert chosen[-1] is None and (close - plain).abs().max() < 0.02
     flat = [torch.zeros(q.numel() + 1, device="cuda", dtype=q.dtype) for _ in range(3)]
     moved = [x[1:].view(q.shape).copy_(y) for x, y in zip(flat, (q, k, v), strict=True)]
+    calls = len(chosen)
     close = mfa.flash_attn_func(*moved, causal=True)
-    assert chosen[-1] is not None and (close - plain).abs().max() < 0.02
+    assert len(chosen) == calls  # the first call's recipe
+    assert not torch.equal(close, plain) and (close - plain).abs().max() < 0.02
     kept = mfa.flash_attn_func(*[x.contiguous() for x in (q, k, v)], causal=True)
     assert torch.equal(kept, plain)
 
@@ -182,11 +184,22 @@ def test_both_kernels_agree(head_dim, chosen, monkeypatch):
     for meaning in MASKS:
         ours = mfa.flash_attn_func(q, k, v, **meaning)
         monkeypatch.setattr(plan, "PORTABLE", True)
-        monkeypatch.setattr(dispatch, "_recipes", {})
         other = mfa.flash_attn_func(q, k, v, **meaning)
         monkeypatch.setattr(plan, "PORTABLE", False)
         assert chosen[-2] is not None and chosen[-1] is None
         assert (ours - other).abs().max() <= 2**-7 * other.abs().max()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 3e3, 1e6, 1e8, 1e30])
+def test_scores_of_any_size(scale, chosen, monkeypatch):
+    """The kernel's own `rescale` does what the rule does."""
+    q, k, v = (random(1, 700, 2, 128, seed=seed) for seed in range(3))
+    ours, lse, _ = mfa.flash_attn_func(q, k, v, 0.0, scale, True, return_attn_probs=True)
+    monkeypatch.setattr(plan, "PORTABLE", True)
+    other, lse_other, _ = mfa.flash_attn_func(q, k, v, 0.0, scale, True, return_attn_probs=True)
+    assert chosen[0] is not None and chosen[1] is None
+    assert (ours - other).abs().max() <= 2**-7 * other.abs().max()
+    assert torch.allclose(lse, lse_other, rtol=1e-5, atol=1e-5)
 
 
 def test_wrong_pages_and_lengths_stay_inside(chosen):

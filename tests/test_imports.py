@@ -38,9 +38,20 @@ ARROWS = {
         "kernels.shares",
     },
     "kernels.shares": {"rules."},
+    "kernels.hopper": {"kernels.launch"},
+    "kernels.attend_hopper": {"rules.", "kernels.hopper"},
+    "kernels.forward_hopper": {
+        "plan",
+        "problem",
+        "rules.",
+        "kernels.attend_hopper",
+        "kernels.hopper",
+        "kernels.launch",
+    },
     "kernels.launch": {"problem"},
     "rules": set(),
     "rules.": set(),
+    "rules.work": {"rules."},
 }
 # And from outside, beside the standard library.
 OUTSIDE = {

@@ -5,7 +5,7 @@ exponentials are worked out while the tensor cores are at it. With PINGPONG cons
 turn, so that one's exponentials meet the other's products.
 """
 
-from ..rules import mask, softmax
+from ..rules import mask
 from . import hopper
 from .hopper import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
@@ -43,14 +43,28 @@ def masked(
     return gl.where(seen, s, float("-inf"))
 
 
+LARGE, LARGEST = gl.constexpr(2.0**25), gl.constexpr(2.0**31)
+
+
 @gluon.jit
-def rescale(m, s, scale):
-    """twin"""
+def rescale(m, reference, s, scale):
+    """`softmax.rescale` with one instruction an element fewer: scale and subtract in one.
+
+    The reference is m times a factor, rounded. The factor is `scale`, unless their product is so
+    large that this rounding would matter: then a power of 2, which needs none. Neighbours among
+    fp32 scores are a factor of 4 or more apart in weight there, and what the product q kᵀ lost to
+    rounding decides anyway.
+    """
     m_new = gl.maximum(m, gl.max(s, 1))
-    reference = gl.where(m_new == float("-inf"), 0.0, m_new * scale)
-    alpha = gl.exp2(m * scale - reference)
-    p = gl.exp2(s * scale - gl.expand_dims(reference, 1))
-    return m_new, alpha, p
+    none = m_new == float("-inf")
+    size = gl.where(none, 0.0, gl.maximum(m_new, -m_new))
+    large = size * scale > LARGE
+    power = gl.minimum(scale, LARGEST / size).to(gl.int32, bitcast=True) & 0x7F800000
+    factor = gl.where(large, power.to(gl.float32, bitcast=True), scale)
+    product = gl.where(none, 0.0, m_new * factor)
+    alpha = gl.exp2(gl.where(large, (m - m_new) * scale, reference - product))
+    p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(product, 1))
+    return m_new, gl.where(none, float("-inf"), product), alpha, p
 
 
 @gluon.jit
@@ -59,7 +73,7 @@ def attend(
     queries, worked, keys, values, done, begin, clear_begin, clear_end, end,
     first, diagonal, left, right, length_k, scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
-    SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr, EXACT: gl.constexpr,
+    SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """Lines 6 to 12 of Algorithm 1 for the rows from `first`: (m, l, o), keys from end to begin."""
     O: gl.constexpr = hopper.accumulator(D)
@@ -85,10 +99,7 @@ def attend(
     hopper.free(keys, done)
     s = masked(s, first, start, diagonal, left, right, length_k, LEFT, RIGHT, BLOCK_N)
     m = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, s.type.layout))
-    if EXACT:
-        m, alpha, p = softmax.rescale(m, s, scale)
-    else:
-        m, alpha, p = rescale(m, s, scale)
+    m, reference, alpha, p = rescale(m, m, s, scale)
     l = sums(p, BLOCK_N)
     o = gl.zeros([64, D], gl.float32, O)
     p = gl.convert_layout(p.to(dtype), P)
@@ -111,10 +122,7 @@ def attend(
         hopper.free(keys, n)
         if (start >= clear_end) | (start < clear_begin):
             s = masked(s, first, start, diagonal, left, right, length_k, LEFT, RIGHT, BLOCK_N)
-        if EXACT:
-            m, alpha, p_next = softmax.rescale(m, s, scale)
-        else:
-            m, alpha, p_next = rescale(m, s, scale)
+        m, reference, alpha, p_next = rescale(m, reference, s, scale)
         l = l * by_row(alpha, l) + sums(p_next, BLOCK_N)
         if EARLY:  # a branch: else ptxas moves the next wait to before the exponentials
             hopper.filled(keys, n + 1, n + 1 < stop)

@@ -108,7 +108,7 @@ def consume(
     stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right,
     PACKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, HEAD_DIM: gl.constexpr,
     D: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr,
-    EARLY: gl.constexpr, EXACT: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each tile of work: attention to their keys, and the rows written out."""
     O: gl.constexpr = hopper.accumulator(D)
@@ -133,7 +133,7 @@ def consume(
             m, l, o = attend(
                 which, queries, worked, keys, values, done, begin, clear_begin, clear_end, end,
                 first, length_k - rows_q, left, right, length_k, scale,
-                LEFT, RIGHT, D, BLOCK_N, SLOTS, PINGPONG, EARLY, EXACT,
+                LEFT, RIGHT, D, BLOCK_N, SLOTS, PINGPONG, EARLY,
             )  # fmt: skip
             o, lse_tile = softmax.finish(m, l, o, scale)
         b = hopper.word(turns, turn, hopper.B)
@@ -192,7 +192,6 @@ def forward_hopper_kernel(
     scale, left, right, appended,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
     HEAD_DIM: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
-    EXACT: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = k_desc.block_shape[1]
     D: gl.constexpr = k_desc.block_shape[3]
@@ -217,12 +216,12 @@ def forward_hopper_kernel(
             (consume, (
                 0, o_desc, out, lse, queries, keys, values, turns,
                 stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right,
-                PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, SLOTS, PINGPONG, EARLY, EXACT,
+                PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, SLOTS, PINGPONG, EARLY,
             )),
             (consume, (
                 1, o_desc, out, lse, queries, keys, values, turns,
                 stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right,
-                PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, SLOTS, PINGPONG, EARLY, EXACT,
+                PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, SLOTS, PINGPONG, EARLY,
             )),
             (produce, (
                 q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns,
@@ -233,7 +232,7 @@ def forward_hopper_kernel(
             )),
         ],
         [4, 1],
-        [232, 40],
+        [240, 24],
     )  # fmt: skip
 
 
@@ -269,13 +268,15 @@ def launch(
     # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was never
     # written; and what lies before every window may be someone else's by now.
     inside = p.cu_seqlens_k is not None or p.seqused_k is not None or p.page_size > 0
+    # Triton 3.8 and newer have no registers for it beside rows of 256.
+    early = plan.early and not (hopper.NEWER and plans.size_class(head_dim) == 256)
     constants = (
         *strides(out), *lse_strides, p.block_table.stride(0) if p.block_table is not None else 0,
         p.batch, nheads, nheads // p.k.shape[-2], plan.rows, plan.per_group, plan.rows * plan.units,
         p.seqlen_q, p.seqlen_k, total_q, MAX_INT if p.page_size else total_k,
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,
         p.left >= 0, p.right >= 0, p.page_size, inside or p.left >= 0,
-        head_dim, plan.slots, plan.pingpong, plan.early, plan.exact,
+        head_dim, plan.slots, plan.pingpong, early,
     )  # fmt: skip
     return hopper.TmaLaunch(
         forward_hopper_kernel, plan.programs, POINTERS, constants, 4,

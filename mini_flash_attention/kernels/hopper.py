@@ -30,9 +30,9 @@ __all__ = [
     "warpgroup_mma_wait",
 ]
 
-# Triton 3.8 renamed them.
-tma_load: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-tma_store: Any = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+NEWER = hasattr(tma, "async_load")  # Triton 3.8 renamed copies
+tma_load: Any = tma.async_load if NEWER else tma.async_copy_global_to_shared
+tma_store: Any = tma.async_store if NEWER else tma.async_copy_shared_to_global
 tma_store_wait: Any = tma.store_wait
 
 CONSUMERS = gl.constexpr(2)  # of four warps and 64 query rows each
