@@ -1,4 +1,4 @@
-"""Which launch is chosen for a decoding call: a table of cases, on GPUs that need not be there."""
+"""Which launch is chosen: tables of cases, on GPUs that need not be there."""
 
 import itertools
 
@@ -121,3 +121,78 @@ def test_every_tile_of_work_fits():
         for tiles in plan.decode_tiles(arch, head_dim, rows):
             on_the_way = (tiles.num_stages - 1) * 2 * tiles.block_n * head_dim * 2
             assert on_the_way + tiles.block_m * head_dim * 2 <= limits[arch] << 10
+
+
+def prefill(batch=4, seqlen=2048, nheads=16, head_dim=128, page_size=0, **changes):
+    """A call of many queries, as the kernels see it."""
+    p = call(batch, nheads, nheads, seqlen, page_size, seqlen_q=seqlen, head_dim=head_dim)
+    return p._replace(**changes)
+
+
+def on_hopper(p, out=None):
+    return plan.hopper(p, p.q if out is None else out, H200)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "block_n"),
+    [
+        ({}, 128),
+        ({"head_dim": 64}, 128),
+        ({"head_dim": 40}, 128),
+        ({"head_dim": 256}, 64),
+        ({"page_size": 256}, 128),
+        ({"page_size": 64, "head_dim": 256}, 64),
+        ({"page_size": 64}, None),  # a tile of keys comes from one page
+        ({"page_size": 16}, None),
+        ({"head_dim": 32}, None),
+        ({"head_dim": 100}, None),  # rows of whole 16 bytes
+        ({"batch": 1, "seqlen": 128}, None),  # little to do
+        ({"seqlen_k": 0}, None),
+    ],
+)
+def test_hopper(arguments, block_n):
+    chosen = on_hopper(prefill(**arguments))
+    assert (chosen.block_n if chosen else None) == block_n
+    assert plan.hopper(prefill(), prefill().q, plan.Gpu("B200", 100, 148)) is None
+
+
+def test_what_tma_can_step_over():
+    p = prefill()
+    empty = torch.empty(4, 2048, 16, 144, dtype=torch.bfloat16, device="meta")
+    for x, fits in (
+        (empty[..., :128], True),
+        (empty[..., 1:129], True),  # whether its address fits is seen at the call
+        (empty.view(4, 2048, -1)[..., : 16 * 132].unflatten(-1, (16, 132))[..., :128], False),
+        (p.q.transpose(1, 2).contiguous().transpose(1, 2), True),
+        (p.q[:1].expand(4, -1, -1, -1), False),
+        (torch.empty_strided(p.q.shape, (2**31, 2048, 128, 1), device="meta"), False),
+    ):
+        assert plan.tma(x) is fits
+        for name in "qkv":
+            assert bool(on_hopper(p._replace(**{name: x}))) is fits
+        assert bool(on_hopper(p, x)) is fits
+
+
+def test_one_split_does_not_depend_on_the_batch():
+    """The Hopper kernel and the portable one round differently."""
+    for seqlen_q, head_dim in itertools.product((17, 64, 2048), (64, 128, 256)):
+        chosen = [
+            on_hopper(call(n, 8, 8, 4096, seqlen_q=seqlen_q, head_dim=head_dim, num_splits=1))
+            for n in (1, 5, 64)
+        ]
+        assert all(chosen) and len({x.block_n for x in chosen}) == 1
+
+
+def test_many_packed_tokens_stay_on_hopper():
+    q = torch.empty(2**18, 32, 128, dtype=torch.bfloat16, device="meta")
+    offsets = torch.empty(65, dtype=torch.int32, device="meta")
+    p = prefill(q=q, k=q, v=q, cu_seqlens_q=offsets, cu_seqlens_k=offsets, batch=64, seqlen_q=2**14)
+    chosen = on_hopper(p)
+    assert chosen.rows * chosen.units == (2**18 // 128 + 64) * 32
+
+
+@pytest.mark.parametrize("seqlen", [512, 4096, 16384])
+def test_programs_of_a_group_find_their_keys_in_the_cache(seqlen):
+    chosen = on_hopper(prefill(batch=2**14 // seqlen, seqlen=seqlen))
+    assert chosen.programs == 132
+    assert chosen.per_group * 2 * seqlen * 128 * 2 <= plan.L2_BYTES

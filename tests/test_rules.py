@@ -73,13 +73,19 @@ def where(condition, a, b):
     return torch.where(torch.as_tensor(condition), torch.as_tensor(a), torch.as_tensor(b))
 
 
+def either(of_tensors, of_numbers, a, b):
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return of_tensors(torch.as_tensor(a), torch.as_tensor(b))
+    return of_numbers(a, b)
+
+
 language = types.SimpleNamespace(
     load=load,
     where=where,
     cast=lambda x, _: x,
     int64=None,
-    minimum=lambda a, b: torch.minimum(a, b) if isinstance(a, torch.Tensor) else min(a, b),
-    maximum=lambda a, b: torch.maximum(a, b) if isinstance(a, torch.Tensor) else max(a, b),
+    minimum=lambda a, b: either(torch.minimum, min, a, b),
+    maximum=lambda a, b: either(torch.maximum, max, a, b),
     cdiv=lambda a, b: (a + b - 1) // b,
     max=lambda x, axis, keep_dims=False: torch.amax(x, axis, keep_dims),
     sum=lambda x, axis, keep_dims=False: torch.sum(x, axis, keep_dims),
@@ -98,11 +104,13 @@ def plain(name):
     for rule, compiled in vars(module).items():
         if hasattr(compiled, "fn"):  # what `@triton.jit` makes
             scope[rule] = types.FunctionType(compiled.fn.__code__, scope, rule)
+        elif getattr(compiled, "__name__", "").startswith(f"{rules.__name__}."):
+            scope[rule] = plain(rule)  # other rules that these ask
     return types.SimpleNamespace(**scope)
 
 
-grid, heads, mask, paging, sequence, softmax, split = map(
-    plain, ("grid", "heads", "mask", "paging", "sequence", "softmax", "split")
+grid, heads, mask, paging, sequence, softmax, split, work = map(
+    plain, ("grid", "heads", "mask", "paging", "sequence", "softmax", "split", "work")
 )
 
 
@@ -196,7 +204,7 @@ GARBAGE = st.lists(
 BLOCKS = st.sampled_from([1, 2, 16, 64, 128])
 
 
-def work(cu_seqlens, total, block):
+def programs_for(cu_seqlens, total, block):
     """(entry, tile inside it) of every program that kernels start for these sequences."""
     batch = len(cu_seqlens) - 1
     pointer = Pointer(cu_seqlens)
@@ -213,7 +221,7 @@ def test_every_row_has_one_program(lengths, padding, block):
     cu_seqlens = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
     total = cu_seqlens[-1] + padding
     programs = [0] * total
-    for b, tile in work(cu_seqlens, total, block):
+    for b, tile in programs_for(cu_seqlens, total, block):
         start, rows = sequence.query_span(b, Pointer(cu_seqlens), total)
         assert (start, rows) == (cu_seqlens[b], lengths[b])
         assert (start, rows) == sequence.span(b, Pointer(cu_seqlens), total)
@@ -230,7 +238,7 @@ def test_no_row_is_left_out_before_a_wrong_first_entry(lengths, first, block):
     cu_seqlens = [first, *(sum(lengths[: b + 1]) for b in range(len(lengths)))]
     total = cu_seqlens[-1]
     written = [False] * total
-    for b, tile in work(cu_seqlens, total, block):
+    for b, tile in programs_for(cu_seqlens, total, block):
         start, rows = sequence.query_span(b, Pointer(cu_seqlens), total)
         assert start == sequence.query_start(b, Pointer(cu_seqlens), total)
         end = total if b == len(lengths) - 1 else start + rows
@@ -257,7 +265,7 @@ def test_first_tile(lengths, block):
 @searched
 def test_garbage_stays_inside(cu_seqlens, total, block):
     """Any content ends, names an entry that exists, and spans rows that exist."""
-    for b, tile in work(cu_seqlens, total, block):
+    for b, tile in programs_for(cu_seqlens, total, block):
         assert 0 <= b < len(cu_seqlens) - 1
         start, rows = sequence.span(b, Pointer(cu_seqlens), total)
         assert 0 <= start <= start + rows <= total
@@ -308,6 +316,86 @@ def test_shares(total, programs):
         assert n < cuts or low == high
         at = high
     assert at == total and min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+
+
+# -- work -----------------------------------------------------------------------------------------
+
+
+@given(
+    batch=st.integers(1, 4), nheads=st.integers(1, 4), seqlen_q=st.integers(1, 300),
+    per_group=st.integers(1, 9), block=st.sampled_from([64, 128]),
+)  # fmt: skip
+@searched
+def test_dense_queries(batch, nheads, seqlen_q, per_group, block):
+    """Every tile of every head of every entry once, none past the sequence's end."""
+    tiles = -(-seqlen_q // block)
+    found = []
+    for number in range(tiles * batch * nheads):
+        b, head, first_q, rows, writable, first = work.queries(
+            Int32(number), None, batch, nheads, Int32(tiles), per_group, seqlen_q, 0, block
+        )
+        assert (first_q, rows, writable) == (0, seqlen_q, seqlen_q) and first < seqlen_q
+        found.append((b, head, first // block))
+    wanted = [(b, h, t) for b in range(batch) for h in range(nheads) for t in range(tiles)]
+    assert sorted(found) == wanted
+
+
+@given(
+    lengths=LENGTHS, padding=st.integers(0, 80), longest=st.integers(0, 80), block=BLOCKS,
+    nheads=st.integers(1, 3),
+)  # fmt: skip
+@searched
+def test_packed_queries(lengths, padding, longest, block, nheads):
+    """Every row is one tile's to write for each head; queries past max_seqlen_q are none."""
+    cu_seqlens = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
+    total = cu_seqlens[-1] + padding
+    tiles = total // block + len(lengths)
+    written = dict.fromkeys(((h, row) for h in range(nheads) for row in range(total)), 0)
+    for number in range(tiles * nheads):
+        b, head, first_q, rows, writable, first = work.queries(
+            Int32(number), Pointer(cu_seqlens), len(lengths), nheads, Int32(tiles), 2, longest,
+            total, block,
+        )  # fmt: skip
+        assert (first_q, rows) == (cu_seqlens[b], min(lengths[b], longest))
+        for row in range(first, min(first + block, int(writable))):
+            written[int(head), int(first_q) + row] += 1
+    assert set(written.values()) <= {1}
+
+
+@given(
+    lengths=LENGTHS, used=st.lists(st.integers(-3, 90), min_size=12, max_size=12),
+    longest=st.integers(0, 80), appended=st.integers(0, 5),
+)  # fmt: skip
+@searched
+def test_keys(lengths, used, longest, appended):
+    cu_seqlens = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
+    total, capacity = cu_seqlens[-1], longest + appended
+    for b, length in enumerate(lengths):
+        packed = work.keys(b, Pointer(cu_seqlens), None, longest, total, 0)
+        assert packed == (cu_seqlens[b], min(length, longest))
+        cached = work.keys(b, None, Pointer(used), capacity, 0, appended)
+        assert cached == (0, min(max(used[b], 0) + appended, capacity))
+    assert work.keys(0, None, None, longest, 0, 0) == (0, longest)
+
+
+@given(
+    tile=st.integers(0, 5), rows_q=st.integers(0, 300), length_k=st.integers(0, 300), bounds=BOUNDS
+)
+@searched
+def test_key_tiles_of_a_tile_of_rows(tile, rows_q, length_k, bounds):
+    """As `mask.key_tiles` has it for the rows that are there; nothing where there are none."""
+    left, right = (-1 if x is None else x for x in bounds)
+    first, flags = Int32(128 * tile), (left >= 0, right >= 0)
+    sizes = (Int32(length_k - rows_q), left, right, Int32(length_k))
+    begin, clear_begin, clear_end, end = work.key_tiles(
+        first, Int32(rows_q), Int32(length_k), left, right, *flags, 128, 64
+    )
+    if first >= rows_q:
+        assert begin == end and clear_end <= end
+    else:
+        last = min(first + 128, rows_q) - 1
+        wanted = mask.key_tiles(first, Int32(last), *sizes, 64, *flags)
+        assert (begin, clear_begin, clear_end, end) == wanted
 
 
 # -- paging and heads -----------------------------------------------------------------------------

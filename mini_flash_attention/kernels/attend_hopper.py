@@ -5,7 +5,7 @@ exponentials are worked out while the tensor cores are at it. With PINGPONG cons
 turn, so that one's exponentials meet the other's products.
 """
 
-from ..rules import mask
+from ..rules import mask, softmax
 from . import hopper
 from .hopper import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
@@ -43,30 +43,6 @@ def masked(
     return gl.where(seen, s, float("-inf"))
 
 
-LARGE, LARGEST = gl.constexpr(2.0**25), gl.constexpr(2.0**31)
-
-
-@gluon.jit
-def rescale(m, reference, s, scale):
-    """`softmax.rescale` with one instruction an element fewer: scale and subtract in one.
-
-    The reference is m times a factor, rounded. The factor is `scale`, unless their product is so
-    large that this rounding would matter: then a power of 2, which needs none. Neighbours among
-    fp32 scores are a factor of 4 or more apart in weight there, and what the product q kᵀ lost to
-    rounding decides anyway.
-    """
-    m_new = gl.maximum(m, gl.max(s, 1))
-    none = m_new == float("-inf")
-    size = gl.where(none, 0.0, gl.maximum(m_new, -m_new))
-    large = size * scale > LARGE
-    power = gl.minimum(scale, LARGEST / size).to(gl.int32, bitcast=True) & 0x7F800000
-    factor = gl.where(large, power.to(gl.float32, bitcast=True), scale)
-    product = gl.where(none, 0.0, m_new * factor)
-    alpha = gl.exp2(gl.where(large, (m - m_new) * scale, reference - product))
-    p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(product, 1))
-    return m_new, gl.where(none, float("-inf"), product), alpha, p
-
-
 @gluon.jit
 def attend(
     which: gl.constexpr,
@@ -99,7 +75,7 @@ def attend(
     hopper.free(keys, done)
     s = masked(s, first, start, diagonal, left, right, length_k, LEFT, RIGHT, BLOCK_N)
     m = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, s.type.layout))
-    m, reference, alpha, p = rescale(m, m, s, scale)
+    m, alpha, p = softmax.rescale(m, s, scale)
     l = sums(p, BLOCK_N)
     o = gl.zeros([64, D], gl.float32, O)
     p = gl.convert_layout(p.to(dtype), P)
@@ -122,7 +98,7 @@ def attend(
         hopper.free(keys, n)
         if (start >= clear_end) | (start < clear_begin):
             s = masked(s, first, start, diagonal, left, right, length_k, LEFT, RIGHT, BLOCK_N)
-        m, reference, alpha, p_next = rescale(m, reference, s, scale)
+        m, alpha, p_next = softmax.rescale(m, s, scale)
         l = l * by_row(alpha, l) + sums(p_next, BLOCK_N)
         if EARLY:  # a branch: else ptxas moves the next wait to before the exponentials
             hopper.filled(keys, n + 1, n + 1 < stop)

@@ -1,7 +1,5 @@
 """Fold the parts that split keys left: one program for each row of a sequence's KV head."""
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -10,9 +8,8 @@ from triton.language.extra.cuda import gdc_wait
 from ..plan import Decode
 from ..problem import Problem
 from ..rules import heads, softmax
-from .launch import Launch, strides
+from .launch import LOG2E, Launch, strides
 
-LOG2E = math.log2(math.e)
 PARTS_AT_ONCE = 32
 
 

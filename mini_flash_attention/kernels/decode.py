@@ -12,8 +12,6 @@ Source: Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023); equal shares as in Str
 (arXiv:2301.03598).
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -24,9 +22,7 @@ from ..problem import Problem
 from ..rules import heads, mask, softmax, split
 from . import shares
 from .attend import attend
-from .launch import Launch, strides, twins, wide
-
-LOG2E = math.log2(math.e)
+from .launch import LOG2E, Launch, strides, twins, wide
 
 
 @triton.jit

@@ -5,8 +5,6 @@ key tiles that the mask cuts with a mask and the clear ones without, and writes 
 output once.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -15,10 +13,7 @@ from ..plan import Forward
 from ..problem import Problem
 from ..rules import heads, softmax, work
 from .attend import attend
-from .launch import Launch, strides, twins, wide
-
-LOG2E = math.log2(math.e)
-MAX_INT = 2**31 - 1
+from .launch import LOG2E, MAX_INT, Launch, strides, twins, wide
 
 
 @triton.jit(

@@ -7,8 +7,6 @@ warps each, only compute (`attend_hopper.py`).
 Source: FlashAttention-3 (arXiv:2407.08608), sections 3.1 and 3.2.
 """
 
-import math
-
 import torch
 
 from .. import plan as plans
@@ -18,10 +16,8 @@ from ..rules import heads, softmax, work
 from . import hopper
 from .attend_hopper import attend
 from .hopper import fence_async_shared, gl, gluon, mbarrier
-from .launch import Launch, strides
+from .launch import LOG2E, MAX_INT, Launch, strides
 
-LOG2E = math.log2(math.e)
-MAX_INT = 2**31 - 1
 ROWS = gl.constexpr(64 * plans.CONSUMERS)  # query rows of a tile of work
 
 
@@ -48,13 +44,9 @@ def produce(
         begin, clear_begin, clear_end, end = work.key_tiles(
             first, rows_q, length_k, left, right, LEFT, RIGHT, ROWS, BLOCK_N
         )
-        hopper.tell(
-            turns, turn,
-            (
-                b, head, first_q, rows_q, writable, first,
-                length_k, begin, clear_begin, clear_end, end,
-            ),
-        )  # fmt: skip
+        hopper.tell(turns, turn, (
+            b, head, first_q, rows_q, writable, first, length_k, begin, clear_begin, clear_end, end
+        ))  # fmt: skip
         head_k = heads.kv_head(head, group)
         low = first + length_k - rows_q - left if LEFT else 0  # before it no row sees a key
         batch_q = b if cu_seqlens_q is None else 0

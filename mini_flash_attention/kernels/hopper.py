@@ -9,27 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia import hopper as nvidia
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .launch import ALIGNMENT, Launch
 
-# What the kernel writes without `hopper.` before it.
-__all__ = [
-    "fence_async_shared",
-    "gl",
-    "gluon",
-    "mbarrier",
-    "warpgroup_mma",
-    "warpgroup_mma_wait",
-]
-
+__all__ = ["gl", "gluon"]
+mbarrier, tma, fence_async_shared = nvidia.mbarrier, nvidia.tma, nvidia.fence_async_shared
+warpgroup_mma, warpgroup_mma_wait = nvidia.warpgroup_mma, nvidia.warpgroup_mma_wait
 NEWER = hasattr(tma, "async_load")  # Triton 3.8 renamed copies
 tma_load: Any = tma.async_load if NEWER else tma.async_copy_global_to_shared
 tma_store: Any = tma.async_store if NEWER else tma.async_copy_shared_to_global
@@ -133,10 +120,10 @@ class Turns(NamedTuple):
 
 
 # What the words are.
-B, HEAD, FIRST_Q, ROWS_Q, WRITABLE, FIRST, LENGTH_K, BEGIN, CLEAR_BEGIN, CLEAR_END, END = (
-    gl.constexpr(n) for n in range(11)
-)
 WORDS = gl.constexpr(11)
+B, HEAD, FIRST_Q, ROWS_Q, WRITABLE, FIRST, LENGTH_K, BEGIN, CLEAR_BEGIN, CLEAR_END, END = map(
+    gl.constexpr, range(WORDS.value)
+)
 
 
 @gluon.jit

@@ -1,5 +1,6 @@
 """The host's side of a kernel: strides, and launches that cost the CPU little."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 from ..problem import Problem
 
+LOG2E, MAX_INT = math.log2(math.e), 2**31 - 1
 ALIGNMENT = 16  # bytes; Triton compiles for pointers that are, or are not, multiples of it
 
 
