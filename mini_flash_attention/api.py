@@ -113,7 +113,8 @@ def flash_attn_varlen_func(
         block_table: (batch, max_blocks), int32: key j of sequence b lies in page
             `block_table[b, j // page_size]`. Entries past a sequence's end may hold anything.
         seqused_k: (batch,), int32: keys of each sequence in use.
-        num_splits: 0 or 1; more is not implemented yet.
+        num_splits: 0 or 1; more is not implemented yet. With 1 a sequence gets the same bits
+            whatever else is in the batch.
 
     Returns:
         out, shaped like q; with `return_attn_probs` `(out, softmax_lse, None)` with softmax_lse

@@ -38,7 +38,7 @@ class Recipe(NamedTuple):
     launches: "list[Launch]"
     lse_shape: tuple[int, ...] | None
     temporaries: tuple[int, int]  # elements of what split keys leave: parts, owners
-    draws: bool  # programs draw their work from a counter
+    draws: bool = False  # programs draw their work from a counter
 
 
 _recipes: dict[Hashable, Recipe] = {}

@@ -131,7 +131,8 @@ def varlen(
         later(function, "alibi_slopes", "None")
     if s_aux is not None:
         later(function, "s_aux", "None")
-    if check.splits(function, num_splits) > 1:
+    splits = check.splits(function, num_splits)
+    if splits > 1:
         later(function, "num_splits", "0 or 1")
     check.differentiable(function, q, k, v, out)
     if out is not None:
@@ -140,7 +141,7 @@ def varlen(
     scale = check.scale(function, softmax_scale, q.shape[-1])
     return Problem(
         function, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, None, None,
-        batch, seqlen_q, seqlen_k, 0, page_size, scale, left, right, 1, 0, return_attn_probs,
+        batch, seqlen_q, seqlen_k, 0, page_size, scale, left, right, splits, 0, return_attn_probs,
         asked,
     )  # fmt: skip
 

@@ -38,7 +38,7 @@ ARROWS = {
         "kernels.shares",
     },
     "kernels.shares": {"rules."},
-    "kernels.hopper": {"kernels.launch"},
+    "kernels.hopper": {"plan", "kernels.launch"},
     "kernels.attend_hopper": {"rules.", "kernels.hopper"},
     "kernels.forward_hopper": {
         "plan",

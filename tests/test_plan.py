@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mini_flash_attention import plan
+from mini_flash_attention import plan, problem
 from mini_flash_attention.problem import Problem
 
 H200 = plan.Gpu("H200", 90, 132)
@@ -181,6 +181,17 @@ def test_one_split_does_not_depend_on_the_batch():
             for n in (1, 5, 64)
         ]
         assert all(chosen) and len({x.block_n for x in chosen}) == 1
+
+
+def test_varlen_says_what_was_asked_for():
+    """A small packed call goes to Hopper only if it must not depend on what else is packed."""
+    q, offsets = torch.empty(100, 4, 64, dtype=torch.float16), torch.tensor([0, 40, 100]).int()
+    for num_splits in (0, 1):
+        p = problem.varlen(
+            q, q, q, offsets, offsets, 60, 60, 0.0, None, False, (-1, -1), 0.0, None, False,
+            False, None, None, None, num_splits, None,
+        )  # fmt: skip
+        assert bool(on_hopper(p)) is bool(num_splits)
 
 
 def test_many_packed_tokens_stay_on_hopper():

@@ -68,7 +68,7 @@ def attend(
         hopper.your_turn(which)
     if SLOTS > 1:
         if worked > 0:  # the rows of the tile of work before are written out by now
-            hopper.tma_store_wait(0)
+            hopper.tma.store_wait(0)
             before = (worked - 1) % SLOTS * hopper.CONSUMERS + which
             mbarrier.arrive(queries.free.index(before))
     s = warpgroup_mma_wait(0, deps=[s])

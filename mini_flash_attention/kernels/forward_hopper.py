@@ -142,7 +142,7 @@ def consume(
                 fence_async_shared()
                 hopper.tma_store(o_desc, [0 if PACKED else b, first_q, head, 0], tile)
             if SLOTS == 1:
-                hopper.tma_store_wait(0)
+                hopper.tma.store_wait(0)
                 mbarrier.arrive(queries.free.index(slot))
             worked += 1
         b, head = b.to(gl.int64), head.to(gl.int64)
@@ -166,7 +166,7 @@ def consume(
         turn += 1
         hopper.hear(turns, turn)
         first = hopper.word(turns, turn, hopper.FIRST)
-    hopper.tma_store_wait(0)
+    hopper.tma.store_wait(0)
 
 
 @gluon.jit(
@@ -185,6 +185,7 @@ def forward_hopper_kernel(
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
     HEAD_DIM: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
+    gl.static_assert(hopper.CONSUMERS == 2)  # as listed below; two take turns
     BLOCK_N: gl.constexpr = k_desc.block_shape[1]
     D: gl.constexpr = k_desc.block_shape[3]
     PACKED: gl.constexpr = cu_seqlens_q is not None

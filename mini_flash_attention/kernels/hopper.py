@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper as nvidia
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .. import plan
 from .launch import ALIGNMENT, Launch
 
 __all__ = ["gl", "gluon"]
@@ -20,12 +21,11 @@ warpgroup_mma, warpgroup_mma_wait = nvidia.warpgroup_mma, nvidia.warpgroup_mma_w
 NEWER = hasattr(tma, "async_load")  # Triton 3.8 renamed copies
 tma_load: Any = tma.async_load if NEWER else tma.async_copy_global_to_shared
 tma_store: Any = tma.async_store if NEWER else tma.async_copy_shared_to_global
-tma_store_wait: Any = tma.store_wait
 
-CONSUMERS = gl.constexpr(2)  # of four warps and 64 query rows each
+CONSUMERS = gl.constexpr(plan.CONSUMERS)  # of four warps and 64 query rows each
 STAGES = gl.constexpr(2)  # tiles in a ring
 # Threads that meet at a named barrier of a ring, and at one of the consumers' turns to issue.
-RING_THREADS, TURN_THREADS = gl.constexpr(128 * 2 + 32), gl.constexpr(256)
+RING_THREADS, TURN_THREADS = gl.constexpr(128 * plan.CONSUMERS + 32), gl.constexpr(256)
 # The hardware's 16 named barriers. Triton takes the first few itself, 8 to 15 are free.
 TURN = gl.constexpr(8)  # and 9: a consumer's turn to issue
 K_FREED, V_FREED = gl.constexpr(10), gl.constexpr(12)  # and the next: a place in a ring is free
