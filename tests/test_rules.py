@@ -23,6 +23,7 @@ LOG2E = math.log2(math.e)
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 
 searched = settings(deadline=None, derandomize=True, max_examples=300)
+sampled = settings(searched, max_examples=60)  # where an example is many calls
 
 # -- Triton's language, as far as the rules use it ------------------------------------------------
 
@@ -325,7 +326,7 @@ def test_shares(total, programs):
     batch=st.integers(1, 4), nheads=st.integers(1, 4), seqlen_q=st.integers(1, 300),
     per_group=st.integers(1, 9), block=st.sampled_from([64, 128]),
 )  # fmt: skip
-@searched
+@sampled
 def test_dense_queries(batch, nheads, seqlen_q, per_group, block):
     """Every tile of every head of every entry once, none past the sequence's end."""
     tiles = -(-seqlen_q // block)
@@ -344,7 +345,7 @@ def test_dense_queries(batch, nheads, seqlen_q, per_group, block):
     lengths=LENGTHS, padding=st.integers(0, 80), longest=st.integers(0, 80), block=BLOCKS,
     nheads=st.integers(1, 3),
 )  # fmt: skip
-@searched
+@sampled
 def test_packed_queries(lengths, padding, longest, block, nheads):
     """Every row is one tile's to write for each head; queries past max_seqlen_q are none."""
     cu_seqlens = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
@@ -366,7 +367,7 @@ def test_packed_queries(lengths, padding, longest, block, nheads):
     lengths=LENGTHS, used=st.lists(st.integers(-3, 90), min_size=12, max_size=12),
     longest=st.integers(0, 80), appended=st.integers(0, 5),
 )  # fmt: skip
-@searched
+@sampled
 def test_keys(lengths, used, longest, appended):
     cu_seqlens = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
     total, capacity = cu_seqlens[-1], longest + appended
@@ -381,7 +382,7 @@ def test_keys(lengths, used, longest, appended):
 @given(
     tile=st.integers(0, 5), rows_q=st.integers(0, 300), length_k=st.integers(0, 300), bounds=BOUNDS
 )
-@searched
+@sampled
 def test_key_tiles_of_a_tile_of_rows(tile, rows_q, length_k, bounds):
     """As `mask.key_tiles` has it for the rows that are there; nothing where there are none."""
     left, right = (-1 if x is None else x for x in bounds)
