@@ -37,13 +37,19 @@ class Forward(NamedTuple):
     per_group: int  # units whose keys share the L2 cache
 
 
-class Hopper(NamedTuple):
-    """A launch of the Hopper kernel: consumers of 64 query rows each."""
+class HopperTiles(NamedTuple):
+    """What the Hopper kernel is compiled for."""
 
+    consumers: int  # of 64 query rows each
     block_n: int
-    slots: int  # Q tiles in shared memory
-    pingpong: bool  # consumers issue in turn
+    slots: int  # Q tiles of a consumer in shared memory
     early: bool  # exponentials before the wait for the sum of the tile before
+
+
+class Hopper(NamedTuple):
+    """A launch of the Hopper kernel."""
+
+    tiles: HopperTiles
     rows: int
     units: int
     per_group: int
@@ -163,13 +169,15 @@ def _work(p: Problem, block_m: int) -> tuple[int, int, int]:
 
 # MINI_FLASH_ATTENTION_PORTABLE=1 leaves the Hopper kernel out, for comparison.
 PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"
-CONSUMERS = 2
-# By head_dim: block_n, slots, pingpong, early. Measured on an H200 (bench/NOTES.md).
+# By head_dim, measured on an H200 (bench/NOTES.md). Three consumers hide one another's waiting best,
+# but have registers for head_dim 64 alone, and with few keys the larger tiles are a loss.
 HOPPER_TILES = {
-    64: (128, 2, True, False),
-    128: (128, 2, True, True),
-    256: (64, 1, False, True),
+    64: HopperTiles(2, 128, 2, False),
+    128: HopperTiles(2, 128, 2, True),
+    256: HopperTiles(2, 64, 1, True),
 }
+THREE_CONSUMERS = HopperTiles(3, 128, 2, True)
+MANY_KEYS = 3072  # of a query, in the mean
 # Below so many operations, some 10 microseconds, descriptors cost the CPU more than the GPU gains.
 HOPPER_FLOPS = 4 << 30
 
@@ -182,18 +190,22 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     nheads, head_dim = p.q.shape[-2:]
     if PORTABLE or gpu.arch != 90 or head_dim % 8 or not 32 < head_dim <= 256:
         return None
-    block_n, slots, pingpong, early = HOPPER_TILES[size_class(head_dim)]
-    if p.page_size % block_n or not p.seqlen_k or not all(map(tma, (p.q, p.k, p.v, out))):
+    tiles = HOPPER_TILES[size_class(head_dim)]
+    keys = p.seqlen_k - (min(p.seqlen_q, p.seqlen_k) // 2 if p.right >= 0 else 0)
+    keys = min(keys, p.left + 1) if p.left >= 0 else keys
+    if head_dim <= 64 and keys >= MANY_KEYS:
+        tiles = THREE_CONSUMERS
+    if p.page_size % tiles.block_n or not p.seqlen_k or not all(map(tma, (p.q, p.k, p.v, out))):
         return None
     # With one split the batch decides nothing: a sequence gets the same bits in all of them.
     if p.num_splits != 1 and 4 * p.q.numel() * p.seqlen_k < HOPPER_FLOPS:
         return None
-    rows, units, per_group = _work(p, 64 * CONSUMERS)
+    rows, units, per_group = _work(p, 64 * tiles.consumers)
     lse_in_32_bits = p.cu_seqlens_q is not None or nheads * p.seqlen_q < 2**31
     if rows * units >= 2**31 - gpu.multiprocessors or not lse_in_32_bits:
         return None
     programs = min(gpu.multiprocessors, rows * units)
-    return Hopper(block_n, slots, pingpong, early, rows, units, per_group, programs)
+    return Hopper(tiles, rows, units, per_group, programs)
 
 
 def tma(x: torch.Tensor) -> bool:

@@ -1,11 +1,10 @@
 """The inner loop of Algorithm 1 on Hopper, for a consumer of 64 query rows.
 
 The scores of the next tile of keys are issued together with the weighted sum of this one, and the
-exponentials are worked out while the tensor cores are at it. With PINGPONG consumers issue in
-turn, so that one's exponentials meet the other's products.
+exponentials are worked out while the tensor cores are at it.
 """
 
-from ..rules import mask, softmax
+from ..rules import mask
 from . import hopper
 from .hopper import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
@@ -32,50 +31,88 @@ def scores(q, keys, n, BLOCK_N: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def masked(
-    s, first, start, diagonal, left, right, length_k,
+    s, which: gl.constexpr, turns, turn, start, left, right,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Scores with -inf where the query of a row does not see the key."""
-    i = first + gl.arange(0, 64, gl.SliceLayout(1, s.type.layout))
-    j = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s.type.layout))
-    i_, j_ = gl.expand_dims(i, 1), gl.expand_dims(j, 0)
-    seen = mask.sees(i_, j_, diagonal, left, right, length_k, LEFT, RIGHT)
-    return gl.where(seen, s, float("-inf"))
+    """Scores with -inf where the query of a row does not see the key; keys from `start`."""
+    # Read again where they are needed, instead of held in registers all along.
+    length_k = hopper.word(turns, turn, hopper.LENGTH_K)
+    diagonal = length_k - hopper.word(turns, turn, hopper.ROWS_Q)
+    first = hopper.word(turns, turn, hopper.FIRST) + 64 * which
+    # Of key 8 a + 2 b + c a thread knows a and c when it is compiled: b goes to the other side.
+    pieces = gl.reshape(s, [64, BLOCK_N // 8, 4, 2])
+    rest: gl.constexpr = gl.SliceLayout(3, pieces.type.layout)
+    a = gl.arange(0, BLOCK_N // 8, gl.SliceLayout(0, gl.SliceLayout(2, rest)))
+    b = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, rest)))
+    c = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, pieces.type.layout))))
+    i = gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, rest)))
+    shift = (start + 2 * b)[None, None, :, None]
+    seen = mask.sees(
+        first + i[:, None, None, None] - shift, 8 * a[None, :, None, None] + c[None, None, None, :],
+        diagonal, left, right, length_k - shift, LEFT, RIGHT,
+    )  # fmt: skip
+    pieces = gl.where(seen, pieces, float("-inf"))
+    return gl.convert_layout(gl.reshape(pieces, [64, BLOCK_N]), s.type.layout, assert_trivial=True)
+
+
+LOWEST = gl.constexpr(-3.4028234663852886e38)  # of fp32: no score lies below
+LARGE = gl.constexpr(2.0**27)  # from here on a rounded product m * scale is too far off
+
+
+@gluon.jit
+def rescale(m, s, scale):
+    """`rescale` with one instruction an element fewer: scale and subtract in one.
+
+    A row begins with m = LOWEST, so that m is a number. What is subtracted, m times a factor, is
+    rounded. The factor is `scale`, unless their product is so large that this would matter: then
+    a power of 2, with which nothing is rounded, and m * factor lies between 2^26 and 2^27.
+    Neighbours among fp32 scores differ by a factor of 2^8 or more in weight there, and what the
+    product q kᵀ lost to rounding decides anyway.
+    """
+    m_new = gl.maximum(m, gl.max(s, 1))
+    exponent = m_new.to(gl.int32, bitcast=True) & 0x7F800000
+    power = (((127 + 26 + 127 << 23) - 2**32) - exponent).to(gl.float32, bitcast=True)
+    factor = gl.where(gl.maximum(m_new, -m_new) * scale > LARGE, power, scale)
+    alpha = gl.exp2((m - m_new) * scale)
+    p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(m_new * factor, 1))
+    return m_new, alpha, p
 
 
 @gluon.jit
 def attend(
     which: gl.constexpr,
-    queries, worked, keys, values, done, begin, clear_begin, clear_end, end,
-    first, diagonal, left, right, length_k, scale,
+    queries, worked, keys, values, done, turns, turn, left, right, scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
-    SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
+    CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """Lines 6 to 12 of Algorithm 1 for the rows from `first`: (m, l, o), keys from end to begin."""
+    """Lines 6 to 12 of Algorithm 1 for 64 rows of a tile of work: (m, l, o).
+
+    Keys from the last to the first, `done` tiles of them in the turns before.
+    """
     O: gl.constexpr = hopper.accumulator(D)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    slot = worked % SLOTS * hopper.CONSUMERS + which
+    slot = worked % SLOTS * CONSUMERS + which
     mbarrier.wait(queries.full.index(slot), worked // SLOTS & 1)
     q = queries.tiles.index(slot).reshape([64, D])
     dtype: gl.constexpr = q.dtype
+    begin = hopper.word(turns, turn, hopper.BEGIN)
+    end = hopper.word(turns, turn, hopper.END)
+    clear_begin = hopper.word(turns, turn, hopper.CLEAR_BEGIN) if LEFT else 0
+    clear_end = hopper.word(turns, turn, hopper.CLEAR_END)
     start = end - BLOCK_N
 
     hopper.filled(keys, done, True)
-    if PINGPONG:
-        hopper.my_turn(which)
     s = scores(q, keys, done, BLOCK_N, D)
-    if PINGPONG:
-        hopper.your_turn(which)
     if SLOTS > 1:
         if worked > 0:  # the rows of the tile of work before are written out by now
             hopper.tma.store_wait(0)
-            before = (worked - 1) % SLOTS * hopper.CONSUMERS + which
+            before = (worked - 1) % SLOTS * CONSUMERS + which
             mbarrier.arrive(queries.free.index(before))
     s = warpgroup_mma_wait(0, deps=[s])
-    hopper.free(keys, done)
-    s = masked(s, first, start, diagonal, left, right, length_k, LEFT, RIGHT, BLOCK_N)
-    m = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, s.type.layout))
-    m, alpha, p = softmax.rescale(m, s, scale)
+    hopper.free(keys, done, CONSUMERS)
+    s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N)
+    m = gl.full([64], LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout))
+    m, alpha, p = rescale(m, s, scale)
     l = sums(p, BLOCK_N)
     o = gl.zeros([64, D], gl.float32, O)
     p = gl.convert_layout(p.to(dtype), P)
@@ -86,24 +123,20 @@ def attend(
         start -= BLOCK_N
         if not EARLY:
             hopper.filled(keys, n, True)
-        if PINGPONG:
-            hopper.my_turn(which)
         s = scores(q, keys, n, BLOCK_N, D)
         hopper.filled(values, n - 1, True)
         v = hopper.tile(values, n - 1).reshape([BLOCK_N, D])
         o = warpgroup_mma(p, v, o, is_async=True)
-        if PINGPONG:
-            hopper.your_turn(which)
         s = warpgroup_mma_wait(1, deps=[s])
-        hopper.free(keys, n)
-        if (start >= clear_end) | (start < clear_begin):
-            s = masked(s, first, start, diagonal, left, right, length_k, LEFT, RIGHT, BLOCK_N)
-        m, alpha, p_next = softmax.rescale(m, s, scale)
+        hopper.free(keys, n, CONSUMERS)
+        if (start >= clear_end) | (start < clear_begin if LEFT else False):
+            s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N)
+        m, alpha, p_next = rescale(m, s, scale)
         l = l * by_row(alpha, l) + sums(p_next, BLOCK_N)
         if EARLY:  # a branch: else ptxas moves the next wait to before the exponentials
             hopper.filled(keys, n + 1, n + 1 < stop)
         o, p = warpgroup_mma_wait(0, deps=[o, p])
-        hopper.free(values, n - 1)
+        hopper.free(values, n - 1, CONSUMERS)
         o = o * by_row(alpha, o)
         p = gl.convert_layout(p_next.to(dtype), P)
     hopper.filled(values, stop - 1, True)
@@ -111,5 +144,5 @@ def attend(
     o = warpgroup_mma(p, v, o, is_async=True)
     l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, O))
     o = warpgroup_mma_wait(0, deps=[o])
-    hopper.free(values, stop - 1)
+    hopper.free(values, stop - 1, CONSUMERS)
     return gl.convert_layout(m, gl.SliceLayout(1, O)), l, o

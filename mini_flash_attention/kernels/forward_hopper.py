@@ -18,19 +18,19 @@ from .attend_hopper import attend
 from .hopper import fence_async_shared, gl, gluon, mbarrier
 from .launch import LOG2E, MAX_INT, Launch, strides
 
-ROWS = gl.constexpr(64 * plans.CONSUMERS)  # query rows of a tile of work
-
-
 @gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns,
-    cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, stride_table,
-    batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
-    left, right, appended,
+    given,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
-    BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Draw tiles of work; load their queries, and keys and values from the last to the first."""
+    (
+        q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns,
+        cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, stride_table,
+        batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
+        left, right, appended,
+    ) = given  # fmt: skip
     turn = 0
     done = 0  # tiles of keys in the turns before
     worked = 0  # turns that had any
@@ -38,11 +38,11 @@ def produce(
     number = gl.program_id(0)
     while number < total:
         b, head, first_q, rows_q, writable, first = work.queries(
-            number, cu_seqlens_q, batch, nheads, tiles, per_group, seqlen_q, total_q, ROWS
+            number, cu_seqlens_q, batch, nheads, tiles, per_group, seqlen_q, total_q, 64 * CONSUMERS
         )
         first_k, length_k = work.keys(b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended)
         begin, clear_begin, clear_end, end = work.key_tiles(
-            first, rows_q, length_k, left, right, LEFT, RIGHT, ROWS, BLOCK_N
+            first, rows_q, length_k, left, right, LEFT, RIGHT, 64 * CONSUMERS, BLOCK_N
         )
         hopper.tell(turns, turn, (
             b, head, first_q, rows_q, writable, first, length_k, begin, clear_begin, clear_end, end
@@ -53,8 +53,8 @@ def produce(
         page = b if cu_seqlens_k is None else 0
         n = (end - begin) // BLOCK_N
         if n > 0:
-            for c in gl.static_range(hopper.CONSUMERS):
-                slot = worked % SLOTS * hopper.CONSUMERS + c
+            for c in gl.static_range(CONSUMERS):
+                slot = worked % SLOTS * CONSUMERS + c
                 mbarrier.wait(queries.free.index(slot), (worked // SLOTS & 1) ^ 1)
                 mbarrier.expect(queries.full.index(slot), q_desc.block_type.nbytes)
                 hopper.tma_load(
@@ -72,7 +72,7 @@ def produce(
                 start_k = end - (j + 1) * BLOCK_N
                 page = gl.load(block_table + b.to(gl.int64) * stride_table + start_k // PAGE_SIZE)
                 row = start_k % PAGE_SIZE
-            hopper.fill(keys, done + j, k_desc, [page, row, head_k, 0], j < n)
+            hopper.fill(keys, done + j, k_desc, [page, row, head_k, 0], j < n, CONSUMERS)
             if (j + 1 == n) | (n == 0):  # late, which balances; in time for the next queries
                 drawn = gl.atomic_add(counter, 1)
                 # A program draws once for each tile it works on, so there is a last draw.
@@ -82,11 +82,11 @@ def produce(
             if CLEAR and (j > 0) & ((start_v + BLOCK_N > length_k) | (start_v < low)):
                 hopper.fill_part(
                     values, done + j - 1, v_desc, at_v, low - start_v, length_k - start_v,
-                    loaded, cleared,
+                    loaded, cleared, CONSUMERS,
                 )  # fmt: skip
                 cleared += 1
             else:
-                hopper.fill(values, gl.maximum(done + j - 1, 0), v_desc, at_v, j > 0)
+                hopper.fill(values, gl.maximum(done + j - 1, 0), v_desc, at_v, j > 0, CONSUMERS)
         done += n
         turn += 1
         number = gl.num_programs(0) + drawn
@@ -95,17 +95,15 @@ def produce(
 
 @gluon.jit
 def consume(
-    which: gl.constexpr,
-    o_desc, out, lse, queries, keys, values, turns,
-    stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right,
+    which: gl.constexpr, given,
     PACKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, HEAD_DIM: gl.constexpr,
-    D: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr,
+    D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
     EARLY: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each tile of work: attention to their keys, and the rows written out."""
+    o_desc, out, lse, queries, keys, values, turns = given[:7]
+    stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right = given[7:]
     O: gl.constexpr = hopper.accumulator(D)
-    if PINGPONG and which == 1:
-        hopper.your_turn(which)  # the first one's first
     turn = 0
     done = 0
     worked = 0
@@ -119,13 +117,9 @@ def consume(
         o = gl.zeros([64, D], gl.float32, O)
         lse_tile = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, O))
         if end > begin:
-            length_k = hopper.word(turns, turn, hopper.LENGTH_K)
-            clear_begin = hopper.word(turns, turn, hopper.CLEAR_BEGIN)
-            clear_end = hopper.word(turns, turn, hopper.CLEAR_END)
             m, l, o = attend(
-                which, queries, worked, keys, values, done, begin, clear_begin, clear_end, end,
-                first, length_k - rows_q, left, right, length_k, scale,
-                LEFT, RIGHT, D, BLOCK_N, SLOTS, PINGPONG, EARLY,
+                which, queries, worked, keys, values, done, turns, turn, left, right, scale,
+                LEFT, RIGHT, D, BLOCK_N, CONSUMERS, SLOTS, EARLY,
             )  # fmt: skip
             o, lse_tile = softmax.finish(m, l, o, scale)
         b = hopper.word(turns, turn, hopper.B)
@@ -135,7 +129,7 @@ def consume(
         if PACKED:
             whole = whole & (first + 64 <= rows_q)
         if end > begin:
-            slot = worked % SLOTS * hopper.CONSUMERS + which
+            slot = worked % SLOTS * CONSUMERS + which
             if whole:  # through the queries' place
                 tile = queries.tiles.index(slot)
                 tile.reshape([64, D]).store(o.to(o_desc.dtype))
@@ -183,13 +177,12 @@ def forward_hopper_kernel(
     batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
     scale, left, right, appended,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
-    HEAD_DIM: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
+    HEAD_DIM: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    gl.static_assert(hopper.CONSUMERS == 2)  # as listed below; two take turns
     BLOCK_N: gl.constexpr = k_desc.block_shape[1]
     D: gl.constexpr = k_desc.block_shape[3]
     PACKED: gl.constexpr = cu_seqlens_q is not None
-    Q_TILES: gl.constexpr = SLOTS * hopper.CONSUMERS
+    Q_TILES: gl.constexpr = SLOTS * CONSUMERS
     q_box: gl.constexpr = [Q_TILES, 1, 64, 1, D]
     k_box: gl.constexpr = [hopper.STAGES, 1, BLOCK_N, 1, D]
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, q_box, q_desc.layout)
@@ -202,31 +195,31 @@ def forward_hopper_kernel(
     keys = hopper.Ring(k_tiles, hopper.barriers(hopper.STAGES, 1), hopper.K_FREED)
     values = hopper.Ring(v_tiles, hopper.barriers(hopper.STAGES, 1), hopper.V_FREED)
     loaded = hopper.barriers(1, 1)
-    turns = hopper.Turns(words, hopper.barriers(2, 1), hopper.barriers(2, hopper.CONSUMERS))
+    turns = hopper.Turns(words, hopper.barriers(2, 1), hopper.barriers(2, CONSUMERS))
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (consume, (
-                0, o_desc, out, lse, queries, keys, values, turns,
-                stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right,
-                PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, SLOTS, PINGPONG, EARLY,
-            )),
-            (consume, (
-                1, o_desc, out, lse, queries, keys, values, turns,
-                stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right,
-                PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, SLOTS, PINGPONG, EARLY,
-            )),
-            (produce, (
-                q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns,
-                cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, stride_table,
-                batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
-                left, right, appended,
-                LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, SLOTS,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
+    for_consumers = (
+        o_desc, out, lse, queries, keys, values, turns,
+        stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right,
     )  # fmt: skip
+    for_producer = (
+        q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns,
+        cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, stride_table,
+        batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
+        left, right, appended,
+    )  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (consume, (0, for_consumers, PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, CONSUMERS, SLOTS, EARLY)),
+            (consume, (1, for_consumers, PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, CONSUMERS, SLOTS, EARLY)),
+            (produce, (for_producer, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consume, (0, for_consumers, PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, CONSUMERS, SLOTS, EARLY)),
+            (consume, (1, for_consumers, PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, CONSUMERS, SLOTS, EARLY)),
+            (consume, (2, for_consumers, PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, CONSUMERS, SLOTS, EARLY)),
+            (produce, (for_producer, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
+        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
 POINTERS = (
@@ -248,28 +241,29 @@ def launch(
     p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Hopper, otherwise: Launch
 ) -> hopper.TmaLaunch:
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
+    tiles = plan.tiles
     nheads, head_dim = p.q.shape[-2:]
     packed = p.cu_seqlens_q is not None
     total_q, total_k = p.q.shape[0], p.k.shape[0]
     tokens_q = total_q if packed else p.seqlen_q
     tokens_k = p.page_size or (total_k if p.k.dim() == 3 else p.seqlen_k)
     views = [
-        view("q", p.q, tokens_q, 64), view("k", p.k, tokens_k, plan.block_n),
-        view("v", p.v, tokens_k, plan.block_n), view("out", out, tokens_q, 64),
+        view("q", p.q, tokens_q, 64), view("k", p.k, tokens_k, tiles.block_n),
+        view("v", p.v, tokens_k, tiles.block_n), view("out", out, tokens_q, 64),
     ]  # fmt: skip
     lse_strides = (0, 0) if lse is None else (0 if packed else lse.stride(0), lse.stride(-2))
     # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was never
     # written; and what lies before every window may be someone else's by now.
     inside = p.cu_seqlens_k is not None or p.seqused_k is not None or p.page_size > 0
     # Triton 3.8 and newer have no registers for it beside rows of 256.
-    early = plan.early and not (hopper.NEWER and plans.size_class(head_dim) == 256)
+    early = tiles.early and not (hopper.NEWER and plans.size_class(head_dim) == 256)
     constants = (
         *strides(out), *lse_strides, p.block_table.stride(0) if p.block_table is not None else 0,
         p.batch, nheads, nheads // p.k.shape[-2], plan.rows, plan.per_group, plan.rows * plan.units,
         p.seqlen_q, p.seqlen_k, total_q, MAX_INT if p.page_size else total_k,
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,
         p.left >= 0, p.right >= 0, p.page_size, inside or p.left >= 0,
-        head_dim, plan.slots, plan.pingpong, early,
+        head_dim, tiles.consumers, tiles.slots, early,
     )  # fmt: skip
     return hopper.TmaLaunch(
         forward_hopper_kernel, plan.programs, POINTERS, constants, 4,

@@ -12,7 +12,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper as nvidia
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .. import plan
 from .launch import ALIGNMENT, Launch
 
 __all__ = ["gl", "gluon"]
@@ -22,13 +21,9 @@ NEWER = hasattr(tma, "async_load")  # Triton 3.8 renamed copies
 tma_load: Any = tma.async_load if NEWER else tma.async_copy_global_to_shared
 tma_store: Any = tma.async_store if NEWER else tma.async_copy_shared_to_global
 
-CONSUMERS = gl.constexpr(plan.CONSUMERS)  # of four warps and 64 query rows each
 STAGES = gl.constexpr(2)  # tiles in a ring
-# Threads that meet at a named barrier of a ring, and at one of the consumers' turns to issue.
-RING_THREADS, TURN_THREADS = gl.constexpr(128 * plan.CONSUMERS + 32), gl.constexpr(256)
-# The hardware's 16 named barriers. Triton takes the first few itself, 8 to 15 are free.
-TURN = gl.constexpr(8)  # and 9: a consumer's turn to issue
-K_FREED, V_FREED = gl.constexpr(10), gl.constexpr(12)  # and the next: a place in a ring is free
+# The hardware has 16 named barriers. Triton takes the first few itself, 8 to 15 are free.
+K_FREED, V_FREED = gl.constexpr(8), gl.constexpr(10)  # and the next: a place in a ring is free
 ONE = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 FOUR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))
@@ -136,32 +131,13 @@ def barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def sync(barrier, THREADS: gl.constexpr):
-    """Wait at a named barrier until THREADS threads have come or arrived, these included."""
+def named_barrier(OPERATION: gl.constexpr, barrier, CONSUMERS: gl.constexpr):
+    """`sync`: wait until all consumers and the producer have come. `arrive`: come, and go on."""
+    THREADS: gl.constexpr = 128 * CONSUMERS + 32
     gl.inline_asm_elementwise(
-        f"bar.sync $1, {THREADS}; mov.u32 $0, 0;", "=r,r", [gl.to_tensor(barrier)],
+        f"bar.{OPERATION} $1, {THREADS}; mov.u32 $0, 0;", "=r,r", [gl.to_tensor(barrier)],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-
-
-@gluon.jit
-def arrive(barrier, THREADS: gl.constexpr):
-    """Count as having come to a named barrier, and go on."""
-    gl.inline_asm_elementwise(
-        f"bar.arrive $1, {THREADS}; mov.u32 $0, 0;", "=r,r", [gl.to_tensor(barrier)],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def my_turn(which: gl.constexpr):
-    """Wait until the other consumer has issued its products."""
-    sync(TURN + which, TURN_THREADS)
-
-
-@gluon.jit
-def your_turn(which: gl.constexpr):
-    arrive(TURN + 1 - which, TURN_THREADS)
 
 
 @gluon.jit
@@ -178,24 +154,24 @@ def tile(ring, n):
 
 
 @gluon.jit
-def fill(ring, n, desc, at, wanted):
+def fill(ring, n, desc, at, wanted, CONSUMERS: gl.constexpr):
     """Load the n-th tile of a ring from the coordinates `at`, once its place is free."""
     stage = n % STAGES
     if wanted and n >= STAGES:
-        sync(ring.freed + stage, RING_THREADS)
+        named_barrier("sync", ring.freed + stage, CONSUMERS)
     mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes, pred=wanted)
     tma_load(desc, at, ring.full.index(stage), ring.tiles.index(stage), pred=wanted)
 
 
 @gluon.jit
-def fill_part(ring, n, desc, at, low, high, loaded, times):
+def fill_part(ring, n, desc, at, low, high, loaded, times, CONSUMERS: gl.constexpr):
     """`fill`, with zeros outside the rows low..high: a weight of 0 does not hide what is NaN.
 
     The producer waits for the load at a barrier of its own, which it has used `times` times.
     """
     stage = n % STAGES
     if n >= STAGES:
-        sync(ring.freed + stage, RING_THREADS)
+        named_barrier("sync", ring.freed + stage, CONSUMERS)
     tile = ring.tiles.index(stage)
     mbarrier.expect(loaded.index(0), desc.block_type.nbytes)
     tma_load(desc, at, loaded.index(0), tile)
@@ -221,9 +197,9 @@ def filled(ring, n, wanted):
 
 
 @gluon.jit
-def free(ring, n):
+def free(ring, n, CONSUMERS: gl.constexpr):
     """A consumer has read the n-th tile."""
-    arrive(ring.freed + n % STAGES, RING_THREADS)
+    named_barrier("arrive", ring.freed + n % STAGES, CONSUMERS)
 
 
 @gluon.jit

@@ -12,11 +12,12 @@ import triton.language as tl
 @triton.jit
 def sees(i, j, diagonal, left, right, seqlen_k, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """Whether query i sees key j; i and j are numbers or broadcastable tiles."""
-    visible = j < seqlen_k
+    last = seqlen_k - 1
+    if RIGHT:
+        last = tl.minimum(last, i + (diagonal + right))
+    visible = j <= last
     if LEFT:
         visible = visible & (j >= i + (diagonal - left))
-    if RIGHT:
-        visible = visible & (j <= i + (diagonal + right))
     return visible
 
 
