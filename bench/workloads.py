@@ -445,6 +445,8 @@ SMOKE = (
 # Calls so small that only the CPU's side of them takes time.
 HOST = (
     small("host/dense", "dense", (64,), head_dim=128),
+    # As small as a call of the Hopper kernel gets.
+    small("host/large", "dense", (512,), heads=64, heads_k=64),
     small("host/varlen", "varlen", (32, 32), head_dim=128),
     small("host/paged", "paged", (32, 32), head_dim=128, page_size=16),
     small("host/decode", "decode", (64,), head_dim=128),

@@ -43,6 +43,7 @@ class HopperTiles(NamedTuple):
     consumers: int  # of 64 query rows each
     block_n: int
     slots: int  # Q tiles of a consumer in shared memory
+    pingpong: bool  # consumers issue in turn
     early: bool  # exponentials before the wait for the sum of the tile before
 
 
@@ -169,15 +170,15 @@ def _work(p: Problem, block_m: int) -> tuple[int, int, int]:
 
 # MINI_FLASH_ATTENTION_PORTABLE=1 leaves the Hopper kernel out, for comparison.
 PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"
-# By head_dim, measured on an H200 (bench/NOTES.md). Three consumers hide one another's waiting best,
-# but have registers for head_dim 64 alone, and with few keys the larger tiles are a loss.
+# By head_dim, measured on an H200 (bench/NOTES.md). Three consumers hide one another's waiting
+# best, but have registers for head_dim 64 alone; with few keys their larger tiles are a loss.
 HOPPER_TILES = {
-    64: HopperTiles(2, 128, 2, False),
-    128: HopperTiles(2, 128, 2, True),
-    256: HopperTiles(2, 64, 1, True),
+    64: HopperTiles(2, 128, 2, pingpong=False, early=False),
+    128: HopperTiles(2, 128, 2, pingpong=False, early=True),
+    256: HopperTiles(2, 64, 1, pingpong=False, early=True),
 }
-THREE_CONSUMERS = HopperTiles(3, 128, 2, True)
-MANY_KEYS = 3072  # of a query, in the mean
+THREE_CONSUMERS = HopperTiles(3, 128, 2, pingpong=True, early=False)
+MANY_KEYS = 2048  # of a query in the mean; half as many again where tiles lie across a diagonal
 # Below so many operations, some 10 microseconds, descriptors cost the CPU more than the GPU gains.
 HOPPER_FLOPS = 4 << 30
 
@@ -191,9 +192,12 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     if PORTABLE or gpu.arch != 90 or head_dim % 8 or not 32 < head_dim <= 256:
         return None
     tiles = HOPPER_TILES[size_class(head_dim)]
-    keys = p.seqlen_k - (min(p.seqlen_q, p.seqlen_k) // 2 if p.right >= 0 else 0)
-    keys = min(keys, p.left + 1) if p.left >= 0 else keys
-    if head_dim <= 64 and keys >= MANY_KEYS:
+    keys, many = p.seqlen_k, MANY_KEYS
+    if p.right >= 0:
+        keys, many = keys - min(p.seqlen_q, keys) // 2, many * 3 // 2
+    if p.left >= 0:
+        keys = min(keys, p.left + 1)
+    if head_dim <= 64 and keys >= many:
         tiles = THREE_CONSUMERS
     if p.page_size % tiles.block_n or not p.seqlen_k or not all(map(tma, (p.q, p.k, p.v, out))):
         return None

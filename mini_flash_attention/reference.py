@@ -18,19 +18,13 @@ def attention(
     """One sequence: out (seqlen_q, nheads, head_dim) and LSE (nheads, seqlen_q), in dtype."""
     (seqlen_q, nheads, head_dim), (seqlen_k, nheads_k, _) = q.shape, k.shape
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    out = torch.zeros(seqlen_q, nheads, v.shape[-1], dtype=dtype, device=q.device)
-    lse = torch.full((nheads, seqlen_q), float("-inf"), dtype=dtype, device=q.device)
     visible = visibility(seqlen_q, seqlen_k, causal, window_size).to(q.device)
-    rows = visible.any(1)
-    if not rows.any():
-        return out, lse
-    for head in range(nheads):
-        served = head // (nheads // nheads_k)
-        scores = (q[:, head].to(dtype) @ k[:, served].to(dtype).T) * scale
-        scores = scores.masked_fill(~visible, float("-inf"))[rows]
-        out[rows, head] = scores.softmax(1) @ v[:, served].to(dtype)
-        lse[head, rows] = scores.logsumexp(1)
-    return out, lse
+    q, k, v = (x.to(dtype).transpose(0, 1) for x in (q, k, v))  # heads first
+    k, v = (x.repeat_interleave(nheads // nheads_k, 0) for x in (k, v))
+    scores = (q @ k.mT * scale).masked_fill(~visible, float("-inf"))
+    empty = ~visible.any(1)  # softmax would make NaN of what sees nothing
+    out = (scores.softmax(2) @ v).masked_fill(empty[:, None], 0.0)
+    return out.transpose(0, 1), scores.logsumexp(2)
 
 
 def visibility(

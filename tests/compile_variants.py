@@ -43,8 +43,8 @@ class Variant(NamedTuple):
     mask: str
     keys: str  # dense, packed, used (dense with lengths on the device) or pages of a size
     words: str  # lse, fp16, q=, splits=, append=; wide, shares: what plan.decode does if there is a
-    # lot to read; apart: v has other strides than k; far: 64 bits; unaligned: says that head_dim
-    # leaves no load aligned
+    # lot to read; many: what plan.hopper does if there are many keys; apart: v has other strides
+    # than k; far: 64 bits; unaligned: says that head_dim leaves no load aligned
 
     def __str__(self) -> str:
         return f"{self.kernel} head_dim {self.head_dim}, {self.mask}, {self.keys}, {self.words}"
@@ -98,8 +98,10 @@ HOPPER = [("forward_hopper", (128, 256), "window", "pages 256", "lse fp16")]
 ALSO_HOPPER = [  # with one of them:
     ("forward_hopper", POWERS, "causal", "dense", ""),
     ("forward_hopper", POWERS[::-1], "window", "packed", "lse"),
-    ("forward_hopper", (64,), "window", "pages 256", "lse fp16"),
+    ("forward_hopper", (64,), "window", "pages 256", "lse fp16 many"),
     ("forward_hopper", (96,), "none", "used", "lse"),
+    ("forward_hopper", (64,), "none", "dense", "many"),
+    ("forward_hopper", (64,), "causal", "packed", "lse many"),
 ]
 
 
@@ -167,6 +169,7 @@ def call(variant: Variant) -> None:
         return torch.empty(shape, dtype=torch.int32)
 
     plan.PORTABLE = variant.kernel != "forward_hopper"
+    plan.MANY_KEYS = 0 if "many" in words else 2**31
     lse, mask = "lse" in words, MASKS[variant.mask]
     automatic = "wide" in words or "shares" in words
     plan.SMALL_WORK = 0 if "wide" in words else 2**31
@@ -292,8 +295,12 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
             seen.add(compiled.hash)
             row = {"variant": str(variant), "kernel": name, **launch.options, **measured(compiled)}
             if name == "forward_hopper":
-                early, keys = launch.constants[-1], launch.views[1].box[1]
-                row |= schedule(compiled) | {"to_hide": early * keys // 2}  # of a thread
+                consumers, early, keys = *launch.constants[-4::3], launch.views[1].box[1]
+                # Exponentials of a thread; products before, in and after the loop.
+                row |= schedule(compiled) | {
+                    "to_hide": early * keys // 2,
+                    "to_issue": 4 * consumers,
+                }
             results.append({**row, "seconds": round(seconds, 2)})
             seconds = 0.0
     return results

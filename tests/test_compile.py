@@ -60,8 +60,8 @@ def complaint(result: dict[str, Any], shared: int) -> str:
         problems.append(f"needs {result['shared']} bytes of shared memory, there are {shared}")
     if result["tensor_memory"] > TENSOR_MEMORY:
         problems.append(f"needs {result['tensor_memory']} columns of tensor memory")
-    if result.get("groups", 8) != 8:  # two products before, in and after the loop, two consumers
-        problems.append(f"issues its products in {result['groups']} groups, not in 8")
+    if result.get("groups") != result.get("to_issue"):
+        problems.append(f"issues its products in {result['groups']} groups of {result['to_issue']}")
     if result.get("hidden", 0) < result.get("to_hide", 0):
         problems.append(f"hides {result['hidden']} exponentials of {result['to_hide']}")
     if not problems:

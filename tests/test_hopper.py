@@ -192,6 +192,20 @@ def test_both_kernels_agree(head_dim, chosen, monkeypatch):
         assert (ours - other).abs().max() <= 2**-7 * other.abs().max()
 
 
+def test_consumers_do_not_change_the_bits(chosen, monkeypatch):
+    """How many there are follows the longest sequence; another beside it must not notice."""
+    lengths_q, lengths_k = LENGTHS[0]
+    for meaning in MASKS:
+        case = varlen(7, lengths_q, lengths_k, 128, 4, 2, 64, torch.bfloat16, "cuda", **meaning)
+        outs = []
+        for many in (0, 2**31):
+            monkeypatch.setattr(plan, "MANY_KEYS", many)
+            dispatch._recipes.clear()
+            outs.append(mfa.flash_attn_varlen_func(**case.arguments))
+        assert torch.equal(*outs)
+    assert {x.tiles.consumers for x in chosen} == {2, 3}
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 3e3, 1e6, 1e8, 1e30])
 def test_scores_of_any_size(scale, chosen, monkeypatch):
     """Weights from ties to a single one; both kernels ask the same rule."""

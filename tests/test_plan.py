@@ -152,8 +152,27 @@ def on_hopper(p, out=None):
 )
 def test_hopper(arguments, block_n):
     chosen = on_hopper(prefill(**arguments))
-    assert (chosen.block_n if chosen else None) == block_n
+    assert (chosen.tiles.block_n if chosen else None) == block_n
     assert plan.hopper(prefill(), prefill().q, plan.Gpu("B200", 100, 148)) is None
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "changes", "consumers"),
+    [
+        (1024, {}, 2),
+        (2048, {}, 3),
+        (16384, {}, 3),
+        (4096, {"right": 0}, 2),
+        (8192, {"right": 0}, 3),
+        (16384, {"right": 0, "left": 1000}, 2),
+        (16384, {"right": 0, "left": 4096}, 3),
+        (8192, {"head_dim": 72}, 2),
+    ],
+)
+def test_three_consumers_for_many_keys(seqlen, changes, consumers):
+    """At head_dim 64; above there are no registers for a third."""
+    shape = {"head_dim": changes.pop("head_dim", 64), "seqlen": seqlen}
+    assert on_hopper(prefill(**shape, **changes)).tiles.consumers == consumers
 
 
 def test_what_tma_can_step_over():
@@ -180,7 +199,7 @@ def test_one_split_does_not_depend_on_the_batch():
             on_hopper(call(n, 8, 8, 4096, seqlen_q=seqlen_q, head_dim=head_dim, num_splits=1))
             for n in (1, 5, 64)
         ]
-        assert all(chosen) and len({x.block_n for x in chosen}) == 1
+        assert all(chosen) and len({x.tiles for x in chosen}) == 1
 
 
 def test_varlen_says_what_was_asked_for():

@@ -514,6 +514,42 @@ def test_softmax_is_exact_for_equal_scores_in_fp32(score):
     assert lse.item() == pytest.approx(score * 1e-4 + math.log(8), rel=1e-6)
 
 
+class Words(torch.Tensor):
+    """A tensor that Triton's cast of bits works on."""
+
+    def to(self, dtype, bitcast):
+        assert bitcast and dtype.itemsize == self.dtype.itemsize
+        return self.view(dtype)
+
+
+@given(
+    size=st.integers(-60, 120), scale=st.integers(-60, 100), widths=st.sampled_from([[12], [5, 7]]),
+    steps=st.lists(st.integers(-9, 0) | st.none(), min_size=12, max_size=12),
+    sign=st.sampled_from([1, -1]), ones=st.integers(1, 7),
+)  # fmt: skip
+@searched
+def test_the_hopper_kernels_own_softmax(size, scale, widths, steps, sign, ones):
+    """It agrees with the rule for scores of any size: ties, neighbours, and what no row sees."""
+    pytest.importorskip("triton.experimental.gluon")
+    attend_hopper = importlib.import_module("mini_flash_attention.kernels.attend_hopper")
+    gl = types.SimpleNamespace(**vars(language), int32=torch.int32, float32=torch.float32)
+    scope = {"gl": gl, "LARGE": attend_hopper.LARGE.value}
+    twin = types.FunctionType(attend_hopper.rescale.fn.__code__, scope)
+    level = sign * 2.0**size * (1 + ones / 8)
+    s = torch.tensor([[-math.inf if n is None else level + n * abs(level) / 1024 for n in steps]])
+    v, factor = torch.linspace(-1, 1, 12)[:, None], 2.0**scale * 1.4426950408889634
+    m, l, o = torch.tensor([attend_hopper.LOWEST.value]), torch.zeros(1), torch.zeros(1, 1)  # noqa: E741
+    for s_tile, v_tile in zip(s.split(widths, 1), v.split(widths), strict=True):
+        arguments = m.as_subclass(Words), s_tile.as_subclass(Words), torch.tensor(factor)
+        m, alpha, p = (x.as_subclass(torch.Tensor) for x in twin(*arguments))
+        assert ((p >= 0) & (p <= 16)).all(), "weights that fp16 holds"
+        l, o = l * alpha + p.sum(1), o * alpha[:, None] + p @ v_tile  # noqa: E741
+    out, lse = softmax.finish(m, l, o, torch.tensor(factor))
+    wanted, wanted_lse = online(s, v, torch.tensor(factor / LOG2E), widths)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=2e-3)
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=1e-4)
+
+
 def test_nan_reaches_its_own_row_only():
     s = torch.zeros(3, 4, dtype=torch.float64)
     s[1, 2] = math.nan

@@ -235,6 +235,7 @@ def mean_rate(rows: Rows, workloads: Sequence[str], implementation: str) -> floa
 
 CALLS = {
     "host/dense": "dense",
+    "host/large": "dense, large enough for the Hopper kernel",
     "host/varlen": "packed",
     "host/paged": "packed, paged keys",
     "host/decode": "decoding",

@@ -1,7 +1,8 @@
 """The inner loop of Algorithm 1 on Hopper, for a consumer of 64 query rows.
 
 The scores of the next tile of keys are issued together with the weighted sum of this one, and the
-exponentials are worked out while the tensor cores are at it.
+exponentials are worked out while the tensor cores are at it. With PINGPONG consumers issue in
+turn, so that one's exponentials meet another's products.
 """
 
 from ..rules import mask
@@ -83,7 +84,7 @@ def attend(
     which: gl.constexpr,
     queries, worked, keys, values, done, turns, turn, left, right, scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
-    CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, EARLY: gl.constexpr,
+    CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """Lines 6 to 12 of Algorithm 1 for 64 rows of a tile of work: (m, l, o).
 
@@ -102,7 +103,11 @@ def attend(
     start = end - BLOCK_N
 
     hopper.filled(keys, done, True)
+    if PINGPONG:
+        hopper.my_turn(which)
     s = scores(q, keys, done, BLOCK_N, D)
+    if PINGPONG:
+        hopper.your_turn(which, CONSUMERS)
     if SLOTS > 1:
         if worked > 0:  # the rows of the tile of work before are written out by now
             hopper.tma.store_wait(0)
@@ -123,10 +128,14 @@ def attend(
         start -= BLOCK_N
         if not EARLY:
             hopper.filled(keys, n, True)
+        if PINGPONG:
+            hopper.my_turn(which)
         s = scores(q, keys, n, BLOCK_N, D)
         hopper.filled(values, n - 1, True)
         v = hopper.tile(values, n - 1).reshape([BLOCK_N, D])
         o = warpgroup_mma(p, v, o, is_async=True)
+        if PINGPONG:
+            hopper.your_turn(which, CONSUMERS)
         s = warpgroup_mma_wait(1, deps=[s])
         hopper.free(keys, n, CONSUMERS)
         if (start >= clear_end) | (start < clear_begin if LEFT else False):

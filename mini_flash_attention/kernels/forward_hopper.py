@@ -18,9 +18,10 @@ from .attend_hopper import attend
 from .hopper import fence_async_shared, gl, gluon, mbarrier
 from .launch import LOG2E, MAX_INT, Launch, strides
 
+
 @gluon.jit
 def produce(
-    given,
+    loads,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
     BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -30,7 +31,7 @@ def produce(
         cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, stride_table,
         batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
         left, right, appended,
-    ) = given  # fmt: skip
+    ) = loads  # fmt: skip
     turn = 0
     done = 0  # tiles of keys in the turns before
     worked = 0  # turns that had any
@@ -95,15 +96,18 @@ def produce(
 
 @gluon.jit
 def consume(
-    which: gl.constexpr, given,
+    which: gl.constexpr, job,
     PACKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, HEAD_DIM: gl.constexpr,
-    D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
-    EARLY: gl.constexpr,
+    CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each tile of work: attention to their keys, and the rows written out."""
-    o_desc, out, lse, queries, keys, values, turns = given[:7]
-    stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right = given[7:]
+    o_desc, out, lse, queries, keys, values, turns = job[:7]
+    stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right = job[7:]
+    D: gl.constexpr = o_desc.block_shape[3]
+    BLOCK_N: gl.constexpr = keys.tiles.shape[2]
     O: gl.constexpr = hopper.accumulator(D)
+    if PINGPONG and which == CONSUMERS - 1:
+        hopper.your_turn(which, CONSUMERS)  # the first one's first
     turn = 0
     done = 0
     worked = 0
@@ -119,7 +123,7 @@ def consume(
         if end > begin:
             m, l, o = attend(
                 which, queries, worked, keys, values, done, turns, turn, left, right, scale,
-                LEFT, RIGHT, D, BLOCK_N, CONSUMERS, SLOTS, EARLY,
+                LEFT, RIGHT, D, BLOCK_N, CONSUMERS, SLOTS, PINGPONG, EARLY,
             )  # fmt: skip
             o, lse_tile = softmax.finish(m, l, o, scale)
         b = hopper.word(turns, turn, hopper.B)
@@ -177,7 +181,8 @@ def forward_hopper_kernel(
     batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
     scale, left, right, appended,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
-    HEAD_DIM: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, EARLY: gl.constexpr,
+    HEAD_DIM: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = k_desc.block_shape[1]
     D: gl.constexpr = k_desc.block_shape[3]
@@ -197,11 +202,11 @@ def forward_hopper_kernel(
     loaded = hopper.barriers(1, 1)
     turns = hopper.Turns(words, hopper.barriers(2, 1), hopper.barriers(2, CONSUMERS))
     fence_async_shared()
-    for_consumers = (
+    job = (
         o_desc, out, lse, queries, keys, values, turns,
         stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right,
     )  # fmt: skip
-    for_producer = (
+    loads = (
         q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns,
         cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, stride_table,
         batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
@@ -209,16 +214,16 @@ def forward_hopper_kernel(
     )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consume, (0, for_consumers, PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, CONSUMERS, SLOTS, EARLY)),
-            (consume, (1, for_consumers, PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, CONSUMERS, SLOTS, EARLY)),
-            (produce, (for_producer, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
+            (consume, (0, job, PACKED, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY)),
+            (consume, (1, job, PACKED, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY)),
+            (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (0, for_consumers, PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, CONSUMERS, SLOTS, EARLY)),
-            (consume, (1, for_consumers, PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, CONSUMERS, SLOTS, EARLY)),
-            (consume, (2, for_consumers, PACKED, LEFT, RIGHT, HEAD_DIM, D, BLOCK_N, CONSUMERS, SLOTS, EARLY)),
-            (produce, (for_producer, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
+            (consume, (0, job, PACKED, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY)),
+            (consume, (1, job, PACKED, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY)),
+            (consume, (2, job, PACKED, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY)),
+            (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
@@ -263,7 +268,7 @@ def launch(
         p.seqlen_q, p.seqlen_k, total_q, MAX_INT if p.page_size else total_k,
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,
         p.left >= 0, p.right >= 0, p.page_size, inside or p.left >= 0,
-        head_dim, tiles.consumers, tiles.slots, early,
+        head_dim, tiles.consumers, tiles.slots, tiles.pingpong, early,
     )  # fmt: skip
     return hopper.TmaLaunch(
         forward_hopper_kernel, plan.programs, POINTERS, constants, 4,

@@ -24,6 +24,7 @@ tma_store: Any = tma.async_store if NEWER else tma.async_copy_shared_to_global
 STAGES = gl.constexpr(2)  # tiles in a ring
 # The hardware has 16 named barriers. Triton takes the first few itself, 8 to 15 are free.
 K_FREED, V_FREED = gl.constexpr(8), gl.constexpr(10)  # and the next: a place in a ring is free
+TURN = gl.constexpr(12)  # and those after: a consumer's turn to issue
 ONE = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 FOUR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))
@@ -131,13 +132,23 @@ def barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def named_barrier(OPERATION: gl.constexpr, barrier, CONSUMERS: gl.constexpr):
-    """`sync`: wait until all consumers and the producer have come. `arrive`: come, and go on."""
-    THREADS: gl.constexpr = 128 * CONSUMERS + 32
+def named_barrier(OPERATION: gl.constexpr, barrier, THREADS: gl.constexpr):
+    """`sync`: wait until THREADS threads have come, these included. `arrive`: come, and go on."""
     gl.inline_asm_elementwise(
         f"bar.{OPERATION} $1, {THREADS}; mov.u32 $0, 0;", "=r,r", [gl.to_tensor(barrier)],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@gluon.jit
+def my_turn(which: gl.constexpr):
+    """Wait until the consumer before has issued its products."""
+    named_barrier("sync", TURN + which, 256)
+
+
+@gluon.jit
+def your_turn(which: gl.constexpr, CONSUMERS: gl.constexpr):
+    named_barrier("arrive", TURN + (which + 1) % CONSUMERS, 256)
 
 
 @gluon.jit
@@ -158,7 +169,7 @@ def fill(ring, n, desc, at, wanted, CONSUMERS: gl.constexpr):
     """Load the n-th tile of a ring from the coordinates `at`, once its place is free."""
     stage = n % STAGES
     if wanted and n >= STAGES:
-        named_barrier("sync", ring.freed + stage, CONSUMERS)
+        named_barrier("sync", ring.freed + stage, 128 * CONSUMERS + 32)
     mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes, pred=wanted)
     tma_load(desc, at, ring.full.index(stage), ring.tiles.index(stage), pred=wanted)
 
@@ -171,7 +182,7 @@ def fill_part(ring, n, desc, at, low, high, loaded, times, CONSUMERS: gl.constex
     """
     stage = n % STAGES
     if n >= STAGES:
-        named_barrier("sync", ring.freed + stage, CONSUMERS)
+        named_barrier("sync", ring.freed + stage, 128 * CONSUMERS + 32)
     tile = ring.tiles.index(stage)
     mbarrier.expect(loaded.index(0), desc.block_type.nbytes)
     tma_load(desc, at, loaded.index(0), tile)
@@ -199,7 +210,7 @@ def filled(ring, n, wanted):
 @gluon.jit
 def free(ring, n, CONSUMERS: gl.constexpr):
     """A consumer has read the n-th tile."""
-    named_barrier("arrive", ring.freed + n % STAGES, CONSUMERS)
+    named_barrier("arrive", ring.freed + n % STAGES, 128 * CONSUMERS + 32)
 
 
 @gluon.jit
