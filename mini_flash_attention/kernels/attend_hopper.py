@@ -80,6 +80,20 @@ def rescale(m, s, scale):
 
 
 @gluon.jit
+def packed(p, dtype: gl.constexpr):
+    """p in 16 bits, neighbours in one register. Left to itself LLVM may pair others, and mend it."""
+    if dtype == gl.bfloat16:
+        narrow = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        narrow = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.float16, is_pure=True, pack=2
+        )
+    return narrow
+
+
+@gluon.jit
 def attend(
     which: gl.constexpr,
     queries, worked, keys, values, done, turns, turn, left, right, scale,
@@ -120,7 +134,7 @@ def attend(
     m, alpha, p = rescale(m, s, scale)
     l = sums(p, BLOCK_N)
     o = gl.zeros([64, D], gl.float32, O)
-    p = gl.convert_layout(p.to(dtype), P)
+    p = gl.convert_layout(packed(p, dtype), P)
     stop = done + (end - begin) // BLOCK_N
     if EARLY:
         hopper.filled(keys, done + 1, done + 1 < stop)
@@ -147,7 +161,7 @@ def attend(
         o, p = warpgroup_mma_wait(0, deps=[o, p])
         hopper.free(values, n - 1, CONSUMERS)
         o = o * by_row(alpha, o)
-        p = gl.convert_layout(p_next.to(dtype), P)
+        p = gl.convert_layout(packed(p_next, dtype), P)
     hopper.filled(values, stop - 1, True)
     v = hopper.tile(values, stop - 1).reshape([BLOCK_N, D])
     o = warpgroup_mma(p, v, o, is_async=True)
