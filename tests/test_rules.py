@@ -525,24 +525,24 @@ class Words(torch.Tensor):
 @given(
     size=st.integers(-60, 120), scale=st.integers(-60, 100), widths=st.sampled_from([[12], [5, 7]]),
     steps=st.lists(st.integers(-9, 0) | st.none(), min_size=12, max_size=12),
-    sign=st.sampled_from([1, -1]), ones=st.integers(1, 7),
+    sign=st.sampled_from([1, -1]), ones=st.integers(1, 7), lazy=st.booleans(),
 )  # fmt: skip
 @searched
-def test_the_hopper_kernels_own_softmax(size, scale, widths, steps, sign, ones):
+def test_the_hopper_kernels_own_softmax(size, scale, widths, steps, sign, ones, lazy):
     """It agrees with the rule for scores of any size: ties, neighbours, and what no row sees."""
     pytest.importorskip("triton.experimental.gluon")
     attend_hopper = importlib.import_module("mini_flash_attention.kernels.attend_hopper")
     gl = types.SimpleNamespace(**vars(language), int32=torch.int32, float32=torch.float32)
-    scope = {"gl": gl, "LARGE": attend_hopper.LARGE.value}
+    scope = {"gl": gl} | {n: getattr(attend_hopper, n).value for n in ("LARGE", "SLACK")}
     twin = types.FunctionType(attend_hopper.rescale.fn.__code__, scope)
     level = sign * 2.0**size * (1 + ones / 8)
     s = torch.tensor([[-math.inf if n is None else level + n * abs(level) / 1024 for n in steps]])
     v, factor = torch.linspace(-1, 1, 12)[:, None], 2.0**scale * 1.4426950408889634
     m, l, o = torch.tensor([attend_hopper.LOWEST.value]), torch.zeros(1), torch.zeros(1, 1)  # noqa: E741
     for s_tile, v_tile in zip(s.split(widths, 1), v.split(widths), strict=True):
-        arguments = m.as_subclass(Words), s_tile.as_subclass(Words), torch.tensor(factor)
+        arguments = m.as_subclass(Words), s_tile.as_subclass(Words), torch.tensor(factor), lazy
         m, alpha, p = (x.as_subclass(torch.Tensor) for x in twin(*arguments))
-        assert ((p >= 0) & (p <= 16)).all(), "weights that fp16 holds"
+        assert ((p >= 0) & (p <= 2**14)).all(), "weights that fp16 holds"
         l, o = l * alpha + p.sum(1), o * alpha[:, None] + p @ v_tile  # noqa: E741
     out, lse = softmax.finish(m, l, o, torch.tensor(factor))
     wanted, wanted_lse = online(s, v, torch.tensor(factor / LOG2E), widths)

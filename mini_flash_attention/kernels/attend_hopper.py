@@ -57,12 +57,16 @@ def masked(
 
 
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # of fp32: no score lies below
+SLACK = gl.constexpr(8.0)  # powers of 2 by which a weight may exceed 1 where sums are moved lazily
 LARGE = gl.constexpr(2.0**27)  # from here on a rounded product m * scale is too far off
 
 
 @gluon.jit
-def rescale(m, s, scale):
-    """`rescale` with one instruction an element fewer: scale and subtract in one.
+def rescale(m, s, scale, LAZY: gl.constexpr):
+    """`softmax.rescale` with one instruction an element fewer: scale and subtract in one.
+
+    LAZY: m follows a row's maximum only where it has grown by more than SLACK, so that most tiles
+    leave what was summed before as it is (an idea of FlashAttention-4).
 
     A row begins with m = LOWEST, so that m is a number. What is subtracted, m times a factor, is
     rounded. The factor is `scale`, unless their product is so large that this would matter: then
@@ -71,26 +75,14 @@ def rescale(m, s, scale):
     product q kᵀ lost to rounding decides anyway.
     """
     m_new = gl.maximum(m, gl.max(s, 1))
+    if LAZY:
+        m_new = gl.where((m_new - m) * scale > SLACK, m_new, m)
     exponent = m_new.to(gl.int32, bitcast=True) & 0x7F800000
     power = (((127 + 26 + 127 << 23) - 2**32) - exponent).to(gl.float32, bitcast=True)
     factor = gl.where(gl.maximum(m_new, -m_new) * scale > LARGE, power, scale)
     alpha = gl.exp2((m - m_new) * scale)
     p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(m_new * factor, 1))
     return m_new, alpha, p
-
-
-@gluon.jit
-def packed(p, dtype: gl.constexpr):
-    """p in 16 bits, neighbours in one register. Left to itself LLVM may pair others, and mend it."""
-    if dtype == gl.bfloat16:
-        narrow = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
-    else:
-        narrow = gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.float16, is_pure=True, pack=2
-        )
-    return narrow
 
 
 @gluon.jit
@@ -104,6 +96,7 @@ def attend(
 
     Keys from the last to the first, `done` tiles of them in the turns before.
     """
+    LAZY: gl.constexpr = D > 128  # where moving a sum costs more than finding out that it may stay
     O: gl.constexpr = hopper.accumulator(D)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     slot = worked % SLOTS * CONSUMERS + which
@@ -131,10 +124,10 @@ def attend(
     hopper.free(keys, done, CONSUMERS)
     s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N)
     m = gl.full([64], LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout))
-    m, alpha, p = rescale(m, s, scale)
+    m, alpha, p = rescale(m, s, scale, LAZY)
     l = sums(p, BLOCK_N)
     o = gl.zeros([64, D], gl.float32, O)
-    p = gl.convert_layout(packed(p, dtype), P)
+    p = gl.convert_layout(p.to(dtype), P)
     stop = done + (end - begin) // BLOCK_N
     if EARLY:
         hopper.filled(keys, done + 1, done + 1 < stop)
@@ -154,14 +147,16 @@ def attend(
         hopper.free(keys, n, CONSUMERS)
         if (start >= clear_end) | (start < clear_begin if LEFT else False):
             s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N)
-        m, alpha, p_next = rescale(m, s, scale)
+        m, alpha, p_next = rescale(m, s, scale, LAZY)
         l = l * by_row(alpha, l) + sums(p_next, BLOCK_N)
+        moved = gl.max((alpha < 1.0).to(gl.int32), 0) > 0 if LAZY else True
         if EARLY:  # a branch: else ptxas moves the next wait to before the exponentials
             hopper.filled(keys, n + 1, n + 1 < stop)
         o, p = warpgroup_mma_wait(0, deps=[o, p])
         hopper.free(values, n - 1, CONSUMERS)
-        o = o * by_row(alpha, o)
-        p = gl.convert_layout(packed(p_next, dtype), P)
+        if moved:
+            o = o * by_row(alpha, o)
+        p = gl.convert_layout(p_next.to(dtype), P)
     hopper.filled(values, stop - 1, True)
     v = hopper.tile(values, stop - 1).reshape([BLOCK_N, D])
     o = warpgroup_mma(p, v, o, is_async=True)
