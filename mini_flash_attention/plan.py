@@ -186,7 +186,7 @@ HOPPER_FLOPS = 4 << 30
 def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     """The launch of the Hopper kernel for a call, or None where the forward kernel has to do it.
 
-    TMA wants strides of whole 16 bytes and 32-bit coordinates; a tile of keys comes from one page.
+    TMA wants strides of whole 16 bytes and 32-bit coordinates.
     """
     nheads, head_dim = p.q.shape[-2:]
     if PORTABLE or gpu.arch != 90 or head_dim % 8 or not 32 < head_dim <= 256:
@@ -197,9 +197,13 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
         keys, many = keys - min(p.seqlen_q, keys) // 2, many * 3 // 2
     if p.left >= 0:
         keys = min(keys, p.left + 1)
-    if head_dim <= 64 and keys >= many:
+    if head_dim <= 64 and keys >= many and p.page_size % tiles.block_n == 0:
         tiles = THREE_CONSUMERS
-    if p.page_size % tiles.block_n or not p.seqlen_k or not all(map(tma, (p.q, p.k, p.v, out))):
+    # A tile of keys lies in one page or is made of whole ones, of 16 keys or more; for those the
+    # producer needs registers that consumers of rows of 256, or three of them, can't spare.
+    small = p.page_size >= 16 and tiles.block_n % p.page_size == 0 and head_dim <= 128
+    whole = p.page_size % tiles.block_n == 0 or small
+    if not whole or not p.seqlen_k or not all(map(tma, (p.q, p.k, p.v, out))):
         return None
     # With one split the batch decides nothing: a sequence gets the same bits in all of them.
     if p.num_splits != 1 and 4 * p.q.numel() * p.seqlen_k < HOPPER_FLOPS:

@@ -94,12 +94,16 @@ RARE = [
 
 
 # The Hopper kernel, on its architecture: what needs most registers with both Tritons,
-HOPPER = [("forward_hopper", (128, 256), "window", "pages 256", "lse fp16")]
+HOPPER = [
+    ("forward_hopper", (128,), "window", "pages 16", "lse fp16"),
+    ("forward_hopper", (256,), "window", "pages 256", "lse fp16"),
+]
 ALSO_HOPPER = [  # with one of them:
     ("forward_hopper", POWERS, "causal", "dense", ""),
     ("forward_hopper", POWERS[::-1], "window", "packed", "lse"),
     ("forward_hopper", (64,), "window", "pages 256", "lse fp16 many"),
     ("forward_hopper", (96,), "none", "used", "lse"),
+    ("forward_hopper", (64,), "causal", "pages 16", "lse"),
     ("forward_hopper", (64,), "none", "dense", "many"),
     ("forward_hopper", (64,), "causal", "packed", "lse many"),
 ]
@@ -295,7 +299,7 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
             seen.add(compiled.hash)
             row = {"variant": str(variant), "kernel": name, **launch.options, **measured(compiled)}
             if name == "forward_hopper":
-                consumers, early, keys = *launch.constants[-4::3], launch.views[1].box[1]
+                keys, consumers, _, _, early = launch.constants[-5:]
                 # Exponentials of a thread; products before, in and after the loop.
                 row |= schedule(compiled) | {
                     "to_hide": early * keys // 2,

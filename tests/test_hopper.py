@@ -89,7 +89,7 @@ def test_pages_of_64():
         check(varlen(seed, lengths_q, lengths_k, 64, 4, 2, 256, DTYPES[0], "cuda", **meaning))
 
 
-@pytest.mark.parametrize("page_size", [0, 128, 256])
+@pytest.mark.parametrize("page_size", [0, 16, 128, 256])
 @pytest.mark.parametrize("meaning", MASKS, ids=str)
 def test_varlen(meaning, head_dim, page_size, chosen, programs):
     for seed, (lengths_q, lengths_k) in enumerate(LENGTHS):
@@ -102,10 +102,10 @@ def test_varlen(meaning, head_dim, page_size, chosen, programs):
                 padding=200, **meaning,
             )
         )  # fmt: skip
-    assert chosen.every(len(LENGTHS))
+    assert chosen.every(len(LENGTHS)) is (page_size != 16 or head_dim != 256)
 
 
-@pytest.mark.parametrize("page_size", [0, 128])
+@pytest.mark.parametrize("page_size", [0, 32, 128])
 @pytest.mark.parametrize("meaning", MASKS, ids=str)
 def test_kvcache(meaning, head_dim, page_size, chosen, programs):
     for seed, (seqlen_q, appended) in enumerate([(130, 0), (70, 70), (300, 5)]):
@@ -118,7 +118,7 @@ def test_kvcache(meaning, head_dim, page_size, chosen, programs):
                 dtype, "cuda", **meaning,
             )
         )  # fmt: skip
-    assert chosen.every(3)
+    assert chosen.every(3) is (page_size != 32 or head_dim != 256)
 
 
 def test_strides_and_addresses_give_the_same_bits(chosen):
@@ -241,7 +241,7 @@ def test_huge_logits(dtype, value, chosen):
     assert chosen.every(3)
 
 
-@pytest.mark.parametrize("page_size", [0, 256])
+@pytest.mark.parametrize("page_size", [0, 64, 256])
 def test_what_no_query_sees_may_hold_anything(page_size, head_dim, chosen):
     """Keys before every window and after the sequence's end, in the tiles that are read."""
     seqlen_q, seqlen_k, left = 200, 1000, 57
@@ -249,10 +249,11 @@ def test_what_no_query_sees_may_hold_anything(page_size, head_dim, chosen):
     q = random(1, seqlen_q, 4, head_dim, seed=1)
     options = {"causal": True, "window_size": (left, 0), "cache_seqlens": seqlen_k}
     if page_size:
-        options["block_table"] = torch.arange(5, device="cuda", dtype=torch.int32)[None]
+        pages = torch.arange(1280 // page_size, device="cuda", dtype=torch.int32)
+        options["block_table"] = pages[None]
 
     def call():
-        k, v = cache.view(2, 5, 256, 2, head_dim) if page_size else cache
+        k, v = cache.view(2, -1, page_size, 2, head_dim) if page_size else cache
         return mfa.flash_attn_with_kvcache(q, k, v, **options)
 
     # The first tile of rows sees keys from here on, and no other tile sees one before.

@@ -142,8 +142,11 @@ def on_hopper(p, out=None):
         ({"head_dim": 256}, 64),
         ({"page_size": 256}, 128),
         ({"page_size": 64, "head_dim": 256}, 64),
-        ({"page_size": 64}, None),  # a tile of keys comes from one page
-        ({"page_size": 16}, None),
+        ({"page_size": 64}, 128),
+        ({"page_size": 16}, 128),
+        ({"page_size": 16, "head_dim": 256}, None),
+        ({"page_size": 8}, None),  # a tile of keys would be 16 copies
+        ({"page_size": 48}, None),  # nor would it be whole pages
         ({"head_dim": 32}, None),
         ({"head_dim": 100}, None),  # rows of whole 16 bytes
         ({"batch": 1, "seqlen": 128}, None),  # little to do
@@ -167,12 +170,14 @@ def test_hopper(arguments, block_n):
         (16384, {"right": 0, "left": 1000}, 2),
         (16384, {"right": 0, "left": 4096}, 3),
         (8192, {"head_dim": 72}, 2),
+        (8192, {"page_size": 16}, 2),
+        (8192, {"page_size": 128}, 3),
     ],
 )
 def test_three_consumers_for_many_keys(seqlen, changes, consumers):
     """At head_dim 64; above there are no registers for a third."""
-    shape = {"head_dim": changes.pop("head_dim", 64), "seqlen": seqlen}
-    assert on_hopper(prefill(**shape, **changes)).tiles.consumers == consumers
+    shape = {"head_dim": 64, "seqlen": seqlen}
+    assert on_hopper(prefill(**shape | changes)).tiles.consumers == consumers
 
 
 def test_what_tma_can_step_over():

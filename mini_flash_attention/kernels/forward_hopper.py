@@ -51,7 +51,10 @@ def produce(
         head_k = heads.kv_head(head, group)
         low = first + length_k - rows_q - left if LEFT else 0  # before it no row sees a key
         batch_q = b if cu_seqlens_q is None else 0
-        page = b if cu_seqlens_k is None else 0
+        source = (
+            block_table if PAGE_SIZE == 0 else block_table + b.to(gl.int64) * stride_table,
+            b if cu_seqlens_k is None else 0, first_k, length_k, head_k,
+        )  # fmt: skip
         n = (end - begin) // BLOCK_N
         if n > 0:
             for c in gl.static_range(CONSUMERS):
@@ -64,30 +67,25 @@ def produce(
                 )  # fmt: skip
             worked += 1
         drawn = 0
-        row = first_k + end
+        start = end
         for j in range(n + 1):  # keys are a tile ahead of values
-            page_v, row_v = page, row
-            if PAGE_SIZE == 0:
-                row -= BLOCK_N
-            elif j < n:
-                start_k = end - (j + 1) * BLOCK_N
-                page = gl.load(block_table + b.to(gl.int64) * stride_table + start_k // PAGE_SIZE)
-                row = start_k % PAGE_SIZE
-            hopper.fill(keys, done + j, k_desc, [page, row, head_k, 0], j < n, CONSUMERS)
+            start_v = start
+            start -= BLOCK_N
+            hopper.fill(keys, done + j, k_desc, source, start, j < n, CONSUMERS, PAGE_SIZE)
             if (j + 1 == n) | (n == 0):  # late, which balances; in time for the next queries
                 drawn = gl.atomic_add(counter, 1)
                 # A program draws once for each tile it works on, so there is a last draw.
                 if drawn == total - 1:
                     gl.atomic_xchg(counter, 0)
-            at_v, start_v = [page_v, row_v, head_k, 0], end - j * BLOCK_N
+            m = gl.maximum(done + j - 1, 0)
             if CLEAR and (j > 0) & ((start_v + BLOCK_N > length_k) | (start_v < low)):
                 hopper.fill_part(
-                    values, done + j - 1, v_desc, at_v, low - start_v, length_k - start_v,
-                    loaded, cleared, CONSUMERS,
+                    values, m, v_desc, source, start_v, low, length_k, loaded, cleared,
+                    CONSUMERS, PAGE_SIZE,
                 )  # fmt: skip
                 cleared += 1
             else:
-                hopper.fill(values, gl.maximum(done + j - 1, 0), v_desc, at_v, j > 0, CONSUMERS)
+                hopper.fill(values, m, v_desc, source, start_v, j > 0, CONSUMERS, PAGE_SIZE)
         done += n
         turn += 1
         number = gl.num_programs(0) + drawn
@@ -181,10 +179,9 @@ def forward_hopper_kernel(
     batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
     scale, left, right, appended,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
-    HEAD_DIM: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr,
-    EARLY: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
+    PINGPONG: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    BLOCK_N: gl.constexpr = k_desc.block_shape[1]
     D: gl.constexpr = k_desc.block_shape[3]
     PACKED: gl.constexpr = cu_seqlens_q is not None
     Q_TILES: gl.constexpr = SLOTS * CONSUMERS
@@ -212,12 +209,13 @@ def forward_hopper_kernel(
         batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
         left, right, appended,
     )  # fmt: skip
+    SMALL_PAGES: gl.constexpr = k_desc.block_shape[1] < BLOCK_N  # the producer has more to hold
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (0, job, PACKED, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY)),
             (consume, (1, job, PACKED, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY)),
             (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
-        ], [4, 1], [240, 24])  # fmt: skip
+        ], [4, 1], [232, 40] if SMALL_PAGES else [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (0, job, PACKED, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY)),
@@ -252,9 +250,10 @@ def launch(
     total_q, total_k = p.q.shape[0], p.k.shape[0]
     tokens_q = total_q if packed else p.seqlen_q
     tokens_k = p.page_size or (total_k if p.k.dim() == 3 else p.seqlen_k)
+    box = min(tiles.block_n, p.page_size or tiles.block_n)
     views = [
-        view("q", p.q, tokens_q, 64), view("k", p.k, tokens_k, tiles.block_n),
-        view("v", p.v, tokens_k, tiles.block_n), view("out", out, tokens_q, 64),
+        view("q", p.q, tokens_q, 64), view("k", p.k, tokens_k, box),
+        view("v", p.v, tokens_k, box), view("out", out, tokens_q, 64),
     ]  # fmt: skip
     lse_strides = (0, 0) if lse is None else (0 if packed else lse.stride(0), lse.stride(-2))
     # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was never
@@ -268,7 +267,7 @@ def launch(
         p.seqlen_q, p.seqlen_k, total_q, MAX_INT if p.page_size else total_k,
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,
         p.left >= 0, p.right >= 0, p.page_size, inside or p.left >= 0,
-        head_dim, tiles.consumers, tiles.slots, tiles.pingpong, early,
+        head_dim, tiles.block_n, tiles.consumers, tiles.slots, tiles.pingpong, early,
     )  # fmt: skip
     return hopper.TmaLaunch(
         forward_hopper_kernel, plan.programs, POINTERS, constants, 4,

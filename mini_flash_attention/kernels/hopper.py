@@ -165,18 +165,46 @@ def tile(ring, n):
 
 
 @gluon.jit
-def fill(ring, n, desc, at, wanted, CONSUMERS: gl.constexpr):
-    """Load the n-th tile of a ring from the coordinates `at`, once its place is free."""
-    stage = n % STAGES
-    if wanted and n >= STAGES:
-        named_barrier("sync", ring.freed + stage, 128 * CONSUMERS + 32)
-    mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes, pred=wanted)
-    tma_load(desc, at, ring.full.index(stage), ring.tiles.index(stage), pred=wanted)
+def load_tile(desc, source, start, tile, barrier, wanted, PAGE_SIZE: gl.constexpr):
+    """Load the keys, or values, of a sequence from its `start`-th, in pieces of at most a page.
+
+    source: the sequence's row of the block table, its number, its first row and its length where
+    keys are dense or packed, and the KV head.
+    """
+    table, batch, first, length, head = source
+    N: gl.constexpr = desc.block_shape[1]
+    WHOLE: gl.constexpr = tile.shape[1]
+    mbarrier.expect(barrier, WHOLE // N * desc.block_type.nbytes, pred=wanted)
+    if PAGE_SIZE == 0:
+        tma_load(desc, [batch, first + start, head, 0], barrier, tile, pred=wanted)
+    else:  # pages that are none read as zeros, as all does that lies outside the descriptor
+        for group in gl.static_range(0, WHOLE, 4 * N):  # four look-ups on their way at a time
+            pages = ()
+            for n in gl.static_range(group, min(group + 4 * N, WHOLE), N):
+                there = wanted & (start + n < length)
+                page = gl.load(table + (start + n) // PAGE_SIZE, mask=there, other=-1)
+                pages = pages + (page,)  # noqa: RUF005 (Gluon unpacks no tuple)
+            for n in gl.static_range(group, min(group + 4 * N, WHOLE), N):
+                at = [pages[(n - group) // N], (start + n) % PAGE_SIZE, head, 0]
+                tma_load(desc, at, barrier, tile.slice(n, N, 1), pred=wanted)
 
 
 @gluon.jit
-def fill_part(ring, n, desc, at, low, high, loaded, times, CONSUMERS: gl.constexpr):
-    """`fill`, with zeros outside the rows low..high: a weight of 0 does not hide what is NaN.
+def fill(ring, n, desc, source, start, wanted, CONSUMERS: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """Load the n-th tile of a ring, once its place is free."""
+    stage = n % STAGES
+    if wanted and n >= STAGES:
+        named_barrier("sync", ring.freed + stage, 128 * CONSUMERS + 32)
+    tile, barrier = ring.tiles.index(stage), ring.full.index(stage)
+    load_tile(desc, source, start, tile, barrier, wanted, PAGE_SIZE)
+
+
+@gluon.jit
+def fill_part(
+    ring, n, desc, source, start, low, high, loaded, times,
+    CONSUMERS: gl.constexpr, PAGE_SIZE: gl.constexpr,
+):  # fmt: skip
+    """`fill`, with zeros outside the keys low..high: a weight of 0 does not hide what is NaN.
 
     The producer waits for the load at a barrier of its own, which it has used `times` times.
     """
@@ -184,11 +212,11 @@ def fill_part(ring, n, desc, at, low, high, loaded, times, CONSUMERS: gl.constex
     if n >= STAGES:
         named_barrier("sync", ring.freed + stage, 128 * CONSUMERS + 32)
     tile = ring.tiles.index(stage)
-    mbarrier.expect(loaded.index(0), desc.block_type.nbytes)
-    tma_load(desc, at, loaded.index(0), tile)
+    load_tile(desc, source, start, tile, loaded.index(0), True, PAGE_SIZE)
     mbarrier.wait(loaded.index(0), times & 1)
-    N: gl.constexpr = desc.block_shape[1]
-    D: gl.constexpr = desc.block_shape[3]
+    low, high = low - start, high - start
+    N: gl.constexpr = tile.shape[1]
+    D: gl.constexpr = tile.shape[3]
     for first in gl.static_range(0, N, 8):
         if (first < low) | (first + 8 > high):
             row = here(first) + gl.arange(0, 8, gl.SliceLayout(1, ROWS))
