@@ -45,6 +45,7 @@ class HopperTiles(NamedTuple):
     slots: int  # Q tiles of a consumer in shared memory
     pingpong: bool  # consumers issue in turn
     early: bool  # exponentials before the wait for the sum of the tile before
+    lazy: bool  # sums are moved only when maxima have grown much
 
 
 class Hopper(NamedTuple):
@@ -173,11 +174,11 @@ PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"
 # By head_dim, measured on an H200 (bench/NOTES.md). Three consumers hide one another's waiting
 # best, but have registers for head_dim 64 alone; with few keys their larger tiles are a loss.
 HOPPER_TILES = {
-    64: HopperTiles(2, 128, 2, pingpong=False, early=False),
-    128: HopperTiles(2, 128, 2, pingpong=False, early=True),
-    256: HopperTiles(2, 64, 1, pingpong=False, early=True),
+    64: HopperTiles(2, 128, 2, pingpong=False, early=False, lazy=False),
+    128: HopperTiles(2, 128, 2, pingpong=False, early=True, lazy=False),
+    256: HopperTiles(2, 64, 1, pingpong=False, early=True, lazy=True),
 }
-THREE_CONSUMERS = HopperTiles(3, 128, 2, pingpong=True, early=False)
+THREE_CONSUMERS = HopperTiles(3, 128, 2, pingpong=True, early=False, lazy=False)
 MANY_KEYS = 2048  # of a query in the mean; half as many again where tiles lie across a diagonal
 # Below so many operations, some 10 microseconds, descriptors cost the CPU more than the GPU gains.
 HOPPER_FLOPS = 4 << 30
@@ -199,6 +200,8 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
         keys = min(keys, p.left + 1)
     if head_dim <= 64 and keys >= many and p.page_size % tiles.block_n == 0:
         tiles = THREE_CONSUMERS
+    if p.windowed:  # beside its mask there are no registers for it
+        tiles = tiles._replace(lazy=False)
     # A tile of keys lies in one page or is made of whole ones, of 16 keys or more; for those the
     # producer needs registers that consumers of rows of 256, or three of them, can't spare.
     small = p.page_size >= 16 and tiles.block_n % p.page_size == 0 and head_dim <= 128

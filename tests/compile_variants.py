@@ -299,7 +299,7 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
             seen.add(compiled.hash)
             row = {"variant": str(variant), "kernel": name, **launch.options, **measured(compiled)}
             if name == "forward_hopper":
-                keys, consumers, _, _, early = launch.constants[-5:]
+                keys, consumers, _, _, early, _ = launch.constants[-6:]
                 # Exponentials of a thread; products before, in and after the loop.
                 row |= schedule(compiled) | {
                     "to_hide": early * keys // 2,

@@ -91,12 +91,12 @@ def attend(
     queries, worked, keys, values, done, turns, turn, left, right, scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
     CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
+    LAZY: gl.constexpr,
 ):  # fmt: skip
     """Lines 6 to 12 of Algorithm 1 for 64 rows of a tile of work: (m, l, o).
 
     Keys from the last to the first, `done` tiles of them in the turns before.
     """
-    LAZY: gl.constexpr = D > 128  # where moving a sum costs more than finding out that it may stay
     O: gl.constexpr = hopper.accumulator(D)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     slot = worked % SLOTS * CONSUMERS + which

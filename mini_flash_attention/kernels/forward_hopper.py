@@ -95,12 +95,13 @@ def produce(
 @gluon.jit
 def consume(
     which: gl.constexpr, job,
-    PACKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, HEAD_DIM: gl.constexpr,
-    CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, HEAD_DIM: gl.constexpr, CONSUMERS: gl.constexpr,
+    SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr, LAZY: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each tile of work: attention to their keys, and the rows written out."""
-    o_desc, out, lse, queries, keys, values, turns = job[:7]
-    stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right = job[7:]
+    o_desc, out, lse, cu_seqlens_q, queries, keys, values, turns = job[:8]
+    stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right = job[8:]
+    PACKED: gl.constexpr = cu_seqlens_q is not None
     D: gl.constexpr = o_desc.block_shape[3]
     BLOCK_N: gl.constexpr = keys.tiles.shape[2]
     O: gl.constexpr = hopper.accumulator(D)
@@ -121,7 +122,7 @@ def consume(
         if end > begin:
             m, l, o = attend(
                 which, queries, worked, keys, values, done, turns, turn, left, right, scale,
-                LEFT, RIGHT, D, BLOCK_N, CONSUMERS, SLOTS, PINGPONG, EARLY,
+                LEFT, RIGHT, D, BLOCK_N, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
             )  # fmt: skip
             o, lse_tile = softmax.finish(m, l, o, scale)
         b = hopper.word(turns, turn, hopper.B)
@@ -180,10 +181,9 @@ def forward_hopper_kernel(
     scale, left, right, appended,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
-    PINGPONG: gl.constexpr, EARLY: gl.constexpr,
+    PINGPONG: gl.constexpr, EARLY: gl.constexpr, LAZY: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = k_desc.block_shape[3]
-    PACKED: gl.constexpr = cu_seqlens_q is not None
     Q_TILES: gl.constexpr = SLOTS * CONSUMERS
     q_box: gl.constexpr = [Q_TILES, 1, 64, 1, D]
     k_box: gl.constexpr = [hopper.STAGES, 1, BLOCK_N, 1, D]
@@ -200,7 +200,7 @@ def forward_hopper_kernel(
     turns = hopper.Turns(words, hopper.barriers(2, 1), hopper.barriers(2, CONSUMERS))
     fence_async_shared()
     job = (
-        o_desc, out, lse, queries, keys, values, turns,
+        o_desc, out, lse, cu_seqlens_q, queries, keys, values, turns,
         stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right,
     )  # fmt: skip
     loads = (
@@ -212,15 +212,15 @@ def forward_hopper_kernel(
     SMALL_PAGES: gl.constexpr = k_desc.block_shape[1] < BLOCK_N  # the producer has more to hold
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consume, (0, job, PACKED, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY)),
-            (consume, (1, job, PACKED, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY)),
+            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY)),
+            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY)),
             (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
-        ], [4, 1], [232, 40] if SMALL_PAGES else [240, 24])  # fmt: skip
+        ], [4, 1], [224, 56] if SMALL_PAGES else [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (0, job, PACKED, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY)),
-            (consume, (1, job, PACKED, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY)),
-            (consume, (2, job, PACKED, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY)),
+            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY)),
+            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY)),
+            (consume, (2, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY)),
             (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
@@ -267,7 +267,7 @@ def launch(
         p.seqlen_q, p.seqlen_k, total_q, MAX_INT if p.page_size else total_k,
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,
         p.left >= 0, p.right >= 0, p.page_size, inside or p.left >= 0,
-        head_dim, tiles.block_n, tiles.consumers, tiles.slots, tiles.pingpong, early,
+        head_dim, tiles.block_n, tiles.consumers, tiles.slots, tiles.pingpong, early, tiles.lazy,
     )  # fmt: skip
     return hopper.TmaLaunch(
         forward_hopper_kernel, plan.programs, POINTERS, constants, 4,
