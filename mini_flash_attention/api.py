@@ -63,12 +63,7 @@ def flash_attn_func(
         ValueError, TypeError: an argument does not fit; the message says which and what to do.
         NotImplementedError: dropout, gradients and the arguments above.
     """
-    arguments = {
-        "q": q, "k": k, "v": v, "dropout_p": dropout_p, "softmax_scale": softmax_scale,
-        "causal": causal, "window_size": window_size, "softcap": softcap,
-        "alibi_slopes": alibi_slopes, "deterministic": deterministic,
-        "return_attn_probs": return_attn_probs, "s_aux": s_aux, "out": out,
-    }  # fmt: skip
+    arguments = locals()
     result, lse = dispatch.run(problem.dense, arguments, NAMES)
     return (result, lse, None) if return_attn_probs else result
 
@@ -123,14 +118,7 @@ def flash_attn_varlen_func(
     Lengths and page numbers are clamped on the device to what the tensors hold: bad ones give a
     wrong answer, never an access outside the tensors. Nothing is read back to the host.
     """
-    arguments = {
-        "q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "dropout_p": dropout_p,
-        "softmax_scale": softmax_scale, "causal": causal, "window_size": window_size,
-        "softcap": softcap, "alibi_slopes": alibi_slopes, "deterministic": deterministic,
-        "return_attn_probs": return_attn_probs, "block_table": block_table, "seqused_k": seqused_k,
-        "s_aux": s_aux, "num_splits": num_splits, "out": out,
-    }  # fmt: skip
+    arguments = locals()
     result, lse = dispatch.run(problem.varlen, arguments, NAMES)
     return (result, lse, None) if return_attn_probs else result
 
@@ -191,16 +179,6 @@ def flash_attn_with_kvcache(
     No length or page number is read back to the host, so a call can be captured in a CUDA graph
     and replayed after `cache_seqlens` and `block_table` changed in place.
     """
-    arguments = {
-        "q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "rotary_cos": rotary_cos,
-        "rotary_sin": rotary_sin, "cache_seqlens": cache_seqlens,
-        "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad,
-        "block_table": block_table, "softmax_scale": softmax_scale, "causal": causal,
-        "window_size": window_size, "softcap": softcap, "rotary_interleaved": rotary_interleaved,
-        "alibi_slopes": alibi_slopes, "num_splits": num_splits,
-        "return_softmax_lse": return_softmax_lse, "cu_seqlens_q": cu_seqlens_q,
-        "max_seqlen_q": max_seqlen_q, "s_aux": s_aux, "fixed_split_size": fixed_split_size,
-        "out": out,
-    }  # fmt: skip
+    arguments = locals()
     result, lse = dispatch.run(problem.kvcache, arguments, CACHE_NAMES)
     return (result, lse) if return_softmax_lse else result

@@ -19,12 +19,8 @@ def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
     )
     if p.k_new is not None:
         _append(p)
-    if (
-        p.cu_seqlens_q is None
-        and p.cu_seqlens_k is None
-        and p.seqused_k is None
-        and not p.page_size
-    ):
+    lengths = (p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_k, p.block_table)
+    if all(x is None for x in lengths):
         k, v = p.k[:, : p.seqlen_k], p.v[:, : p.seqlen_k]
         result, result_lse = _attention(p, p.q, k, v)
         out.copy_(result)

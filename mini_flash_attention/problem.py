@@ -71,16 +71,11 @@ def dense(
     if k.shape[0] != q.shape[0]:
         refuse(ValueError, function, "k", f"batch {q.shape[0]}, as q", k.shape[0])
     check.dropout(function, dropout_p)
-    check.flag(function, "deterministic", deterministic)
-    check.flag(function, "return_attn_probs", return_attn_probs)
+    check.flags(function, deterministic=deterministic, return_attn_probs=return_attn_probs)
     check.softcap(function, softcap)
-    if alibi_slopes is not None:
-        later(function, "alibi_slopes", "None")
-    if s_aux is not None:
-        later(function, "s_aux", "None")
+    check.absent(function, alibi_slopes=alibi_slopes, s_aux=s_aux)
     check.differentiable(function, q, k, v, out)
-    if out is not None:
-        check.out(function, out, q)
+    check.out(function, out, q)
     batch, seqlen_q, _, head_dim = q.shape
     seqlen_k = check.bounded(function, "k", k.shape[1])
     check.bounded(function, "q", seqlen_q)
@@ -124,19 +119,14 @@ def varlen(
         page_size, capacity = _pages(function, block_table, batch, q, k)
         seqlen_k = min(seqlen_k, capacity)
     check.dropout(function, dropout_p)
-    check.flag(function, "deterministic", deterministic)
-    check.flag(function, "return_attn_probs", return_attn_probs)
+    check.flags(function, deterministic=deterministic, return_attn_probs=return_attn_probs)
     check.softcap(function, softcap)
-    if alibi_slopes is not None:
-        later(function, "alibi_slopes", "None")
-    if s_aux is not None:
-        later(function, "s_aux", "None")
+    check.absent(function, alibi_slopes=alibi_slopes, s_aux=s_aux)
     splits = check.splits(function, num_splits)
     if splits > 1:
         later(function, "num_splits", "0 or 1")
     check.differentiable(function, q, k, v, out)
-    if out is not None:
-        check.out(function, out, q)
+    check.out(function, out, q)
     left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
     scale = check.scale(function, softmax_scale, q.shape[-1])
     return Problem(
@@ -156,17 +146,18 @@ def kvcache(
     """The call `flash_attn_with_kvcache(...)`."""
     function = "flash_attn_with_kvcache"
     check.qkv(function, q, k_cache, v_cache, "k_cache v_cache", 4, block_table is not None)
-    for name, value in (
-        ("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin), ("cache_leftpad", cache_leftpad),
-        ("cache_batch_idx", cache_batch_idx), ("alibi_slopes", alibi_slopes), ("s_aux", s_aux),
-        ("cu_seqlens_q", cu_seqlens_q), ("max_seqlen_q", max_seqlen_q),
-    ):  # fmt: skip
-        if value is not None:
-            if name == "cache_batch_idx" and block_table is not None:
-                refuse(ValueError, function, name, "None with a block_table", "both", "drop one")
-            later(function, name, "None")
-    check.flag(function, "rotary_interleaved", rotary_interleaved)
-    check.flag(function, "return_softmax_lse", return_softmax_lse)
+    if cache_batch_idx is not None and block_table is not None:
+        refuse(
+            ValueError, function, "cache_batch_idx", "None with a block_table", "both", "drop one"
+        )
+    check.absent(
+        function, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_leftpad=cache_leftpad,
+        cache_batch_idx=cache_batch_idx, alibi_slopes=alibi_slopes, s_aux=s_aux,
+        cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+    )  # fmt: skip
+    check.flags(
+        function, rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse
+    )
     check.softcap(function, softcap)
     splits = check.splits(function, num_splits)
     split_size = check.split_size(function, fixed_split_size, splits)
@@ -185,19 +176,14 @@ def kvcache(
         check.index_tensor(function, "cache_seqlens", cache_seqlens, q, (batch,))
         seqused = cache_seqlens
     elif cache_seqlens is not None:
-        seqlen_k = (
-            check.length(
-                function, "cache_seqlens", cache_seqlens, "an int or an int32 torch.Tensor"
-            )
-            + appended
-        )
+        wanted = "an int or an int32 torch.Tensor"
+        seqlen_k = appended + check.length(function, "cache_seqlens", cache_seqlens, wanted)
         if seqlen_k > capacity:
             hint = "the keys to append count too" if appended else ""
             wanted = f"at most the cache's {capacity} tokens"
             refuse(ValueError, function, "cache_seqlens", wanted, seqlen_k, hint)
     check.differentiable(function, q, k_cache, v_cache, k, v, out)
-    if out is not None:
-        check.out(function, out, q)
+    check.out(function, out, q)
     left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
     scale = check.scale(function, softmax_scale, head_dim)
     return Problem(

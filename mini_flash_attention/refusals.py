@@ -131,9 +131,17 @@ def bounded(function: str, name: str, n: int) -> int:
     return n
 
 
-def flag(function: str, name: str, x: Any) -> None:
-    if not isinstance(x, bool):
-        refuse(TypeError, function, name, "a bool", kind_of(x))
+def flags(function: str, **arguments: Any) -> None:
+    for name, x in arguments.items():
+        if not isinstance(x, bool):
+            refuse(TypeError, function, name, "a bool", kind_of(x))
+
+
+def absent(function: str, **arguments: Any) -> None:
+    """Arguments that no kernel has yet."""
+    for name, x in arguments.items():
+        if x is not None:
+            later(function, name, "None")
 
 
 def real(function: str, name: str, x: Any) -> float:
@@ -177,7 +185,7 @@ def window(
     """(left, right), -1 where open, as is a bound that can cut nothing off at these lengths;
     and whether a left one was given.
     """
-    flag(function, "causal", causal)
+    flags(function, causal=causal)
     try:
         left, right = (
             -1 if w is None else None if isinstance(w, torch.Tensor) else integer(w)
@@ -294,6 +302,8 @@ def extent(x: torch.Tensor) -> tuple[int, int]:
 
 
 def out(function: str, out: Any, q: torch.Tensor) -> None:
+    if out is None:
+        return
     tensor(function, "out", out, q.dim(), q)
     if out.shape != q.shape:
         refuse(ValueError, function, "out", f"shape {tuple(q.shape)}", tuple(out.shape))

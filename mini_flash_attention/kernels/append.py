@@ -6,10 +6,10 @@ import triton.language as tl
 
 from ..problem import Problem
 from ..rules import paging, sequence
-from .launch import Launch, strides
+from .launch import SIZES, Launch, strides
 
 
-@triton.jit(do_not_specialize=["stride_table", "nheads_k", "seqlen_k", "appended", "num_pages"])
+@triton.jit(do_not_specialize=SIZES)
 def append_kernel(
     new, cache, seqused, block_table,
     stride_n_b, stride_n_t, stride_n_h,

@@ -8,17 +8,12 @@ from triton.language.extra.cuda import gdc_wait
 from ..plan import Decode
 from ..problem import Problem
 from ..rules import heads, softmax
-from .launch import LOG2E, Launch, strides
+from .launch import LOG2E, SIZES, Launch, where
 
 PARTS_AT_ONCE = 32
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_lse_b", "stride_lse_h", "nheads_k", "group", "splits", "slots", "part_rows",
-        "seqlen_q",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
     parts, owners, out, lse,
     stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h,
@@ -82,10 +77,9 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode
     """The launch that folds the parts that `decode` left to out and lse."""
     nheads, head_dim = p.q.shape[-2:]
     nheads_k = p.k.shape[-2]
-    lse_strides = (0, 0) if lse is None else (lse.stride(0), lse.stride(1))
     owners = plan.programs if plan.shares else plan.programs // plan.splits
     constants = (
-        *strides(out), *lse_strides, nheads_k, nheads // nheads_k, plan.splits, plan.slots,
+        *where(p, out, lse)[:5], nheads_k, nheads // nheads_k, plan.splits, plan.slots,
         plan.rows, p.seqlen_q, p.softmax_scale * LOG2E,
         head_dim, triton.next_power_of_2(head_dim), plan.tiles.block_m,
         PARTS_AT_ONCE if head_dim <= 128 else PARTS_AT_ONCE // 2, plan.shares,

@@ -22,19 +22,12 @@ from ..problem import Problem
 from ..rules import heads, mask, softmax, split
 from . import shares
 from .attend import attend
-from .launch import LOG2E, Launch, strides, twins, wide
+from .launch import LOG2E, SIZES, Launch, strides, twins, where, wide
 
 
 @triton.jit
 def decode_tiles(
-    b, head_k, block, low, high, whole, slot,
-    q, k, v, out, lse, parts, seqused_k, block_table,
-    stride_q_b, stride_q_t, stride_q_h,
-    stride_k_b, stride_k_t, stride_k_h,
-    stride_v_b, stride_v_t, stride_v_h,
-    stride_o_b, stride_o_t, stride_o_h,
-    stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
-    seqlen_q, seqlen_k, num_pages, scale, left, right, appended,
+    b, head_k, block, low, high, whole, slot, given,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
@@ -43,6 +36,15 @@ def decode_tiles(
 
     The result goes to out and lse if those tiles are the whole, else to a slot of the parts.
     """
+    (
+        q, k, v, out, lse, parts, seqused_k, block_table,
+        stride_q_b, stride_q_t, stride_q_h,
+        stride_k_b, stride_k_t, stride_k_h,
+        stride_v_b, stride_v_t, stride_v_h,
+        stride_o_b, stride_o_t, stride_o_h,
+        stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
+        seqlen_q, seqlen_k, num_pages, scale, left, right, appended,
+    ) = given  # fmt: skip
     # Which rows are mine? Row r is query token r // group of head r % group in the KV head's group.
     rows = seqlen_q * group
     local = tl.arange(0, BLOCK_M)
@@ -113,13 +115,7 @@ def decode_tiles(
         tl.store(maxima + slots.to(tl.int64) * part_rows + at, l, mask=row < rows)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_lse_b", "stride_lse_h", "stride_table", "batch", "nheads_k", "group", "splits",
-        "split_tiles", "slots", "part_rows", "seqlen_q", "seqlen_k", "num_pages", "left", "right",
-        "appended",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def decode_kernel(
     q, k, v, out, lse, parts, owners, seqused_k, block_table,
     stride_q_b, stride_q_t, stride_q_h,
@@ -135,6 +131,15 @@ def decode_kernel(
 ):  # fmt: skip
     if PDL:  # `combine` may take its place as soon as there is room, and waits there
         gdc_launch_dependents()
+    given = (
+        q, k, v, out, lse, parts, seqused_k, block_table,
+        stride_q_b, stride_q_t, stride_q_h,
+        stride_k_b, stride_k_t, stride_k_h,
+        stride_v_b, stride_v_t, stride_v_h,
+        stride_o_b, stride_o_t, stride_o_h,
+        stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
+        seqlen_q, seqlen_k, num_pages, scale, left, right, appended,
+    )  # fmt: skip
     program = tl.program_id(0)
     blocks = tl.cdiv(seqlen_q * group, BLOCK_M)
     if SHARES:
@@ -166,14 +171,7 @@ def decode_kernel(
                 tl.store(owners + 2 * program, b)
             decode_tiles(
                 b, head_k, block, low, high, begins & (high == tiles),
-                2 * program + begins.to(tl.int32),
-                q, k, v, out, lse, parts, seqused_k, block_table,
-                stride_q_b, stride_q_t, stride_q_h,
-                stride_k_b, stride_k_t, stride_k_h,
-                stride_v_b, stride_v_t, stride_v_h,
-                stride_o_b, stride_o_t, stride_o_h,
-                stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
-                seqlen_q, seqlen_k, num_pages, scale, left, right, appended,
+                2 * program + begins.to(tl.int32), given,
                 LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, D, BLOCK_M, BLOCK_N, WIDE, TWINS,
             )  # fmt: skip
             before += tiles
@@ -193,14 +191,7 @@ def decode_kernel(
             size = tl.cdiv(tiles, splits)
         low, high = split.part(tiles, size, part)
         decode_tiles(
-            b, head_k, block, low, high, splits == 1, program,
-            q, k, v, out, lse, parts, seqused_k, block_table,
-            stride_q_b, stride_q_t, stride_q_h,
-            stride_k_b, stride_k_t, stride_k_h,
-            stride_v_b, stride_v_t, stride_v_h,
-            stride_o_b, stride_o_t, stride_o_h,
-            stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
-            seqlen_q, seqlen_k, num_pages, scale, left, right, appended,
+            b, head_k, block, low, high, splits == 1, program, given,
             LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, D, BLOCK_M, BLOCK_N, WIDE, TWINS,
         )  # fmt: skip
 
@@ -225,10 +216,8 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode
     tiles = plan.tiles
     nheads, head_dim = p.q.shape[-2:]
     nheads_k = p.k.shape[-2]
-    lse_strides = (0, 0) if lse is None else (lse.stride(0), lse.stride(1))
     constants = (
-        *strides(p.q), *strides(p.k), *strides(p.v), *strides(out), *lse_strides,
-        p.block_table.stride(0) if p.block_table is not None else 0,
+        *strides(p.q), *strides(p.k), *strides(p.v), *where(p, out, lse),
         p.batch, nheads_k, nheads // nheads_k, plan.splits, plan.split_tiles, plan.slots,
         plan.rows, p.seqlen_q, p.seqlen_k, p.k.shape[0],
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,

@@ -13,16 +13,10 @@ from ..plan import Forward
 from ..problem import Problem
 from ..rules import heads, softmax, work
 from .attend import attend
-from .launch import LOG2E, MAX_INT, Launch, strides, twins, wide
+from .launch import LOG2E, MAX_INT, SIZES, Launch, strides, twins, where, wide
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_lse_b", "stride_lse_h", "stride_table", "batch", "nheads", "group", "tiles",
-        "per_group", "seqlen_q", "seqlen_k", "total_q", "total_k", "num_pages", "left", "right",
-        "appended",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, out, lse,
     cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
@@ -116,12 +110,9 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forwar
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
     tiles = plan.tiles
     nheads, head_dim = p.q.shape[-2:]
-    packed = p.cu_seqlens_q is not None
     paged = p.block_table is not None
-    lse_strides = (0, 0) if lse is None else (0 if packed else lse.stride(0), lse.stride(-2))
     constants = (
-        *strides(p.q), *strides(p.k), *strides(p.v), *strides(out), *lse_strides,
-        p.block_table.stride(0) if p.block_table is not None else 0,
+        *strides(p.q), *strides(p.k), *strides(p.v), *where(p, out, lse),
         p.batch, nheads, nheads // p.k.shape[-2], plan.rows, plan.per_group,
         p.seqlen_q, p.seqlen_k, p.q.shape[0], MAX_INT if paged else p.k.shape[0], p.k.shape[0],
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,

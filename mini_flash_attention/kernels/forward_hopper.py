@@ -16,7 +16,7 @@ from ..rules import heads, softmax, work
 from . import hopper
 from .attend_hopper import attend
 from .hopper import fence_async_shared, gl, gluon, mbarrier
-from .launch import LOG2E, MAX_INT, Launch, strides
+from .launch import LOG2E, MAX_INT, SIZES, Launch, strides, where
 
 
 @gluon.jit
@@ -166,13 +166,7 @@ def consume(
     hopper.tma.store_wait(0)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "stride_lse_b", "stride_lse_h", "stride_table", "batch", "nheads", "group", "tiles",
-        "per_group", "total", "seqlen_q", "seqlen_k", "total_q", "total_k", "left", "right",
-        "appended",
-    ]
-)  # fmt: skip
+@gluon.jit(do_not_specialize=SIZES)
 def forward_hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, out, lse, counter,
     cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
@@ -255,14 +249,13 @@ def launch(
         view("q", p.q, tokens_q, 64), view("k", p.k, tokens_k, box),
         view("v", p.v, tokens_k, box), view("out", out, tokens_q, 64),
     ]  # fmt: skip
-    lse_strides = (0, 0) if lse is None else (0 if packed else lse.stride(0), lse.stride(-2))
     # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was never
     # written; and what lies before every window may be someone else's by now.
     inside = p.cu_seqlens_k is not None or p.seqused_k is not None or p.page_size > 0
     # Triton 3.8 and newer have no registers for it beside rows of 256.
     early = tiles.early and not (hopper.NEWER and plans.size_class(head_dim) == 256)
     constants = (
-        *strides(out), *lse_strides, p.block_table.stride(0) if p.block_table is not None else 0,
+        *where(p, out, lse),
         p.batch, nheads, nheads // p.k.shape[-2], plan.rows, plan.per_group, plan.rows * plan.units,
         p.seqlen_q, p.seqlen_k, total_q, MAX_INT if p.page_size else total_k,
         p.softmax_scale * LOG2E, p.left, p.right, p.appended,

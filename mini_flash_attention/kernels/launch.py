@@ -9,6 +9,13 @@ import torch
 from ..problem import Problem
 
 LOG2E, MAX_INT = math.log2(math.e), 2**31 - 1
+# Arguments of kernels that Triton is not to compile for one by one, where they are 1 or a multiple
+# of 16.
+SIZES = [
+    "stride_lse_b", "stride_lse_h", "stride_table", "batch", "nheads", "group", "tiles",
+    "per_group", "seqlen_q", "seqlen_k", "total_q", "total_k", "num_pages", "left", "right",
+    "appended", "nheads_k", "splits", "split_tiles", "slots", "part_rows", "total",
+]  # fmt: skip
 ALIGNMENT = 16  # bytes; Triton compiles for pointers that are, or are not, multiples of it
 
 
@@ -20,6 +27,15 @@ def strides(x: torch.Tensor) -> tuple[int, int, int]:
     """
     steps = tuple(s if n > 1 else 0 for s, n in zip(x.stride(), x.shape, strict=True))
     return (0, steps[0], steps[1]) if len(steps) == 3 else (steps[0], steps[1], steps[2])
+
+
+def where(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> tuple[int, ...]:
+    """Strides of out, of the LSE's batch and head, and of the block table's rows."""
+    lse_strides = (0, 0)
+    if lse is not None:
+        lse_strides = (lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-2))
+    row = p.block_table.stride(0) if p.block_table is not None else 0
+    return (*strides(out), *lse_strides, row)
 
 
 def wide(p: Problem, block_n: int) -> bool:

@@ -23,16 +23,9 @@ def sees(i, j, diagonal, left, right, seqlen_k, LEFT: tl.constexpr, RIGHT: tl.co
 
 @triton.jit
 def key_tiles(
-    first,
-    last,
-    diagonal,
-    left,
-    right,
-    seqlen_k,
-    BLOCK: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-):
+    first, last, diagonal, left, right, seqlen_k,
+    BLOCK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+):  # fmt: skip
     """Key tiles that queries first..last see, as four multiples of BLOCK.
 
     begin..clear_begin and clear_end..end are cut by the mask or the sequence's end,
