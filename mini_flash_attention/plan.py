@@ -169,10 +169,10 @@ def _work(p: Problem, block_m: int) -> tuple[int, int, int]:
     return rows, units, max(1, min(units, L2_BYTES // max(1, bytes_of_unit)))
 
 
-# MINI_FLASH_ATTENTION_PORTABLE=1 leaves the Hopper kernel out, for comparison.
+# Leaves the Hopper kernel out, for comparison.
 PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"
-# By head_dim, measured on an H200 (bench/NOTES.md). Three consumers hide one another's waiting
-# best, but have registers for head_dim 64 alone; with few keys their larger tiles are a loss.
+# By head_dim, measured (bench/NOTES.md). Three consumers hide one another's waiting best, but have
+# registers for head_dim 64 alone; with few keys their larger tiles are a loss.
 HOPPER_TILES = {
     64: HopperTiles(2, 128, 2, pingpong=False, early=False, lazy=False),
     128: HopperTiles(2, 128, 2, pingpong=False, early=True, lazy=False),
@@ -180,8 +180,7 @@ HOPPER_TILES = {
 }
 THREE_CONSUMERS = HopperTiles(3, 128, 2, pingpong=True, early=False, lazy=False)
 MANY_KEYS = 2048  # of a query in the mean; half as many again where tiles lie across a diagonal
-# Below so many operations, some 10 microseconds, descriptors cost the CPU more than the GPU gains.
-HOPPER_FLOPS = 4 << 30
+HOPPER_FLOPS = 4 << 30  # some 10 µs; below, descriptors cost the CPU more than the GPU gains
 
 
 def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
@@ -196,14 +195,12 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     keys, many = p.seqlen_k, MANY_KEYS
     if p.right >= 0:
         keys, many = keys - min(p.seqlen_q, keys) // 2, many * 3 // 2
-    if p.left >= 0:
-        keys = min(keys, p.left + 1)
+    keys = min(keys, p.left + 1) if p.left >= 0 else keys
     if head_dim <= 64 and keys >= many and p.page_size % tiles.block_n == 0:
         tiles = THREE_CONSUMERS
-    if p.windowed:  # beside its mask there are no registers for it
-        tiles = tiles._replace(lazy=False)
-    # A tile of keys lies in one page or is made of whole ones, of 16 keys or more; for those the
-    # producer needs registers that consumers of rows of 256, or three of them, can't spare.
+    tiles = tiles._replace(lazy=tiles.lazy and not p.windowed)  # its mask takes the registers
+    # A tile lies in one page or is made of whole ones, of 16 keys or more; for those the producer
+    # needs registers that consumers of rows of 256, or three of them, can't spare.
     small = p.page_size >= 16 and tiles.block_n % p.page_size == 0 and head_dim <= 128
     whole = p.page_size % tiles.block_n == 0 or small
     if not whole or not p.seqlen_k or not all(map(tma, (p.q, p.k, p.v, out))):
@@ -247,8 +244,7 @@ class DecodeChoice(NamedTuple):
     rows: Tiles  # narrow, for more than 16 rows
 
 
-# By head_dim; shared memory of 160 KB and more, and the 99 KB of SM 86, 89 and 120. Measured on an
-# H200 at head_dim 128.
+# Shared memory of 160 KB and more, and the 99 KB of SM 86, 89 and 120. Measured at head_dim 128.
 LARGE_DECODE = {
     64: DecodeChoice(Tiles(0, 128, 8, 4), Tiles(0, 64, 4, 4), Tiles(0, 32, 4, 4)),
     128: DecodeChoice(Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3), Tiles(0, 32, 8, 4)),

@@ -78,6 +78,8 @@ def test_numbers_are_written_once_and_then_fresh(tmp_path):
     results.mkdir()
     head = {"gpu": "A GPU", "versions": {"torch": "2.13.0"}, "commit": "c0ffee", "date": "today"}
     for suite, workload, unit in (
+        ("prefill", "prefill/d128/none/s2048", "tflops"),
+        ("varlen", "prefix/d128/p16", "tflops"),
         ("portable", "dense/d64/causal/s1024", "tflops"),
         ("decode", "decode/b1", "gigabytes_per_second"),
         ("host", "host/dense", "microseconds"),
@@ -89,11 +91,28 @@ def test_numbers_are_written_once_and_then_fresh(tmp_path):
     done = numbers(*options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert numbers(*options, "--check").returncode == 0
-    for line in ("| 64 | causal | 1,024 | 1,234 |", "| b1 | 1,234 |", "| dense | 1234 |"):
+    for line in (
+        "| 128 | – | 2,048 | 1,234 |",
+        "pages of 16 | 128 | 1,234 |",
+        "| 64 | causal | 1,024 | 1,234 |",
+        "| b1 | 1,234 |",
+        "| dense | 1234 |",
+    ):
         assert line in readme.read_text()
     assert readme.read_text().count("c0ffee") == 1
     rest = re.compile("<!-- numbers.*end of numbers -->", re.DOTALL)
     assert rest.sub("", readme.read_text()) == rest.sub("", text("README.md"))
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="no results of the benchmark are here")
+def test_the_drawing_is_of_what_was_measured(tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "plot_prefill.py")]
+    assert subprocess.run([*command, "--check"], timeout=60).returncode == 0
+    (tmp_path / "prefill.json").write_text((RESULTS / "prefill.json").read_text())
+    options = ["--results", str(tmp_path)]
+    assert subprocess.run([*command, *options, "--check"], timeout=60).returncode == 1
+    subprocess.run([*command, *options], timeout=60, check=True)
+    assert (tmp_path / "prefill.svg").read_text().count("<polyline") == 24
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

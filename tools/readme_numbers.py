@@ -19,7 +19,7 @@ from statistics import geometric_mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ("portable", "decode", "host")
+SUITES = ("prefill", "varlen", "portable", "decode", "host")
 BEGIN = "<!-- numbers: written by tools/readme_numbers.py, not by hand -->"
 END = "<!-- end of numbers -->"
 
@@ -30,6 +30,7 @@ NAMES = {
     "cudnn": "cuDNN (SDPA)",
     "sdpa": "SDPA",
     "fa3": "FA3",
+    "portable": "portable kernel",
     "flashinfer": "FlashInfer",
 }
 MASKS = {"none": "–", "causal": "causal"}
@@ -75,7 +76,9 @@ def read(file: Path) -> dict[str, Any]:
 
 def block(results: Mapping[str, dict[str, Any]]) -> str:
     """All that stands between the comments."""
-    writers = {"portable": prefill, "decode": decode, "host": host}
+    writers = {
+        "prefill": hopper, "varlen": layouts, "portable": prefill, "decode": decode, "host": host,
+    }  # fmt: skip
     parts: list[str] = []
     origin = ""
     for suite, result in results.items():
@@ -130,6 +133,70 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
 
 
+# -- the Hopper kernel -----------------------------------------------------------------------------
+
+
+def hopper(result: Mapping[str, Any], rows: Rows) -> list[str]:
+    """Dense calls, ours and the peers', and the geometric means of their ratios."""
+    columns = implementations(rows)
+    workloads = list(dict.fromkeys(workload for workload, _ in rows))
+    cells = [m for w in workloads if (m := re.fullmatch(r"prefill/d(\d+)/(\w+)/s(\d+)", w))]
+    lines = []
+    for cell in cells:
+        head_dim, mask, tokens = cell.groups()
+        line = [head_dim, MASKS.get(mask, mask), f"{int(tokens):,}"]
+        line += [figure(rows, cell.string, n) for n in columns]
+        ours = rate(rows, cell.string, "mini")
+        lines.append([*line, ratio(ours, rate(rows, cell.string, "fa3"))])
+    head = ["head_dim", "mask", "tokens", *map(name, columns), "ours / FA3"]
+    others = [w for w in workloads if not w.startswith("prefill/")]
+    more = [[OTHERS.get(w.split("/")[0], w), w.rpartition("/s")[2]] for w in others]
+    for line, workload in zip(more, others, strict=True):
+        line += [figure(rows, workload, n) for n in columns]
+        line.append(ratio(rate(rows, workload, "mini"), rate(rows, workload, "fa3")))
+    return [
+        "**Forward pass on Hopper, TFLOP/s** (bf16, batch × tokens = 16,384, heads × head_dim = "
+        "2,048):",
+        table(head, lines, words=3),
+        means(rows, [cell.string for cell in cells], columns),
+        "Other dense calls at head_dim 128:",
+        table(["call", "tokens", *map(name, columns), "ours / FA3"], more, words=1),
+    ]
+
+
+OTHERS = {
+    "table": "batch 48, 24 heads of fp16, no mask",
+    "gqa": "32 query heads, 8 KV heads, causal",
+    "window": "causal, a window of 4,096",
+}
+
+
+def means(rows: Rows, workloads: Sequence[str], columns: Sequence[str]) -> str:
+    """A sentence: ours over each peer's, as geometric means."""
+    parts = []
+    for peer in (n for n in columns if n != "mini"):
+        pairs = [(rate(rows, w, "mini"), rate(rows, w, peer)) for w in workloads]
+        shares = [ours / theirs for ours, theirs in pairs if ours and theirs]
+        if shares:
+            parts.append(f"{geometric_mean(shares):.2f} × {name(peer)}")
+    return f"Over these {len(workloads)} calls, as a geometric mean: {', '.join(parts)}."
+
+
+def layouts(result: Mapping[str, Any], rows: Rows) -> list[str]:
+    """Packed sequences and paged prefixes."""
+    columns = implementations(rows)
+    lines = []
+    for workload in dict.fromkeys(workload for workload, _ in rows):
+        kind, head_dim, rest = workload.split("/")
+        words = f"after 8k cached tokens, pages of {rest[1:]}"
+        if kind == "varlen":
+            words = f"packed, 32 to 4,096 tokens, {'causal' if rest == 'causal' else 'no mask'}"
+        line = [words, head_dim[1:], *(figure(rows, workload, n) for n in columns)]
+        lines.append([*line, ratio(rate(rows, workload, "mini"), rate(rows, workload, "fa3"))])
+    head = ["call", "head_dim", *map(name, columns), "ours / FA3"]
+    return ["**Packed and paged calls on Hopper, TFLOP/s** (bf16):", table(head, lines)]
+
+
 # -- prefill ---------------------------------------------------------------------------------------
 
 
@@ -152,7 +219,8 @@ def prefill(result: Mapping[str, Any], rows: Rows) -> list[str]:
             line.append(ratio(rate(rows, workload, "mini"), rate(rows, workload, against)))
         lines.append(line)
     return [
-        "**Forward pass, TFLOP/s** (bf16, batch × tokens = 16,384, heads × head_dim = 2,048):",
+        "**Forward pass of the portable kernel, TFLOP/s** (bf16, batch × tokens = 16,384, "
+        "heads × head_dim = 2,048):",
         table(head, lines, words=3),
         *of_dense(rows),
     ]

@@ -183,7 +183,7 @@ def load_tile(desc, source, start, tile, barrier, wanted, PAGE_SIZE: gl.constexp
             for n in gl.static_range(group, min(group + 4 * N, WHOLE), N):
                 there = wanted & (start + n < length)
                 page = gl.load(table + (start + n) // PAGE_SIZE, mask=there, other=-1)
-                pages = pages + (page,)  # noqa: RUF005 (Gluon unpacks no tuple)
+                pages = pages + (page,)  # type: ignore[assignment]  # noqa: RUF005 (no `*` in Gluon)
             for n in gl.static_range(group, min(group + 4 * N, WHOLE), N):
                 at = [pages[(n - group) // N], (start + n) % PAGE_SIZE, head, 0]
                 tma_load(desc, at, barrier, tile.slice(n, N, 1), pred=wanted)
