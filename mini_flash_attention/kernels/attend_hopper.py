@@ -58,7 +58,7 @@ def masked(
 
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # of fp32: no score lies below
 SLACK = gl.constexpr(8.0)  # powers of 2 by which a weight may exceed 1 where sums are moved lazily
-LARGE = gl.constexpr(2.0**27)  # from here on a rounded product m * scale is too far off
+LARGE = gl.constexpr(2.0**27)  # from here on rounding m * scale is off by more than 2^4
 
 
 @gluon.jit
@@ -69,10 +69,12 @@ def rescale(m, s, scale, LAZY: gl.constexpr):
     leave what was summed before as it is (an idea of FlashAttention-4).
 
     A row begins with m = LOWEST, so that m is a number. What is subtracted, m times a factor, is
-    rounded. The factor is `scale`, unless their product is so large that this would matter: then
-    a power of 2, with which nothing is rounded, and m * factor lies between 2^26 and 2^27.
-    Neighbours among fp32 scores differ by a factor of 2^8 or more in weight there, and what the
-    product q kᵀ lost to rounding decides anyway.
+    rounded. Inside a tile all weights share that, and it cancels; between tiles with different
+    maxima it does not, since alpha is exact: from |m * scale| = 2^16 on such tiles are weighed
+    against each other with errors like those of scores one fp32 rounding apart. The factor is
+    `scale`, unless their product is so large that weights could overflow: then a power of 2,
+    with which nothing is rounded, and m * factor lies between 2^26 and 2^27. A score one rounding
+    below the maximum weighs 2^-8 or less there.
     """
     m_new = gl.maximum(m, gl.max(s, 1))
     if LAZY:
