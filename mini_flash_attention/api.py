@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from . import dispatch, problem
+from .refusals import either
 
 Window = tuple[int | None, int | None]
 
@@ -29,6 +30,9 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     *,
     s_aux: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None,
+    score_mod: Any = None,
+    score_mod_args: tuple[torch.Tensor, ...] = (),
     out: torch.Tensor | None = None,
 ) -> Any:
     """Attention of a batch of sequences of one length: softmax(q kᵀ · softmax_scale) v.
@@ -40,7 +44,8 @@ def flash_attn_func(
     Args:
         q: (batch, seqlen_q, nheads, head_dim), head_dim from 1 to 256.
         k, v: (batch, seqlen_k, nheads_k, head_dim), nheads_k a divisor of nheads: query heads
-            `g * nheads / nheads_k` and the following share KV head g.
+            `g * nheads / nheads_k` and the following share KV head g. v may have a head_dim of
+            its own, which is then that of the result.
         dropout_p: 0.0; anything else is not implemented yet.
         softmax_scale: factor on the scores; `head_dim ** -0.5` by default. Any finite number.
         causal: query i sees key j when `j <= i + seqlen_k - seqlen_q`: the last query stands on
@@ -48,21 +53,35 @@ def flash_attn_func(
         window_size: (left, right) in tokens: query i sees the keys from
             `i + seqlen_k - seqlen_q - left` to `i + seqlen_k - seqlen_q + right`. -1 or None is
             unbounded. `causal` sets right to 0.
-        softcap, alibi_slopes, s_aux: not implemented yet.
+        softcap: scaled scores become `softcap * tanh(score / softcap)`; 0 is none.
+        alibi_slopes: (nheads,) or (batch, nheads), fp32: `slope * distance` is subtracted from a
+            score, distance the tokens between the key and where the query stands
+            (arXiv:2108.12409).
+        s_aux: (nheads,), fp32 or q's dtype: a sink of each head, a logit that takes part in the
+            softmax's sum (and in the LSE) and has no value. `learnable_sink` is another name.
+        score_mod: a `@triton.jit` function `(score, batch, head, q_idx, kv_idx) -> score`, compiled
+            into the kernel and applied after softcap and ALiBi, before the mask. q_idx and kv_idx
+            are positions in the sequence: the last query has that of the last key. All arguments
+            broadcast against one another. It may return -inf, but nothing else that is not finite.
+            On the CPU it runs on tensors, with PyTorch's functions for those of `tl`.
+        score_mod_args: tensors that score_mod gets as a tuple, a sixth argument, and reads with
+            `tl.load(args[0] + index)`. What it reads there is its own responsibility.
         deterministic: accepted; the forward pass is always bitwise repeatable.
         return_attn_probs: return `(out, softmax_lse, None)` instead of `out`. Probabilities are
             never materialised; the third entry keeps flash-attn's shape of the result.
         out: tensor like q to write the result to, sharing no memory with q, k and v.
 
     Returns:
-        out, shaped like q, in q's dtype; with `return_attn_probs` also softmax_lse,
+        out, shaped like q (with v's head_dim), in q's dtype; with `return_attn_probs` also softmax_lse,
         (batch, nheads, seqlen_q) in fp32, natural logarithm. A query that sees no key gives 0
         and an LSE of -inf.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and what to do.
-        NotImplementedError: dropout, gradients and the arguments above.
+        NotImplementedError: dropout and gradients.
     """
+    s_aux = either("flash_attn_func", s_aux=s_aux, learnable_sink=learnable_sink)
+    del learnable_sink
     arguments = locals()
     result, lse = dispatch.run(problem.dense, arguments, NAMES)
     return (result, lse, None) if return_attn_probs else result
@@ -88,6 +107,10 @@ def flash_attn_varlen_func(
     *,
     seqused_k: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None,
+    score_mod: Any = None,
+    score_mod_args: tuple[torch.Tensor, ...] = (),
     num_splits: int = 0,
     out: torch.Tensor | None = None,
 ) -> Any:
@@ -107,9 +130,10 @@ def flash_attn_varlen_func(
             `max_seqlen_q` give 0, keys past `max_seqlen_k` are not seen.
         block_table: (batch, max_blocks), int32: key j of sequence b lies in page
             `block_table[b, j // page_size]`. Entries past a sequence's end may hold anything.
+            `page_table` is another name.
         seqused_k: (batch,), int32: keys of each sequence in use.
-        num_splits: 0 or 1; more is not implemented yet. With 1 a sequence gets the same bits
-            whatever else is in the batch.
+        num_splits: programs that share the keys of one sequence; 0 decides from the shapes. With
+            1 a sequence gets the same bits whatever else is in the batch.
 
     Returns:
         out, shaped like q; with `return_attn_probs` `(out, softmax_lse, None)` with softmax_lse
@@ -118,6 +142,10 @@ def flash_attn_varlen_func(
     Lengths and page numbers are clamped on the device to what the tensors hold: bad ones give a
     wrong answer, never an access outside the tensors. Nothing is read back to the host.
     """
+    name = "flash_attn_varlen_func"
+    s_aux = either(name, s_aux=s_aux, learnable_sink=learnable_sink)
+    block_table = either(name, block_table=block_table, page_table=page_table)
+    del name, page_table, learnable_sink
     arguments = locals()
     result, lse = dispatch.run(problem.varlen, arguments, NAMES)
     return (result, lse, None) if return_attn_probs else result
@@ -147,6 +175,10 @@ def flash_attn_with_kvcache(
     cu_seqlens_q: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     s_aux: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None,
+    score_mod: Any = None,
+    score_mod_args: tuple[torch.Tensor, ...] = (),
     fixed_split_size: int | None = None,
     out: torch.Tensor | None = None,
 ) -> Any:
@@ -155,23 +187,35 @@ def flash_attn_with_kvcache(
     Arguments not listed are those of `flash_attn_func`; so are dtypes, meaning and errors.
 
     Args:
-        q: (batch, seqlen_q, nheads, head_dim), any seqlen_q.
-        k_cache, v_cache: (batch, seqlen_cache, nheads_k, head_dim); with `block_table` the pages
+        q: (batch, seqlen_q, nheads, head_dim), any seqlen_q; with `cu_seqlens_q` packed,
+            (total_q, nheads, head_dim).
+        k_cache, v_cache: (batch, seqlen_cache, nheads_k, head_dim), or (batch_cache, ...) with
+            `cache_batch_idx`; with `block_table` the pages
             (num_blocks, page_size, nheads_k, head_dim), page_size 1 or more.
-        k, v: (batch, seqlen_new, nheads_k, head_dim), written to the caches at `cache_seqlens`
-            and then attended to. What does not fit into the cache is not
-            written. They must not share memory with the caches.
+        k, v: (batch, seqlen_new, nheads_k, head_dim), or (total_q, nheads_k, head_dim) beside
+            packed queries, written to the caches at `cache_seqlens` and then attended to. What
+            does not fit into the cache is not written. They must not share memory with the caches.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2), fp32 or q's dtype: the first
+            rotary_dim elements of k's and q's heads are rotated by where the token stands
+            (arXiv:2104.09864), queries from `cache_seqlens` on, all at `cache_seqlens` if neither
+            causal nor windowed. Positions past the table are rotated like its last.
+        rotary_interleaved: whether elements 0 and 1, 2 and 3, ... are rotated together, or those
+            of the two halves of rotary_dim.
         cache_seqlens: keys in use before k and v: an int, or (batch,) int32 on the device. It is
             not changed. None means the whole cache. 0 gives 0 and an LSE of -inf.
+        cache_batch_idx: (batch,), int32: the row of the caches that each sequence uses. One that
+            does not exist counts as empty.
+        cache_leftpad: (batch,), int32: the first key of each sequence that is in use.
         block_table: as in `flash_attn_varlen_func`.
+        cu_seqlens_q, max_seqlen_q: as in `flash_attn_varlen_func`: one call for sequences that
+            prefill and sequences that decode.
         num_splits: programs that share the keys of one sequence. 0 decides from the shapes, and
             shares the keys of large batches out evenly whatever their lengths. Any other number
             gives a sequence the same bits whatever else is in the batch.
         fixed_split_size: keys per program instead, rounded up to whole tiles (of at most 128
             keys). The same bits too, and parts that stay as they are while the sequence grows.
-        return_softmax_lse: return `(out, softmax_lse)`, softmax_lse (batch, nheads, seqlen_q).
-        rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, cu_seqlens_q, max_seqlen_q: not
-            implemented yet. `rotary_interleaved` has no effect without them.
+        return_softmax_lse: return `(out, softmax_lse)`, softmax_lse (batch, nheads, seqlen_q), or
+            (nheads, total_q).
 
     Returns:
         out, shaped like q, or `(out, softmax_lse)`.
@@ -179,6 +223,10 @@ def flash_attn_with_kvcache(
     No length or page number is read back to the host, so a call can be captured in a CUDA graph
     and replayed after `cache_seqlens` and `block_table` changed in place.
     """
+    name = "flash_attn_with_kvcache"
+    s_aux = either(name, s_aux=s_aux, learnable_sink=learnable_sink)
+    block_table = either(name, block_table=block_table, page_table=page_table)
+    del name, page_table, learnable_sink
     arguments = locals()
     result, lse = dispatch.run(problem.kvcache, arguments, CACHE_NAMES)
     return (result, lse) if return_softmax_lse else result

@@ -7,7 +7,8 @@ out the keys that are in use, sequence by sequence, and to say who sees whom.
 import torch
 import torch.nn.functional as F
 
-from .problem import Problem
+from . import language
+from .problem import Problem, Rotary
 from .refusals import overlaps_itself
 
 
@@ -19,10 +20,15 @@ def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
     )
     if p.k_new is not None:
         _append(p)
-    lengths = (p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_k, p.block_table)
+    if p.rotary is not None:
+        p = p._replace(q=_rotated_queries(p))
+    lengths = (
+        p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_k, p.block_table, p.cache_batch_idx,
+        p.cache_leftpad,
+    )  # fmt: skip
     if all(x is None for x in lengths):
         k, v = p.k[:, : p.seqlen_k], p.v[:, : p.seqlen_k]
-        result, result_lse = _attention(p, p.q, k, v)
+        result, result_lse = _attention(p, p.q, k, v, 0)
         out.copy_(result)
         if lse is not None:
             lse.copy_(result_lse)
@@ -37,8 +43,8 @@ def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
         else:
             rows = slice(rows.start, min(rows.stop, rows.start + p.seqlen_q))
             q, out_b, lse_b = p.q[rows], out[rows], None if lse is None else lse[:, rows]
-        k, v = _keys(p, b)
-        result, result_lse = _attention(p, q[None], k[None], v[None])
+        k, v, pad = _keys(p, b)
+        result, result_lse = _attention(p, q[None], k[None], v[None], b, pad)
         out_b.copy_(result[0])
         if lse_b is not None:
             lse_b.copy_(result_lse[0])
@@ -46,33 +52,67 @@ def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _attention(
-    p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    p: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: int, pad: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, Sq, H, D), (B, Sk, Hk, D) -> out (B, Sq, H, D), LSE (B, H, Sq), empty if not wanted."""
+    """(B, Sq, H, D), (B, Sk, Hk, D) -> out (B, Sq, H, Dv), LSE (B, H, Sq), empty if not wanted.
+
+    b is the number of the first sequence; keys before `pad` are not there.
+    """
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     if overlaps_itself(q):  # SDPA lays its output out like q, which then overwrites itself
         q = q.contiguous()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not seqlen_k or not q.numel():
         empty = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device="cpu")
-        return torch.zeros_like(q).transpose(1, 2), empty
-    skipped = max(0, seqlen_k - seqlen_q - p.left) if p.left >= 0 else 0
+        return q.new_zeros((*q.shape[:3], v.shape[3])).transpose(1, 2), empty
+    skipped = max(pad, seqlen_k - seqlen_q - p.left) if p.left >= 0 else 0
     k, v = k[:, :, skipped:], v[:, :, skipped:]  # what lies before every window
     seen = _seen(p, seqlen_q, seqlen_k, skipped)
-    grouped = q.shape[1] != k.shape[1]
-    result = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, scale=p.softmax_scale, enable_gqa=grouped
-    )
-    if seen is not None:
-        result = result.masked_fill(~seen.any(-1, keepdim=True), 0.0)
-    lse = q.new_empty(0)
-    if p.need_lse:
-        heads = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = (q.float() @ heads.float().transpose(-1, -2)) * p.softmax_scale
+    plain = not p.scores.changed and p.scores.s_aux is None
+    if plain and k.shape[2]:
+        result = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=p.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         if seen is not None:
-            scores = scores.masked_fill(~seen, float("-inf"))
-        lse = scores.logsumexp(-1)
-    return result.transpose(1, 2), lse
+            result = result.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+        if not p.need_lse:
+            return result.transpose(1, 2), q.new_empty(0)
+    scores = q.float() @ _to_heads(k, q).float().mT * p.softmax_scale
+    scores = _changed(p, scores, b, seqlen_k - seqlen_q, skipped)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
+    lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(q.shape[:3], float("-inf"))
+    if plain and k.shape[2]:
+        return result.transpose(1, 2), lse
+    empty = lse == float("-inf")
+    if p.scores.s_aux is not None:
+        sink = p.scores.s_aux.float()[:, None]
+        lse = torch.logaddexp(lse, sink).masked_fill(empty, float("-inf"))
+    weights = (scores - lse.masked_fill(empty, 0.0)[..., None]).exp()
+    return (weights @ _to_heads(v, q).float()).to(q.dtype).transpose(1, 2), lse
+
+
+def _to_heads(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KV heads of x (B, Hk, S, D) repeated for the query heads they serve."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def _changed(p: Problem, s: torch.Tensor, b: int, diagonal: int, skipped: int) -> torch.Tensor:
+    """Scores (B, H, Sq, Sk) after soft cap, ALiBi and score_mod."""
+    batch, nheads, seqlen_q, keys = s.shape
+    numbers = torch.arange(b, b + batch, device="cpu")[:, None, None, None]
+    heads = torch.arange(nheads, device="cpu")[:, None, None]
+    i = torch.arange(diagonal, diagonal + seqlen_q, device="cpu")[:, None]
+    j = torch.arange(skipped, skipped + keys, device="cpu")
+    softcap, slopes, score_mod, aux, _ = p.scores
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    if slopes is not None:
+        slopes = slopes if slopes.dim() == 1 else slopes[b : b + batch, :]
+        s = s - slopes[..., None, None] * (i - j).abs()
+    if score_mod is not None:
+        s = language.call(score_mod, s, numbers, heads, i, j, *([aux] if aux else []))
+    return s
 
 
 def _seen(p: Problem, seqlen_q: int, seqlen_k: int, skipped: int) -> torch.Tensor | None:
@@ -98,9 +138,20 @@ def _rows(b: int, cu_seqlens: torch.Tensor | None, x: torch.Tensor) -> slice:
     return slice(start, min(max(int(cu_seqlens[b + 1]), start), total))
 
 
-def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """k, v (length, nheads_k, head_dim) of sequence b in use; zeros on a page that isn't there."""
-    length = p.seqlen_k
+def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """k, v (length, nheads_k, head_dim) of sequence b in use; zeros on a page that isn't there.
+    The third is the first of them that is there.
+    """
+    k, v = _keys_in_use(p, b)
+    pad = 0
+    if p.cache_leftpad is not None:
+        pad = min(max(int(p.cache_leftpad[b]), 0), k.shape[0])
+    return k, v, pad
+
+
+def _keys_in_use(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All keys of sequence b, from the first of its cache."""
+    length, row = p.seqlen_k, b
     if p.cu_seqlens_k is not None:
         start, end = int(p.cu_seqlens_k[b]), int(p.cu_seqlens_k[b + 1])
         if not p.page_size:
@@ -108,14 +159,18 @@ def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
             start, end = rows.start, rows.stop
         length = min(max(end - start, 0), length)
     if p.seqused_k is not None:
-        length = min(min(max(int(p.seqused_k[b]), 0), length) + p.appended, length)
+        appended = _tokens(p, b) if p.appended < 0 else p.appended
+        length = min(min(max(int(p.seqused_k[b]), 0), length) + appended, length)
+    if p.cache_batch_idx is not None:
+        row = int(p.cache_batch_idx[b])
+        if not 0 <= row < p.k.shape[0]:
+            row, length = 0, 0
     if not p.page_size:
         if p.cu_seqlens_k is not None:
             return p.k[start : start + length], p.v[start : start + length]
-        return p.k[b, :length], p.v[b, :length]
+        return p.k[row, :length], p.v[row, :length]
     if not p.k.shape[0]:  # no page at all
-        shape = (length, *p.k.shape[2:])
-        return p.k.new_zeros(shape), p.v.new_zeros(shape)
+        return p.k.new_zeros(length, *p.k.shape[2:]), p.v.new_zeros(length, *p.v.shape[2:])
     j = torch.arange(length, device="cpu")
     page, slot, real = _locate(p, torch.full_like(j, b), j)
     missing = ~real[:, None, None]
@@ -132,20 +187,62 @@ def _locate(
     return page.where(real, 0), j % p.page_size, real
 
 
+def _tokens(p: Problem, b: int) -> int:
+    """Queries of sequence b."""
+    if p.cu_seqlens_q is None:
+        return p.seqlen_q
+    rows = _rows(b, p.cu_seqlens_q, p.q)
+    return min(rows.stop - rows.start, p.seqlen_q)
+
+
+def _starts(p: Problem) -> torch.Tensor:
+    """(batch,): where the new keys of each sequence go."""
+    if p.seqused_k is None:
+        return torch.full((p.batch,), p.seqlen_k - p.appended, device="cpu")
+    return p.seqused_k.clamp(0, p.seqlen_k)
+
+
 def _append(p: Problem) -> None:
     """Write k_new and v_new into the caches, where they fit."""
     assert p.k_new is not None and p.v_new is not None
-    if p.seqused_k is None:
-        start = torch.full((p.batch,), p.seqlen_k - p.appended, device="cpu")
+    for b, start in enumerate(_starts(p).tolist()):
+        packed = p.cu_seqlens_q is not None
+        first = _rows(b, p.cu_seqlens_q, p.q).start if packed else 0
+        count = min(_tokens(p, b) if packed else p.appended, p.seqlen_k - start)
+        k, v = (x[first : first + count] if packed else x[b, :count] for x in (p.k_new, p.v_new))
+        j = torch.arange(start, start + count, device="cpu")
+        if p.rotary is not None:
+            k = _rotated(p.rotary, k, j)
+        page, slot, real = torch.full_like(j, b), j, torch.ones_like(j, dtype=torch.bool)
+        if p.page_size:
+            page, slot, real = _locate(p, page, j)
+        elif p.cache_batch_idx is not None:
+            page = p.cache_batch_idx[page].long()
+            real = (page >= 0) & (page < p.k.shape[0])
+        p.k[page[real], slot[real]] = k[real]
+        p.v[page[real], slot[real]] = v[real]
+
+
+def _rotated_queries(p: Problem) -> torch.Tensor:
+    assert p.rotary is not None
+    q = p.q.clone()
+    for b, start in enumerate(_starts(p).tolist()):
+        mine = q[b] if p.cu_seqlens_q is None else q[_rows(b, p.cu_seqlens_q, q)]
+        t = torch.arange(mine.shape[0], device="cpu") * p.rotary.moving
+        mine.copy_(_rotated(p.rotary, mine, start + t))
+    return q
+
+
+def _rotated(rotary: Rotary, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """x (tokens, heads, head_dim) of tokens at these positions."""
+    rows = position.clamp(0, rotary.cos.shape[0] - 1)
+    cos, sin = (table[rows][:, None].float() for table in (rotary.cos, rotary.sin))
+    half = cos.shape[-1]
+    turned = x[..., : 2 * half].float()
+    if rotary.interleaved:
+        one, two = turned[..., ::2], turned[..., 1::2]
     else:
-        start = p.seqused_k.clamp(0, p.seqlen_k)
-    j = start[:, None] + torch.arange(p.appended, device="cpu")
-    b, t = torch.nonzero(j < p.seqlen_k, as_tuple=True)
-    j = j[b, t]
-    if p.page_size:
-        page, slot, real = _locate(p, b, j)
-        page, slot, b, t = page[real], slot[real], b[real], t[real]
-    else:
-        page, slot = b, j
-    p.k[page, slot] = p.k_new[b, t]
-    p.v[page, slot] = p.v_new[b, t]
+        one, two = turned[..., :half], turned[..., half:]
+    pair = (one * cos - two * sin, two * cos + one * sin)
+    turned = torch.stack(pair, -1).flatten(-2) if rotary.interleaved else torch.cat(pair, -1)
+    return torch.cat([turned.to(x.dtype), x[..., 2 * half :]], -1)

@@ -39,6 +39,9 @@ class Recipe(NamedTuple):
     lse_shape: tuple[int, ...] | None
     temporaries: tuple[int, int]  # elements of what split keys leave: parts, owners
     draws: bool = False  # programs draw their work from a counter
+    head_dim: int = 0  # of the result
+    rotates: bool = False  # the queries, to a tensor of their own
+    clears: bool = False  # rows that no program writes
 
 
 _recipes: dict[Hashable, Recipe] = {}
@@ -78,7 +81,8 @@ def run(describe: Callable[..., Problem], arguments: Arguments, names: Arguments
 def _keep_apart(function: str, arguments: Arguments) -> None:
     """Refuse an out that shares memory with any other tensor."""
     if arguments["out"] is not None:
-        others = (x for name, x in arguments.items() if name != "out")
+        others = [x for name, x in arguments.items() if name != "out"]
+        others += arguments["score_mod_args"]
         inputs = [x for x in others if isinstance(x, torch.Tensor)]
         refusals.apart(function, arguments["out"], *inputs)
 
@@ -99,16 +103,20 @@ def _signature(describe: Callable[..., Problem], arguments: Arguments) -> Hashab
                 add(kind)
                 add(x)
             elif kind is tuple:
-                add(x)
                 for y in x:
-                    if type(y) not in PLAIN:
+                    if isinstance(y, torch.Tensor):
+                        key += (type(y), y.dtype, y.device)
+                    elif type(y) in PLAIN:
+                        key += (type(y), y)
+                    else:
                         return None
-                    add(type(y))
             elif isinstance(x, torch.Tensor):
                 shape = x.shape
                 if not shape or (grad and x.requires_grad) or x.is_neg():
                     return None  # a length to be read, or to be refused
                 key += (kind, x.dtype, x.device, shape, x.stride())
+            elif hasattr(x, "arg_names"):  # a score_mod, compiled in
+                add(x)
             else:
                 return None
         signature = tuple(key)
@@ -132,11 +140,14 @@ def _recipe(p: Problem) -> Recipe:
     out = p.new_out()
     lse = None if p.lse_shape is None else torch.empty(p.lse_shape, device="meta")
     launches = append.launches(p)
-    temporaries, draws = (0, 0), False
+    if p.rotary is not None:
+        p = p._replace(q=empty_out(p.q, p.q.shape[-1]))
+    temporaries, draws, clears = (0, 0), False, False
     if not out.numel():
         pass
     elif plan.decodes(p):
         decoding = plan.decode(p, gpu)
+        clears = p.cu_seqlens_q is not None
         temporaries = decode.temporaries(p, decoding)
         launches.append(decode.launch(p, out, lse, decoding))
         if temporaries[0]:
@@ -149,7 +160,10 @@ def _recipe(p: Problem) -> Recipe:
 
             launches[-1] = forward_hopper.launch(p, out, lse, hopper, otherwise=launches[-1])
             draws = True
-    return Recipe(p.function, launches, p.lse_shape, temporaries, draws)
+    return Recipe(
+        p.function, launches, p.lse_shape, temporaries, draws, p.v.shape[-1],
+        p.rotary is not None, clears,
+    )  # fmt: skip
 
 
 def _follow(recipe: Recipe, arguments: Arguments, names: Arguments) -> Result:
@@ -164,10 +178,15 @@ def _follow(recipe: Recipe, arguments: Arguments, names: Arguments) -> Result:
         tensors["seqused_k"] = None  # an int, known to the launches
     out, lse = arguments["out"], None
     if out is None:
-        out = tensors["out"] = empty_out(q)
+        out = tensors["out"] = empty_out(q, recipe.head_dim)
     if recipe.lse_shape is not None:
         lse = torch.empty(recipe.lse_shape, dtype=torch.float32, device=q.device)
         tensors["lse"] = lse
+    if recipe.clears:
+        out.zero_()
+        if lse is not None:
+            lse.fill_(float("-inf"))
+    tensors["aux"] = tuple(arguments["score_mod_args"]) or None
     parts, owners = recipe.temporaries
     if parts:
         tensors["parts"] = torch.empty(parts, dtype=torch.float32, device=q.device)
@@ -175,6 +194,8 @@ def _follow(recipe: Recipe, arguments: Arguments, names: Arguments) -> Result:
         tensors["owners"] = torch.empty(owners, dtype=torch.int32, device=q.device)
     if recipe.draws:
         tensors["counter"] = _counter(q.device)
+    if recipe.rotates:
+        tensors["given_q"], tensors["q"] = q, empty_out(q, q.shape[-1])
     for launch in recipe.launches:
         launch(tensors)
     return out, lse
@@ -198,6 +219,7 @@ def _counter(device: torch.device) -> torch.Tensor:
     return _counters[key]
 
 
-NOTHING = dict.fromkeys(
-    ("lse", "parts", "owners", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table")
-)
+NOTHING = dict.fromkeys((
+    "lse", "parts", "owners", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table",
+    "cache_batch_idx", "cache_leftpad", "nothing",
+))  # fmt: skip

@@ -151,7 +151,7 @@ L2_BYTES = 32 << 20
 
 def forward(p: Problem, gpu: Gpu) -> Forward:
     """The launch of the forward kernel for a call."""
-    head_dim = p.q.shape[-1]
+    head_dim = max(p.q.shape[-1], p.v.shape[-1])
     tiles = forward_tiles(gpu.arch, head_dim, p.windowed, p.page_size, p.cu_seqlens_q is not None)
     return Forward(tiles, *_work(p, tiles.block_m))
 
@@ -191,6 +191,8 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     nheads, head_dim = p.q.shape[-2:]
     if PORTABLE or gpu.arch != 90 or head_dim % 8 or not 32 < head_dim <= 256:
         return None
+    if p.v.shape[-1] != head_dim or p.cache_batch_idx is not None or p.cache_leftpad is not None:
+        return None
     tiles = HOPPER_TILES[size_class(head_dim)]
     keys, many = p.seqlen_k, MANY_KEYS
     if p.right >= 0:
@@ -227,9 +229,15 @@ DECODE_SEQLEN_Q = 16
 
 
 def decodes(p: Problem) -> bool:
-    """Whether a call is the decode kernel's: not packed, few queries or parts asked for."""
-    packed = p.cu_seqlens_q is not None or p.cu_seqlens_k is not None
-    return not packed and (p.seqlen_q <= DECODE_SEQLEN_Q or p.num_splits > 1 or p.split_size > 0)
+    """Whether a call is the decode kernel's: few queries or parts asked for.
+
+    Packed queries can be few by chance: with num_splits=1, which promises the same bits in any
+    batch, they stay with the forward kernel, and so do packed keys, which are of a prefill.
+    """
+    few = p.seqlen_q <= DECODE_SEQLEN_Q
+    if p.cu_seqlens_q is not None:
+        few = few and p.num_splits == 0 and (p.cu_seqlens_k is None or p.page_size > 0)
+    return p.seqlen_q > 0 and (few or p.num_splits > 1 or p.split_size > 0)
 
 
 class DecodeChoice(NamedTuple):
@@ -304,7 +312,7 @@ SMALL_WORK = 512 << 10
 
 def decode(p: Problem, gpu: Gpu) -> Decode:
     """The launch of the decode kernel for a call."""
-    nheads, head_dim = p.q.shape[-2:]
+    nheads, head_dim = p.q.shape[-2], max(p.q.shape[-1], p.v.shape[-1])
     nheads_k = p.k.shape[-2]
     rows = p.seqlen_q * (nheads // nheads_k)
     wide, narrow = decode_tiles(gpu.arch, head_dim, rows)

@@ -8,7 +8,31 @@ from typing import Any, NamedTuple
 import torch
 
 from . import refusals as check
-from .refusals import later, refuse
+from .refusals import refuse
+
+
+class Scores(NamedTuple):
+    """What becomes of scores between their scale and the mask, in this order."""
+
+    softcap: float = 0.0  # 0: none
+    alibi_slopes: torch.Tensor | None = None  # (nheads,) or (batch, nheads), fp32
+    score_mod: Any = None  # a function, @triton.jit on a GPU
+    aux: tuple[torch.Tensor, ...] | None = None  # tensors it is handed too
+    s_aux: torch.Tensor | None = None  # (nheads,): logits in the denominator alone
+
+    @property
+    def changed(self) -> bool:
+        """Whether scores are more than scaled."""
+        return self.softcap > 0 or self.alibi_slopes is not None or self.score_mod is not None
+
+
+class Rotary(NamedTuple):
+    """Rotation of q and of new keys by where they stand."""
+
+    cos: torch.Tensor  # (positions, rotary_dim / 2)
+    sin: torch.Tensor
+    interleaved: bool  # pairs (0, 1), (2, 3), ... instead of halves
+    moving: bool  # query t stands t tokens after the first; else all stand there
 
 
 class Problem(NamedTuple):
@@ -17,18 +41,18 @@ class Problem(NamedTuple):
     function: str
     q: torch.Tensor  # (batch, seqlen_q, nheads, head_dim), packed (total_q, nheads, head_dim)
     k: torch.Tensor  # like q with nheads_k; paged (num_blocks, page_size, nheads_k, head_dim)
-    v: torch.Tensor
+    v: torch.Tensor  # like k, with a head_dim of its own
     out: torch.Tensor | None  # the caller's
     cu_seqlens_q: torch.Tensor | None  # (batch + 1,): q is packed
     cu_seqlens_k: torch.Tensor | None  # (batch + 1,): k is packed, or key lengths if paged
     seqused_k: torch.Tensor | None  # (batch,): keys in use before any are appended
     block_table: torch.Tensor | None  # (batch, max_blocks): k and v are paged
-    k_new: torch.Tensor | None  # (batch, appended, nheads_k, head_dim)
+    k_new: torch.Tensor | None  # (batch, appended, nheads_k, head_dim), or packed like q
     v_new: torch.Tensor | None
     batch: int
     seqlen_q: int  # upper bound of the query lengths
     seqlen_k: int  # upper bound of the key lengths, what is appended included
-    appended: int
+    appended: int  # -1: as many tokens as a sequence has queries
     page_size: int  # 0 unless paged
     softmax_scale: float
     left: int
@@ -37,10 +61,14 @@ class Problem(NamedTuple):
     split_size: int  # keys of a part, 0 where num_splits decides
     need_lse: bool
     windowed: bool  # a left bound was asked for, whether or not it can cut
+    scores: Scores = Scores()
+    cache_batch_idx: torch.Tensor | None = None  # (batch,): rows of a dense cache
+    cache_leftpad: torch.Tensor | None = None  # (batch,): the first key in use
+    rotary: Rotary | None = None
 
     def new_out(self) -> torch.Tensor:
         """The caller's out, or a new one."""
-        return empty_out(self.q) if self.out is None else self.out
+        return empty_out(self.q, self.v.shape[-1]) if self.out is None else self.out
 
     @property
     def lse_shape(self) -> tuple[int, ...] | None:
@@ -52,8 +80,10 @@ class Problem(NamedTuple):
         return (nheads, self.q.shape[0]) if packed else (self.batch, nheads, self.seqlen_q)
 
 
-def empty_out(q: torch.Tensor) -> torch.Tensor:
+def empty_out(q: torch.Tensor, head_dim: int) -> torch.Tensor:
     """A new output for q: its layout, but head_dim contiguous even if q overlaps itself."""
+    if head_dim != q.shape[-1]:
+        return q.new_empty((*q.shape[:-1], head_dim))
     out = torch.empty_like(q)
     if out.stride(-1) != 1:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -63,7 +93,7 @@ def empty_out(q: torch.Tensor) -> torch.Tensor:
 def dense(
     q: Any, k: Any, v: Any, dropout_p: Any, softmax_scale: Any, causal: Any,
     window_size: Any, softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any,
-    s_aux: Any, out: Any,
+    s_aux: Any, score_mod: Any, score_mod_args: Any, out: Any,
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_func(...)`."""
     function = "flash_attn_func"
@@ -72,18 +102,17 @@ def dense(
         refuse(ValueError, function, "k", f"batch {q.shape[0]}, as q", k.shape[0])
     check.dropout(function, dropout_p)
     check.flags(function, deterministic=deterministic, return_attn_probs=return_attn_probs)
-    check.softcap(function, softcap)
-    check.absent(function, alibi_slopes=alibi_slopes, s_aux=s_aux)
-    check.differentiable(function, q, k, v, out)
-    check.out(function, out, q)
     batch, seqlen_q, _, head_dim = q.shape
+    scores = _scores(function, q, batch, softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
+    check.differentiable(function, q, k, v, out, alibi_slopes, s_aux)
+    check.out(function, out, q, v.shape[-1])
     seqlen_k = check.bounded(function, "k", k.shape[1])
     check.bounded(function, "q", seqlen_q)
     left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
     scale = check.scale(function, softmax_scale, head_dim)
     return Problem(
         function, q, k, v, out, None, None, None, None, None, None,
-        batch, seqlen_q, seqlen_k, 0, 0, scale, left, right, 0, 0, return_attn_probs, asked,
+        batch, seqlen_q, seqlen_k, 0, 0, scale, left, right, 0, 0, return_attn_probs, asked, scores,
     )  # fmt: skip
 
 
@@ -91,16 +120,12 @@ def varlen(
     q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any,
     max_seqlen_k: Any, dropout_p: Any, softmax_scale: Any, causal: Any, window_size: Any,
     softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any, block_table: Any,
-    seqused_k: Any, s_aux: Any, num_splits: Any, out: Any,
+    seqused_k: Any, s_aux: Any, score_mod: Any, score_mod_args: Any, num_splits: Any, out: Any,
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_varlen_func(...)`."""
     function = "flash_attn_varlen_func"
     check.qkv(function, q, k, v, "k v", 3, block_table is not None)
-    check.index_tensor(function, "cu_seqlens_q", cu_seqlens_q, q, (None,))
-    batch = cu_seqlens_q.shape[0] - 1
-    if batch < 0 or (batch == 0 and q.shape[0] > 0):
-        wanted = "batch + 1 entries, starting at 0"
-        refuse(ValueError, function, "cu_seqlens_q", wanted, f"{batch + 1} for {q.shape[0]} tokens")
+    batch = _packed(function, cu_seqlens_q, q)
     if cu_seqlens_k is not None:
         check.index_tensor(function, "cu_seqlens_k", cu_seqlens_k, q, (batch + 1,))
     elif block_table is None or seqused_k is None:
@@ -120,19 +145,16 @@ def varlen(
         seqlen_k = min(seqlen_k, capacity)
     check.dropout(function, dropout_p)
     check.flags(function, deterministic=deterministic, return_attn_probs=return_attn_probs)
-    check.softcap(function, softcap)
-    check.absent(function, alibi_slopes=alibi_slopes, s_aux=s_aux)
+    scores = _scores(function, q, batch, softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
     splits = check.splits(function, num_splits)
-    if splits > 1:
-        later(function, "num_splits", "0 or 1")
-    check.differentiable(function, q, k, v, out)
-    check.out(function, out, q)
+    check.differentiable(function, q, k, v, out, alibi_slopes, s_aux)
+    check.out(function, out, q, v.shape[-1])
     left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
     scale = check.scale(function, softmax_scale, q.shape[-1])
     return Problem(
         function, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, None, None,
         batch, seqlen_q, seqlen_k, 0, page_size, scale, left, right, splits, 0, return_attn_probs,
-        asked,
+        asked, scores,
     )  # fmt: skip
 
 
@@ -141,34 +163,45 @@ def kvcache(
     rotary_sin: Any, cache_seqlens: Any, cache_batch_idx: Any, cache_leftpad: Any, block_table: Any,
     softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, rotary_interleaved: Any,
     alibi_slopes: Any, num_splits: Any, return_softmax_lse: Any, cu_seqlens_q: Any,
-    max_seqlen_q: Any, s_aux: Any, fixed_split_size: Any, out: Any,
+    max_seqlen_q: Any, s_aux: Any, score_mod: Any, score_mod_args: Any, fixed_split_size: Any,
+    out: Any,
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_with_kvcache(...)`."""
     function = "flash_attn_with_kvcache"
-    check.qkv(function, q, k_cache, v_cache, "k_cache v_cache", 4, block_table is not None)
-    if cache_batch_idx is not None and block_table is not None:
-        refuse(
-            ValueError, function, "cache_batch_idx", "None with a block_table", "both", "drop one"
-        )
-    check.absent(
-        function, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_leftpad=cache_leftpad,
-        cache_batch_idx=cache_batch_idx, alibi_slopes=alibi_slopes, s_aux=s_aux,
-        cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
-    )  # fmt: skip
+    packed = cu_seqlens_q is not None
+    names = "k_cache v_cache"
+    check.qkv(function, q, k_cache, v_cache, names, 3 if packed else 4, block_table is not None, 4)
+    if packed:
+        batch = _packed(function, cu_seqlens_q, q)
+        wanted = check.length(function, "max_seqlen_q", max_seqlen_q)
+        seqlen_q, head_dim = min(wanted, check.bounded(function, "q", q.shape[0])), q.shape[-1]
+    else:
+        if max_seqlen_q is not None:
+            hint = "it belongs to packed queries"
+            got = check.kind_of(max_seqlen_q)
+            refuse(ValueError, function, "max_seqlen_q", "None without cu_seqlens_q", got, hint)
+        batch, seqlen_q, _, head_dim = q.shape
     check.flags(
         function, rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse
     )
-    check.softcap(function, softcap)
+    scores = _scores(function, q, batch, softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
     splits = check.splits(function, num_splits)
     split_size = check.split_size(function, fixed_split_size, splits)
-    batch, seqlen_q, _, head_dim = q.shape
+    if cache_batch_idx is not None:
+        check.index_tensor(function, "cache_batch_idx", cache_batch_idx, q, (batch,))
+        if block_table is not None:
+            name, wanted = "cache_batch_idx", "None with a block_table"
+            refuse(ValueError, function, name, wanted, "both", "drop one")
+    if cache_leftpad is not None:
+        check.index_tensor(function, "cache_leftpad", cache_leftpad, q, (batch,))
     if block_table is not None:
         page_size, capacity = _pages(function, block_table, batch, q, k_cache)
     else:
         page_size, capacity = 0, check.bounded(function, "k_cache", k_cache.shape[1])
-        if k_cache.shape[0] != batch:
-            refuse(ValueError, function, "k_cache", f"batch {batch}, as q", k_cache.shape[0])
-    appended = _append(function, q, k_cache, v_cache, k, v, cache_seqlens)
+        if k_cache.shape[0] != batch and cache_batch_idx is None:
+            hint = "cache_batch_idx says which rows of a larger cache to use"
+            refuse(ValueError, function, "k_cache", f"batch {batch}", k_cache.shape[0], hint)
+    appended = _append(function, q, k_cache, v_cache, k, v, cache_seqlens, packed)
     if appended > capacity:
         refuse(ValueError, function, "k", f"at most the cache's {capacity} tokens", appended)
     seqused, seqlen_k = None, capacity
@@ -177,20 +210,68 @@ def kvcache(
         seqused = cache_seqlens
     elif cache_seqlens is not None:
         wanted = "an int or an int32 torch.Tensor"
-        seqlen_k = appended + check.length(function, "cache_seqlens", cache_seqlens, wanted)
+        seqlen_k = check.length(function, "cache_seqlens", cache_seqlens, wanted)
+        if appended < 0:
+            name, wanted = "cache_seqlens", "a tensor where packed keys are appended"
+            refuse(TypeError, function, name, wanted, "an int")
+        seqlen_k += appended
         if seqlen_k > capacity:
             hint = "the keys to append count too" if appended else ""
             wanted = f"at most the cache's {capacity} tokens"
             refuse(ValueError, function, "cache_seqlens", wanted, seqlen_k, hint)
-    check.differentiable(function, q, k_cache, v_cache, k, v, out)
-    check.out(function, out, q)
+    check.differentiable(function, q, k_cache, v_cache, k, v, out, alibi_slopes, s_aux)
+    check.out(function, out, q, v_cache.shape[-1])
     left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
+    rotary = _rotary(function, q, rotary_cos, rotary_sin, rotary_interleaved, k is not None)
+    if rotary is not None:
+        windows = any(w not in (None, -1) for w in window_size)
+        rotary = rotary._replace(moving=causal or windows)
+    if cache_leftpad is not None:  # what stands before it lies outside of a window
+        left, asked = seqlen_k if left < 0 else left, True
     scale = check.scale(function, softmax_scale, head_dim)
     return Problem(
-        function, q, k_cache, v_cache, out, None, None, seqused, block_table, k, v,
+        function, q, k_cache, v_cache, out, cu_seqlens_q, None, seqused, block_table, k, v,
         batch, seqlen_q, seqlen_k, appended, page_size, scale, left, right, splits, split_size,
-        return_softmax_lse, asked,
+        return_softmax_lse, asked, scores, cache_batch_idx, cache_leftpad, rotary,
     )  # fmt: skip
+
+
+def _packed(function: str, cu_seqlens_q: Any, q: torch.Tensor) -> int:
+    """The batch that cu_seqlens_q describes."""
+    check.index_tensor(function, "cu_seqlens_q", cu_seqlens_q, q, (None,))
+    batch = cu_seqlens_q.shape[0] - 1
+    if batch < 0 or (batch == 0 and q.shape[0] > 0):
+        wanted = "batch + 1 entries, starting at 0"
+        refuse(ValueError, function, "cu_seqlens_q", wanted, f"{batch + 1} for {q.shape[0]} tokens")
+    return int(batch)
+
+
+def _scores(
+    function: str, q: torch.Tensor, batch: int, softcap: Any, alibi_slopes: Any, score_mod: Any,
+    score_mod_args: Any, s_aux: Any,
+) -> Scores:  # fmt: skip
+    """What the arguments make of scores."""
+    check.score_mod(function, score_mod, score_mod_args, q)
+    nheads = q.shape[-2]
+    if alibi_slopes is not None:
+        shapes = ((nheads,), (batch, nheads))
+        check.per_head(function, "alibi_slopes", alibi_slopes, q, shapes, (torch.float32,))
+    if s_aux is not None:
+        check.per_head(function, "s_aux", s_aux, q, ((nheads,),), (torch.float32, q.dtype))
+    cap = check.softcap(function, softcap)
+    return Scores(cap, alibi_slopes, score_mod, tuple(score_mod_args) or None, s_aux)
+
+
+def _rotary(
+    function: str, q: torch.Tensor, cos: Any, sin: Any, interleaved: bool, appends: bool
+) -> Rotary | None:
+    if cos is None and sin is None:
+        return None
+    if not appends:
+        refuse(ValueError, function, "rotary_cos", "k and v to append", "none", "rotate q yourself")
+    for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
+        check.rotary(function, name, x, q, cos)
+    return Rotary(cos, sin, interleaved, False)
 
 
 def _pages(
@@ -206,20 +287,21 @@ def _pages(
 
 def _append(
     function: str, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
-    k: Any, v: Any, cache_seqlens: Any,
+    k: Any, v: Any, cache_seqlens: Any, packed: bool,
 ) -> int:  # fmt: skip
-    """Number of tokens that k and v append to every sequence."""
+    """Number of tokens that k and v append to every sequence; -1: as many as it has queries."""
     if (k is None) != (v is None):
         name = "v" if v is None else "k"
         refuse(ValueError, function, name, "k and v together", "one of them", "pass both or none")
     if k is None:
         return 0
-    check.tensor(function, "k", k, 4, q)
-    check.tensor(function, "v", v, 4, q)
-    wanted = (q.shape[0], k.shape[1], *k_cache.shape[-2:])
-    for name, x in (("k", k), ("v", v)):
+    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        check.tensor(function, name, x, 3 if packed else 4, q)
+        tokens = () if packed else (k.shape[1],)
+        wanted = (q.shape[0], *tokens, *cache.shape[-2:])
         if tuple(x.shape) != wanted:
-            refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape))
+            hint = "a packed sequence brings a key for each query" if packed else ""
+            refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape), hint)
     if cache_seqlens is None:
         hint = "it says where the new keys go"
         refuse(ValueError, function, "cache_seqlens", "lengths when k, v are given", "None", hint)
@@ -227,4 +309,4 @@ def _append(
         if check.overlaps_itself(x):
             hint = "an expanded cache can't be written"
             refuse(ValueError, function, name, "memory of its own", f"strides {x.stride()}", hint)
-    return int(k.shape[1])
+    return -1 if packed else int(k.shape[1])

@@ -137,11 +137,12 @@ def flags(function: str, **arguments: Any) -> None:
             refuse(TypeError, function, name, "a bool", kind_of(x))
 
 
-def absent(function: str, **arguments: Any) -> None:
-    """Arguments that no kernel has yet."""
-    for name, x in arguments.items():
-        if x is not None:
-            later(function, name, "None")
+def either(function: str, **arguments: Any) -> Any:
+    """The value of an argument that has two names."""
+    (name, x), (other, y) = arguments.items()
+    if x is not None and y is not None:
+        refuse(TypeError, function, other, f"None beside {name}", "both", "they are one argument")
+    return y if x is None else x
 
 
 def real(function: str, name: str, x: Any) -> float:
@@ -172,11 +173,68 @@ def scale(function: str, softmax_scale: Any, head_dim: int) -> float:
     return real(function, "softmax_scale", softmax_scale)
 
 
-def softcap(function: str, softcap: Any) -> None:
-    if real(function, "softcap", softcap) < 0:
-        refuse(ValueError, function, "softcap", "softcap >= 0", softcap)
-    if softcap:
-        later(function, "softcap", "0.0")
+def softcap(function: str, softcap: Any) -> float:
+    """The cap, 0 for none."""
+    cap = real(function, "softcap", softcap)
+    if cap < 0 or 0 < cap < 1e-6:
+        refuse(ValueError, function, "softcap", "0 (none) or 1e-6 and more", softcap)
+    return cap
+
+
+def score_mod(function: str, score_mod: Any, extra: Any, q: torch.Tensor) -> None:
+    """A function that is or can be compiled, and tensors for it."""
+    if score_mod is not None:
+        compiled = hasattr(score_mod, "fn") and hasattr(score_mod, "arg_names")
+        if not (compiled or (q.device.type == "cpu" and callable(score_mod))):
+            hint = "decorate it with @triton.jit"
+            refuse(TypeError, function, "score_mod", "a function", kind_of(score_mod), hint)
+    if not isinstance(extra, (tuple, list)):
+        refuse(TypeError, function, "score_mod_args", "a tuple of tensors", kind_of(extra))
+    for n, x in enumerate(extra):
+        if score_mod is None:
+            refuse(ValueError, function, "score_mod_args", "() without a score_mod", len(extra))
+        if not isinstance(x, torch.Tensor):
+            refuse(TypeError, function, "score_mod_args", "tensors", f"{kind_of(x)} at {n}")
+        if x.device != q.device:
+            refuse(ValueError, function, "score_mod_args", f"tensors on {q.device}", x.device)
+
+
+def per_head(
+    function: str, name: str, x: Any, q: torch.Tensor, shapes: tuple[tuple[int, ...], ...],
+    dtypes: tuple[torch.dtype, ...],
+) -> None:  # fmt: skip
+    """x has a contiguous row of numbers, one for each head."""
+    if not isinstance(x, torch.Tensor):
+        refuse(TypeError, function, name, "a torch.Tensor", kind_of(x))
+    if x.dtype not in dtypes:
+        wanted = " or ".join(dict.fromkeys(map(str, dtypes)))
+        refuse(TypeError, function, name, f"dtype {wanted}", x.dtype, "cast it")
+    if x.device != q.device:
+        refuse(ValueError, function, name, f"a tensor on {q.device}, as q", x.device)
+    if tuple(x.shape) not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape))
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        got, hint = f"strides {x.stride()}", "call .contiguous()"
+        refuse(ValueError, function, name, "contiguous rows", got, hint)
+
+
+def rotary(function: str, name: str, x: Any, q: torch.Tensor, cos: Any) -> None:
+    """x is (positions, rotary_dim / 2), contiguous, in q's dtype or fp32, shaped like cos."""
+    if not isinstance(x, torch.Tensor) or not isinstance(cos, torch.Tensor):
+        hint = "rotary_cos and rotary_sin go together"
+        refuse(TypeError, function, name, "a torch.Tensor", kind_of(x), hint)
+    if x.dtype not in (q.dtype, torch.float32) or x.dtype is not cos.dtype:
+        refuse(TypeError, function, name, f"dtype {q.dtype} or torch.float32", x.dtype, "cast it")
+    if x.device != q.device:
+        refuse(ValueError, function, name, f"a tensor on {q.device}, as q", x.device)
+    fits = x.dim() == 2 and x.shape == cos.shape and 0 < 2 * x.shape[1] <= q.shape[-1]
+    if not fits or not x.shape[0]:
+        wanted = f"shape (positions, rotary_dim / 2), rotary_dim at most {q.shape[-1]}"
+        refuse(ValueError, function, name, wanted, tuple(x.shape))
+    if not x.is_contiguous():
+        got, hint = f"strides {x.stride()}", "call .contiguous()"
+        refuse(ValueError, function, name, "a contiguous table", got, hint)
 
 
 def window(
@@ -231,9 +289,11 @@ def split_size(function: str, size: Any, num_splits: int) -> int:
 # -- what the arguments must be to each other ---------------------------------------------------
 
 
-def qkv(function: str, q: Any, k: Any, v: Any, names: str, rank: int, paged: bool) -> None:
+def qkv(
+    function: str, q: Any, k: Any, v: Any, names: str, rank: int, paged: bool, rank_k: int = 0
+) -> None:
     """q, k and v fit one another in dtype, device, heads and head_dim."""
-    rank_k = 4 if paged else rank
+    rank_k = 4 if paged else rank_k or rank
     k_name, v_name = names.split()
     tensor(function, "q", q, rank)
     kind = q.device.type
@@ -254,8 +314,8 @@ def qkv(function: str, q: Any, k: Any, v: Any, names: str, rank: int, paged: boo
     if k.shape[:-1] != v.shape[:-1]:
         wanted = f"{tuple(k.shape[:-1])} before head_dim, as {k_name}"
         refuse(ValueError, function, v_name, wanted, tuple(v.shape[:-1]))
-    if v.shape[-1] != head_dim:
-        later(function, v_name, f"head_dim {head_dim}, as q,")
+    if not 1 <= v.shape[-1] <= MAX_HEAD_DIM:
+        refuse(ValueError, function, v_name, f"head_dim from 1 to {MAX_HEAD_DIM}", v.shape[-1])
     if nheads_k == 0 or nheads % nheads_k:
         hint = "each KV head serves nheads / nheads_k query heads"
         wanted = f"a number of heads that divides q's {nheads}"
@@ -301,12 +361,13 @@ def extent(x: torch.Tensor) -> tuple[int, int]:
     return start, start + span * x.element_size() * (x.numel() > 0)
 
 
-def out(function: str, out: Any, q: torch.Tensor) -> None:
+def out(function: str, out: Any, q: torch.Tensor, head_dim: int) -> None:
     if out is None:
         return
     tensor(function, "out", out, q.dim(), q)
-    if out.shape != q.shape:
-        refuse(ValueError, function, "out", f"shape {tuple(q.shape)}", tuple(out.shape))
+    wanted = (*q.shape[:-1], head_dim)
+    if tuple(out.shape) != wanted:
+        refuse(ValueError, function, "out", f"shape {wanted}", tuple(out.shape))
     if overlaps_itself(out):
         refuse(
             ValueError, function, "out", "elements that don't overlap", f"strides {out.stride()}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import mini_flash_attention as mfa
-from mini_flash_attention import reference
+from mini_flash_attention import language, reference
 
 MARGIN = 512
 
@@ -24,7 +24,7 @@ class Case:
     rows: list[tuple[Any, Any, torch.Tensor, torch.Tensor, torch.Tensor]]
     """(index into out, index into lse, q, k, v) of each sequence."""
     meaning: dict[str, Any] = field(default_factory=dict)
-    """softmax_scale, causal and window_size as the reference takes them."""
+    """softmax_scale, causal, window_size and the rest as the reference takes them."""
 
     def run(self, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
         arguments = self.arguments | changes
@@ -33,13 +33,26 @@ class Case:
         out, lse, _ = getattr(mfa, self.function)(**arguments, return_attn_probs=True)
         return out, lse
 
+    def oracle(self, b: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the definition gives for sequence b."""
+        meaning = self.meaning | more
+        slopes = meaning.get("alibi_slopes")
+        if slopes is not None and slopes.dim() == 2:
+            meaning["alibi_slopes"] = slopes[b]
+        if meaning.get("score_mod") is not None:
+            meaning |= {"batch": b}
+            score_mod, aux = meaning["score_mod"], meaning.pop("score_mod_args", ())
+            extra = [aux] if aux else []
+            meaning["score_mod"] = lambda *given: language.call(score_mod, *given, *extra)
+        return reference.attention(*self.rows[b][2:], **meaning)
+
     def check(self, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Within the numerical promise of the contract, everywhere; 0 and -inf where no key is."""
         untouched = torch.ones_like(out, dtype=torch.bool)
-        for at, lse_at, q, k, v in self.rows:
+        for b, (at, lse_at, q, k, v) in enumerate(self.rows):
             untouched[at] = False
-            ref, ref_lse = reference.attention(q, k, v, **self.meaning)
-            plain, _ = reference.attention(q, k, v, **self.meaning, dtype=q.dtype)
+            ref, ref_lse = self.oracle(b)
+            plain, _ = self.oracle(b, dtype=q.dtype)
             error = _largest(out[at].double() - ref)
             promise = 2 * _largest(plain.double() - ref) + 2 * rounding(ref, q.dtype)
             if q.dtype is torch.float32:  # no GPU dtype: one row's luck should not decide
@@ -86,11 +99,12 @@ def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype, device: s
 
 def dense(
     seed: int, batch: int, seqlen_q: int, seqlen_k: int, nheads: int, nheads_k: int,
-    head_dim: int, dtype: torch.dtype, device: str, **meaning: Any,
+    head_dim: int, dtype: torch.dtype, device: str, head_dim_v: int = 0, **meaning: Any,
 ) -> Case:  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     q = randn(g, batch, seqlen_q, nheads, head_dim, dtype=dtype, device=device)
-    k, v = (randn(g, batch, seqlen_k, nheads_k, head_dim, dtype=dtype, device=device) for _ in "kv")
+    dims = (head_dim, head_dim_v or head_dim)
+    k, v = (randn(g, batch, seqlen_k, nheads_k, d, dtype=dtype, device=device) for d in dims)
     rows = [(b, b, q[b], k[b], v[b]) for b in range(batch)]
     return Case("flash_attn_func", {"q": q, "k": k, "v": v} | meaning, rows, meaning)
 
@@ -130,7 +144,7 @@ def _paged(
 def varlen(
     seed: int, lengths_q: list[int], lengths_k: list[int], page_size: int, nheads: int,
     nheads_k: int, head_dim: int, dtype: torch.dtype, device: str, padding: int = 3,
-    **meaning: Any,
+    head_dim_v: int = 0, **meaning: Any,
 ) -> Case:  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     q, cu_q = _packed(g, lengths_q, padding, nheads, head_dim, dtype, device)
@@ -140,13 +154,14 @@ def varlen(
     cu_k = torch.tensor([0, *lengths_k]).cumsum(0).int()
     if page_size:
         k, v, table = _paged(g, lengths_k, page_size, nheads_k, head_dim, dtype, device)
+        v = v[..., : head_dim_v or head_dim]
         arguments |= {"block_table": table}
         keys = [
             tuple(reference.pages(x, table[b], n) for x in (k, v)) for b, n in enumerate(lengths_k)
         ]
     else:
         k, _ = _packed(g, lengths_k, padding, nheads_k, head_dim, dtype, device)
-        v, _ = _packed(g, lengths_k, padding, nheads_k, head_dim, dtype, device)
+        v, _ = _packed(g, lengths_k, padding, nheads_k, head_dim_v or head_dim, dtype, device)
         keys = [tuple(x[cu_k[b] : cu_k[b + 1]] for x in (k, v)) for b in range(len(lengths_k))]
     arguments |= {"k": k, "v": v, "cu_seqlens_k": cu_k.to(device)}
     rows = []
@@ -157,38 +172,108 @@ def varlen(
 
 
 def kvcache(
-    seed: int, seqlen_q: int, lengths: list[int], appended: int, page_size: int, nheads: int,
-    nheads_k: int, head_dim: int, dtype: torch.dtype, device: str, num_splits: int = 0,
+    seed: int, seqlen_q: int | list[int], lengths: list[int], appended: int, page_size: int,
+    nheads: int, nheads_k: int, head_dim: int, dtype: torch.dtype, device: str, num_splits: int = 0,
+    head_dim_v: int = 0, rotary: str = "", leftpad: bool = False, rows: bool = False,
     **meaning: Any,
 ) -> Case:  # fmt: skip
-    """`lengths` are what the cache holds before `appended` tokens are added."""
+    """`lengths` are what the cache holds before `appended` tokens are added.
+
+    A list for seqlen_q packs the queries, and what is appended, if anything, is as long. rotary:
+    "pairs" or "halves". leftpad: some keys at the front are not in use. rows: sequences use rows of
+    a larger cache.
+    """
     g = torch.Generator().manual_seed(seed)
-    batch = len(lengths)
-    q = randn(g, batch, seqlen_q, nheads, head_dim, dtype=dtype, device=device)
+    batch, packed = len(lengths), isinstance(seqlen_q, list)
+    dims = (head_dim, head_dim_v or head_dim)
+    lengths_q = seqlen_q if packed else [seqlen_q] * batch
+    new = lengths_q if packed and appended else [appended] * batch
     used = torch.tensor(lengths).int().to(device)
-    arguments: dict[str, Any] = {"q": q, "cache_seqlens": used, "num_splits": num_splits}
+    arguments: dict[str, Any] = {"cache_seqlens": used, "num_splits": num_splits}
+    if packed:
+        q, cu_q = _packed(g, lengths_q, 2, nheads, head_dim, dtype, device)
+        arguments |= {"cu_seqlens_q": cu_q, "max_seqlen_q": max(lengths_q, default=0)}
+        starts = cu_q.tolist()
+        places = [slice(starts[b], starts[b + 1]) for b in range(batch)]
+    else:
+        q = randn(g, batch, seqlen_q, nheads, head_dim, dtype=dtype, device=device)
+        places = list(range(batch))
+    arguments["q"] = q
+    pads = [0] * batch
+    if leftpad:
+        pads = [int(torch.randint(n + 1, (), generator=g)) for n in lengths]
+        arguments["cache_leftpad"] = torch.tensor(pads).int().to(device)
     if page_size:
-        size = (page_size, nheads_k, head_dim, dtype, device)
-        k, v, table = _paged(g, lengths, *size, room=appended)
+        size = (page_size, nheads_k, max(dims), dtype, device)
+        k, v, table = _paged(g, lengths, *size, room=max(new, default=0))
+        k, v = k[..., : dims[0]], v[..., : dims[1]]
         arguments |= {"block_table": table}
         old = [[reference.pages(x, table[b], n) for x in (k, v)] for b, n in enumerate(lengths)]
     else:
-        capacity = max(lengths, default=0) + appended + 5
-        shape = (batch, capacity, nheads_k, head_dim)
-        k, v = (margined(shape, dtype, device) for _ in "kv")
-        for b, n in enumerate(lengths):
+        capacity = max((n + m for n, m in zip(lengths, new, strict=True)), default=0) + 5
+        in_cache = list(range(batch))
+        if rows:
+            in_cache = torch.randperm(batch + 2, generator=g)[:batch].tolist()
+            arguments["cache_batch_idx"] = torch.tensor(in_cache).int().to(device)
+        shape = (batch + 2 * rows, capacity, nheads_k)
+        k, v = (margined((*shape, d), dtype, device) for d in dims)
+        for b, n in zip(in_cache, lengths, strict=True):
             k[b, :n], v[b, :n] = (
-                randn(g, n, nheads_k, head_dim, dtype=dtype, device=device) for _ in "kv"
+                randn(g, n, nheads_k, d, dtype=dtype, device=device) for d in dims
             )
-        old = [[x[b, :n].clone() for x in (k, v)] for b, n in enumerate(lengths)]
-    arguments |= {"k_cache": k, "v_cache": v}
-    if appended:
-        new = [
-            randn(g, batch, appended, nheads_k, head_dim, dtype=dtype, device=device) for _ in "kv"
-        ]
-        arguments |= {"k": new[0], "v": new[1]}
         old = [
-            [torch.cat([o, n[b]]) for o, n in zip(old[b], new, strict=True)] for b in range(batch)
+            [x[b, :n].clone() for x in (k, v)] for b, n in zip(in_cache, lengths, strict=True)
         ]
-    rows = [(b, b, q[b], old[b][0], old[b][1]) for b in range(batch)]
-    return Case("flash_attn_with_kvcache", arguments | meaning, rows, meaning)
+    for b, pad in enumerate(pads):  # nobody may read what stands before the first key
+        for x, mine in zip((k, v), old[b], strict=True):
+            mine[:pad] = 0.0
+            _forget(x, arguments, b, pad, page_size)
+    arguments |= {"k_cache": k, "v_cache": v}
+    queries = [q[place] for place in places]
+    if appended:
+        tokens = (q.shape[0],) if packed else (batch, appended)
+        more = [randn(g, *tokens, nheads_k, d, dtype=dtype, device=device) for d in dims]
+        arguments |= {"k": more[0], "v": more[1]}
+        mine = [[x[place] for x in more] for place in places]
+        if rotary:
+            angles = torch.rand(max(lengths) + 40, head_dim // 4, generator=g) * 6
+            cos, sin = (f(angles).to(dtype).to(device) for f in (torch.cos, torch.sin))
+            arguments |= {"rotary_cos": cos, "rotary_sin": sin}
+            arguments["rotary_interleaved"] = rotary == "pairs"
+            moving = bool(meaning.get("causal")) or meaning.get("window_size", (-1, -1)) != (-1, -1)
+            for b, n in enumerate(lengths):
+                mine[b][0] = rotated(mine[b][0], cos, sin, n, True, rotary)
+                queries[b] = rotated(queries[b], cos, sin, n, moving, rotary)
+        old = [[torch.cat(x) for x in zip(old[b], mine[b], strict=True)] for b in range(batch)]
+    found = []
+    for b, place in enumerate(places):
+        pad = pads[b]
+        lse_at = (slice(None), place) if packed else place
+        found.append((place, lse_at, queries[b], *(x[pad:] for x in old[b])))
+    return Case("flash_attn_with_kvcache", arguments | meaning, found, meaning)
+
+
+def _forget(x: torch.Tensor, arguments: dict[str, Any], b: int, pad: int, page_size: int) -> None:
+    """NaN in the first `pad` slots of sequence b's cache."""
+    j = torch.arange(pad)
+    if page_size:
+        x[arguments["block_table"][b].cpu()[j // page_size].long(), j % page_size] = float("nan")
+    else:
+        rows = arguments.get("cache_batch_idx")
+        x[b if rows is None else int(rows[b]), :pad] = float("nan")
+
+
+def rotated(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int, moving: bool, rotary: str
+) -> torch.Tensor:
+    """Rotation by definition, as complex numbers; x (tokens, heads, head_dim)."""
+    at = start + torch.arange(len(x), device=x.device) * moving
+    turn = torch.complex(cos[at].double(), sin[at].double())[:, None]
+    n = turn.shape[-1]
+    one, two = (x[..., 0 : 2 * n : 2], x[..., 1 : 2 * n : 2])
+    if rotary == "halves":
+        one, two = x[..., :n], x[..., n : 2 * n]
+    z = torch.complex(one.double(), two.double()) * turn
+    parts = (z.real, z.imag)
+    y = torch.cat(parts, -1) if rotary == "halves" else torch.stack(parts, -1).flatten(-2)
+    return torch.cat([y.to(x.dtype), x[..., 2 * n :]], -1)

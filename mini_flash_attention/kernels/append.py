@@ -1,71 +1,118 @@
-"""Write new keys and values into the cache, straight or through the block table."""
+"""Write new keys and values into the cache, straight or through the block table.
+
+Keys may be rotated on their way, and queries are then rotated by a launch of their own.
+"""
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..problem import Problem
-from ..rules import paging, sequence
+from ..problem import Problem, empty_out
+from ..rules import paging, rotary, sequence
 from .launch import SIZES, Launch, strides
 
 
 @triton.jit(do_not_specialize=SIZES)
 def append_kernel(
-    new, cache, seqused, block_table,
+    new, cache, cu_seqlens_q, seqused, block_table, cache_batch_idx, cos, sin,
     stride_n_b, stride_n_t, stride_n_h,
     stride_c_b, stride_c_t, stride_c_h, stride_table,
-    nheads_k, seqlen_k, appended, num_pages,
+    nheads, seqlen_k, appended, total_q, num_pages, rows_cos,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, STILL: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """A program copies one head of BLOCK new tokens of one sequence."""
+    """A program copies one head of BLOCK new tokens of one sequence.
+
+    QUERIES: they are queries, and go to where they come from. STILL: all stand at the first's.
+    """
     blocks = tl.cdiv(appended, BLOCK)
     unit = tl.program_id(0) // blocks
-    head = (unit % nheads_k).to(tl.int64)
-    b = (unit // nheads_k).to(tl.int64)
+    head = (unit % nheads).to(tl.int64)
+    b = (unit // nheads).to(tl.int64)
     t = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, D)
+    tokens = appended
+    first = 0
+    if cu_seqlens_q is not None:
+        first, tokens = sequence.query_span(b, cu_seqlens_q, total_q)
+        tokens = tl.minimum(tokens, appended)
     used = seqlen_k - appended
     if seqused is not None:
         used = sequence.used_length(b, seqused, 0, seqlen_k)
-    fits = (t < appended) & (t < seqlen_k - used)
+    fits = t < tokens
+    if not QUERIES:
+        fits = fits & (t < seqlen_k - used)
     j = used + tl.where(fits, t, 0)
-    if PAGE_SIZE:
+    from_row = b * stride_n_b + tl.cast(first + t, tl.int64) * stride_n_t + head * stride_n_h
+    position = j
+    if STILL:
+        position = used + tl.zeros_like(t)
+    tile = rotary.load(
+        new, from_row, fits, position, cos, sin, rows_cos,
+        HEAD_DIM, D, ROTARY_DIM, INTERLEAVED,
+    )  # fmt: skip
+    real = fits
+    if QUERIES:
+        row = b * stride_c_b + tl.cast(first + t, tl.int64) * stride_c_t
+    elif PAGE_SIZE:
         entry = block_table + b * stride_table + j // PAGE_SIZE
         page, real = paging.lookup(entry, fits, num_pages)
         row = page.to(tl.int64) * stride_c_b + (j % PAGE_SIZE).to(tl.int64) * stride_c_t
     else:
-        real = fits
-        row = b * stride_c_b + j.to(tl.int64) * stride_c_t
-    tile = tl.load(
-        new + b * stride_n_b + head * stride_n_h
-        + t.to(tl.int64)[:, None] * stride_n_t + d[None, :],
-        mask=fits[:, None] & (d < HEAD_DIM)[None, :],
-    )  # fmt: skip
+        row_c = b
+        if cache_batch_idx is not None:
+            row_c, there = sequence.cache_row(b, cache_batch_idx, num_pages)
+            real = fits & there
+        row = tl.cast(row_c, tl.int64) * stride_c_b + j.to(tl.int64) * stride_c_t
     tl.store(
         cache + head * stride_c_h + row[:, None] + d[None, :],
-        tile,
+        tile.to(cache.dtype.element_ty),
         mask=real[:, None] & (d < HEAD_DIM)[None, :],
     )
 
 
 def launches(p: Problem) -> list[Launch]:
-    """The launches that append p's new keys and values to the caches."""
-    if p.k_new is None or p.v_new is None or not p.k_new.numel():
+    """The launches that append p's new keys and values, and rotate its queries where asked to."""
+    if p.k_new is None or p.v_new is None or not p.batch:
         return []
-    return [_launch(p, "k_new", p.k_new, "k", p.k), _launch(p, "v_new", p.v_new, "v", p.v)]
+    made = []
+    if p.k_new.numel():
+        made.append(_launch(p, "k_new", p.k_new, "k", p.k, p.rotary is not None))
+    if p.v_new.numel():
+        made.append(_launch(p, "v_new", p.v_new, "v", p.v, False))
+    if p.rotary is not None and p.q.numel():
+        q = empty_out(p.q, p.q.shape[-1])
+        made.append(_launch(p, "given_q", p.q, "q", q, True, queries=True))
+    return made
 
 
 def _launch(
-    p: Problem, new_name: str, new: torch.Tensor, cache_name: str, cache: torch.Tensor
-) -> Launch:
-    num_pages, _, nheads_k, head_dim = cache.shape
-    block = 1 if p.appended == 1 else 16
-    constants = (
+    p: Problem, new_name: str, new: torch.Tensor, cache_name: str, cache: torch.Tensor,
+    rotated: bool, queries: bool = False,
+) -> Launch:  # fmt: skip
+    nheads, head_dim = new.shape[-2:]
+    appended = p.seqlen_q if queries or p.appended < 0 else p.appended
+    seqlen_k = p.seqlen_k
+    if queries and p.seqused_k is None:  # the kernel subtracts what it appends
+        seqlen_k += appended - p.appended
+    block = 1 if appended == 1 else 16
+    rotary_dim = 2 * p.rotary.cos.shape[1] if rotated and p.rotary else 0
+    interleaved = bool(rotated and p.rotary and p.rotary.interleaved)
+    still = bool(queries and p.rotary and not p.rotary.moving)
+    constants: tuple[Any, ...] = (
         *strides(new), *strides(cache),
         p.block_table.stride(0) if p.block_table is not None else 0,
-        nheads_k, p.seqlen_k, p.appended, num_pages,
+        nheads, seqlen_k, appended, p.q.shape[0], p.k.shape[0],
+        p.rotary.cos.shape[0] if p.rotary else 0,
         p.page_size, head_dim, triton.next_power_of_2(head_dim), block,
+        rotary_dim, interleaved, still, queries,
     )  # fmt: skip
-    pointers = (new_name, cache_name, "seqused_k", "block_table")
-    programs = p.batch * nheads_k * -(-p.appended // block)
+    pointers = (
+        new_name, cache_name, "cu_seqlens_q", "seqused_k", "block_table", "cache_batch_idx",
+        *(("rotary_cos", "rotary_sin") if rotated else ("nothing", "nothing")),
+    )  # fmt: skip
+    programs = p.batch * nheads * -(-appended // block)
     return Launch(append_kernel, programs, pointers, constants, 1)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..rules import mask, paging, softmax
+from ..rules import mask, paging, scores, softmax
 
 
 @triton.jit
@@ -67,12 +67,15 @@ def attend(
     m, l, o, q, i,  # [M], [M] or [M, N], [M, D], [M, D], [M]
     begin, clear_begin, clear_end, end, CUT: tl.constexpr,
     k, v, stride_k, stride_v, page_stride_k, page_stride_v, table, num_pages,
-    diagonal, left, right, seqlen_k, scale,
+    diagonal, left, right, pad, seqlen_k, scale, b, head, changes,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
-    TWINS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCORE_MOD: tl.constexpr,
 ):  # fmt: skip
     """Lines 7 to 11 of Algorithm 1 over the keys begin..end.
+
+    changes: what `scores.modified` is given. pad: None, or the first key there is.
 
     CUT: the mask cuts tiles, but none of clear_begin..clear_end. TWINS: the offsets of k serve v
     too. l is a sum per row, or one per row and column where summing over the columns would wait
@@ -100,19 +103,25 @@ def attend(
                 offset_v = rows(start, stride_v, BLOCK_N, WIDE)
         if CUT and LEFT:  # what lies before every window may be someone else's by now
             real = real & (j >= tl.min(i, 0) + (diagonal - left))
+            if pad is not None:
+                real = real & (j >= pad)
         WHOLE: tl.constexpr = not (CUT or PAGE_SIZE)
         k_tile = load_rows(k, offset_k, real, WHOLE, HEAD_DIM, D)  # [N, D]
         s = tl.dot(q, k_tile.T)  # [M, N]
+        s = scores.modified(
+            s, b, head, i[:, None] + diagonal, start, tl.arange(0, BLOCK_N)[None, :], changes,
+            SOFTCAP, SCORE_MOD,
+        )  # fmt: skip
         if CUT:
             if (start < clear_begin) | (start >= clear_end):
                 i_, j_ = i[:, None], j[None, :]
-                seen = mask.sees(i_, j_, diagonal, left, right, seqlen_k, LEFT, RIGHT)
+                seen = mask.sees(i_, j_, diagonal, left, right, pad, seqlen_k, LEFT, RIGHT)
                 s = tl.where(seen, s, float("-inf"))
         m, alpha, p = softmax.rescale(m, s, scale)
         if len(l.shape) == 1:
             l = l * alpha + tl.sum(p, 1)
         else:
             l = l * alpha[:, None] + p
-        v_tile = load_rows(v, offset_v, real, WHOLE, HEAD_DIM, D)  # [N, D]
+        v_tile = load_rows(v, offset_v, real, WHOLE, HEAD_DIM_V, D_V)  # [N, D]
         o = tl.dot(p.to(v_tile.dtype), v_tile, o * alpha[:, None])
     return m, l, o

@@ -7,17 +7,17 @@ from triton.language.extra.cuda import gdc_wait
 
 from ..plan import Decode
 from ..problem import Problem
-from ..rules import heads, softmax
-from .launch import LOG2E, SIZES, Launch, where
+from ..rules import heads, sequence, softmax
+from .launch import SIZES, Launch, changes, where
 
 PARTS_AT_ONCE = 32
 
 
 @triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
-    parts, owners, out, lse,
+    parts, owners, out, lse, cu_seqlens_q, s_aux,
     stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h,
-    nheads_k, group, splits, slots, part_rows, seqlen_q, scale,
+    nheads_k, group, splits, slots, part_rows, seqlen_q, total_q, scale,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, S: tl.constexpr,
     SHARES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -38,8 +38,18 @@ def combine_kernel(
         count = splits
         first, step = owner * splits, 1
     i, member = heads.unpack(block * BLOCK_M + local, group)
-    if i >= seqlen_q:
+    rows_q = seqlen_q
+    if cu_seqlens_q is not None:  # the caller cleared what belongs to no sequence
+        first_q, rows_q = sequence.query_span(b, cu_seqlens_q, total_q)
+        rows_q = tl.minimum(rows_q, seqlen_q)
+        out += tl.cast(first_q, tl.int64) * stride_o_t
+        if lse is not None:
+            lse += first_q
+    if i >= rows_q:
         count = 0
+    sink = None
+    if s_aux is not None:
+        sink = tl.load(s_aux + head_k * group + member).to(tl.float32)
 
     d = tl.arange(0, D)
     m = tl.full([1], float("-inf"), tl.float32)
@@ -61,7 +71,7 @@ def combine_kernel(
         )
         m, l, o = softmax.merge(m, l, o, part_m, part_l, part_o, scale)
     if count > 0:
-        o, lse_tile = softmax.finish(m, l, o, scale)
+        o, lse_tile = softmax.finish(m, l, o, scale, sink)
         head = head_k.to(tl.int64) * group + member
         out += b.to(tl.int64) * stride_o_b + i.to(tl.int64) * stride_o_t + head * stride_o_h
         tl.store(out + d[None, :], o.to(out.dtype.element_ty), mask=(d < HEAD_DIM)[None, :])
@@ -70,17 +80,17 @@ def combine_kernel(
             tl.store(lse + tl.arange(0, 1), lse_tile)
 
 
-POINTERS = ("parts", "owners", "out", "lse")
+POINTERS = ("parts", "owners", "out", "lse", "cu_seqlens_q", "s_aux")
 
 
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode) -> Launch:
     """The launch that folds the parts that `decode` left to out and lse."""
-    nheads, head_dim = p.q.shape[-2:]
+    nheads, head_dim = p.q.shape[-2], p.v.shape[-1]
     nheads_k = p.k.shape[-2]
     owners = plan.programs if plan.shares else plan.programs // plan.splits
     constants = (
         *where(p, out, lse)[:5], nheads_k, nheads // nheads_k, plan.splits, plan.slots,
-        plan.rows, p.seqlen_q, p.softmax_scale * LOG2E,
+        plan.rows, p.seqlen_q, p.q.shape[0], changes(p).scale,
         head_dim, triton.next_power_of_2(head_dim), plan.tiles.block_m,
         PARTS_AT_ONCE if head_dim <= 128 else PARTS_AT_ONCE // 2, plan.shares,
         plan.overlapped,

@@ -19,69 +19,92 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..plan import Decode
 from ..problem import Problem
-from ..rules import heads, mask, softmax, split
+from ..rules import heads, mask, sequence, softmax, split
 from . import shares
 from .attend import attend
-from .launch import LOG2E, SIZES, Launch, strides, twins, where, wide
+from .launch import MAX_INT, SIZES, Launch, changes, padded, strides, twins, where, wide
 
 
 @triton.jit
 def decode_tiles(
     b, head_k, block, low, high, whole, slot, given,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCORE_MOD: tl.constexpr,
 ):  # fmt: skip
     """A block of rows of one KV head against the tiles low..high of what its sequence sees.
 
     The result goes to out and lse if those tiles are the whole, else to a slot of the parts.
     """
     (
-        q, k, v, out, lse, parts, seqused_k, block_table,
+        q, k, v, out, lse, parts, block_table, lengths, alibi_slopes, s_aux, aux,
         stride_q_b, stride_q_t, stride_q_h,
         stride_k_b, stride_k_t, stride_k_h,
         stride_v_b, stride_v_t, stride_v_h,
         stride_o_b, stride_o_t, stride_o_h,
         stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
-        seqlen_q, seqlen_k, num_pages, scale, left, right, appended,
+        scale, stride_slopes, factor, softcap, num_pages,
     ) = given  # fmt: skip
-    # Which rows are mine? Row r is query token r // group of head r % group in the KV head's group.
-    rows = seqlen_q * group
+    cache_batch_idx, left, right = lengths[4], lengths[10], lengths[11]
+    # Which keys are mine, and which rows? Row r is query token r // group of head r % group in the
+    # KV head's group.
+    first_q, rows_q, first_k, length_k, pad, start, _ = shares.key_range(
+        b, lengths, LEFT, RIGHT, BLOCK_N
+    )
+    rows = rows_q * group
     local = tl.arange(0, BLOCK_M)
     row = block * BLOCK_M + local
     i, member = heads.unpack(row, group)
     head_k = head_k.to(tl.int64)
     head = head_k * group + member
 
-    # Which keys are theirs, and which of those mine?
-    length_k, start, _ = shares.key_range(
-        b, seqused_k, appended, seqlen_q, seqlen_k, left, right, LEFT, RIGHT, BLOCK_N
-    )
-    diagonal = length_k - seqlen_q
+    diagonal = length_k - rows_q
     first = block * BLOCK_M // group
-    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // group, seqlen_q - 1)
+    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // group, rows_q - 1)
     begin, clear_begin, clear_end, end = mask.key_tiles(
-        first, last, diagonal, left, right, length_k, BLOCK_N, LEFT, RIGHT
+        first, last, diagonal, left, right, pad, length_k, BLOCK_N, LEFT, RIGHT
     )
     begin = tl.maximum(begin, start + low * BLOCK_N)
     end = tl.minimum(end, start + high * BLOCK_N)
 
+    slope = None
+    if alibi_slopes is not None:
+        at = alibi_slopes + b.to(tl.int64) * stride_slopes + head
+        slope = tl.load(at, mask=row < rows, other=0.0)[:, None]
+    sink = None
+    if s_aux is not None:
+        sink = tl.load(s_aux + head, mask=row < rows, other=0.0).to(tl.float32)
+        sink = tl.where(whole, sink, float("-inf"))  # of parts, `combine` adds it
+    changes = (factor, softcap, slope, aux)
+
+    entry = b
     b = b.to(tl.int64)
     d = tl.arange(0, D)
-    wanted = (row < rows)[:, None] & (d < HEAD_DIM)[None, :]
+    if lengths[0] is not None:
+        q += tl.cast(first_q, tl.int64) * stride_q_t
+        out += tl.cast(first_q, tl.int64) * stride_o_t
+        if lse is not None:
+            lse += first_q
     q_tile = tl.load(
         q
         + b * stride_q_b
         + (i.to(tl.int64) * stride_q_t + head * stride_q_h)[:, None]
         + d[None, :],
-        mask=wanted,
+        mask=(row < rows)[:, None] & (d < HEAD_DIM)[None, :],
         other=0.0,
     )
     k += head_k * stride_k_h
     v += head_k * stride_v_h
     if PAGE_SIZE == 0:
-        k += b * stride_k_b
-        v += b * stride_v_b
+        row_k = b
+        if cache_batch_idx is not None:
+            row_k = sequence.cache_row(b, cache_batch_idx, num_pages)[0].to(tl.int64)
+        k += row_k * stride_k_b
+        v += row_k * stride_v_b
+        if lengths[1] is not None:
+            k += tl.cast(first_k, tl.int64) * stride_k_t
+            v += tl.cast(first_k, tl.int64) * stride_v_t
     else:
         block_table += b * stride_table
 
@@ -89,19 +112,22 @@ def decode_tiles(
     # no load would be on its way.
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    o = tl.zeros([BLOCK_M, D], tl.float32)
+    o = tl.zeros([BLOCK_M, D_V], tl.float32)
     m, l, o = attend(
         m, l, o, q_tile, i, begin, clear_begin, clear_end, end, True,
         k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
-        diagonal, left, right, length_k, scale,
-        LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
+        diagonal, left, right, pad, length_k, scale, entry, head[:, None], changes,
+        LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V, D_V, WIDE, TWINS,
+        SOFTCAP, SCORE_MOD,
     )  # fmt: skip
     l = tl.sum(l, 1)
-    o, lse_tile = softmax.finish(m, l, o, scale)
+    o, lse_tile = softmax.finish(m, l, o, scale, sink)
+    d_v = tl.arange(0, D_V)
+    wanted = (row < rows)[:, None] & (d_v < HEAD_DIM_V)[None, :]
     if whole:
         out += b * stride_o_b
         tl.store(
-            out + (i.to(tl.int64) * stride_o_t + head * stride_o_h)[:, None] + d[None, :],
+            out + (i.to(tl.int64) * stride_o_t + head * stride_o_h)[:, None] + d_v[None, :],
             o.to(out.dtype.element_ty),
             mask=wanted,
         )
@@ -109,36 +135,43 @@ def decode_tiles(
             tl.store(lse + b * stride_lse_b + head * stride_lse_h + i, lse_tile, mask=row < rows)
     elif parts is not None:
         at = slot.to(tl.int64) * part_rows + local
-        tl.store(parts + at[:, None] * HEAD_DIM + d[None, :], o, mask=wanted)
-        maxima = parts + slots.to(tl.int64) * part_rows * HEAD_DIM
+        tl.store(parts + at[:, None] * HEAD_DIM_V + d_v[None, :], o, mask=wanted)
+        maxima = parts + slots.to(tl.int64) * part_rows * HEAD_DIM_V
         tl.store(maxima + at, m, mask=row < rows)
         tl.store(maxima + slots.to(tl.int64) * part_rows + at, l, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def decode_kernel(
-    q, k, v, out, lse, parts, owners, seqused_k, block_table,
+    q, k, v, out, lse, parts, owners, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
+    cache_batch_idx, cache_leftpad, alibi_slopes, s_aux, aux,
     stride_q_b, stride_q_t, stride_q_h,
     stride_k_b, stride_k_t, stride_k_h,
     stride_v_b, stride_v_t, stride_v_h,
     stride_o_b, stride_o_t, stride_o_h,
     stride_lse_b, stride_lse_h, stride_table,
     batch, nheads_k, group, splits, split_tiles, slots, part_rows,
-    seqlen_q, seqlen_k, num_pages, scale, left, right, appended,
+    seqlen_q, seqlen_k, total_q, total_k, num_pages, scale, left, right, appended,
+    stride_slopes, factor, softcap,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WIDE: tl.constexpr, TWINS: tl.constexpr, SHARES: tl.constexpr, PDL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCORE_MOD: tl.constexpr, SHARES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:  # `combine` may take its place as soon as there is room, and waits there
         gdc_launch_dependents()
+    lengths = (
+        cu_seqlens_q, cu_seqlens_k, seqused_k, cache_leftpad, cache_batch_idx,
+        seqlen_q, seqlen_k, total_q, total_k, num_pages, left, right, appended,
+    )  # fmt: skip
     given = (
-        q, k, v, out, lse, parts, seqused_k, block_table,
+        q, k, v, out, lse, parts, block_table, lengths, alibi_slopes, s_aux, aux,
         stride_q_b, stride_q_t, stride_q_h,
         stride_k_b, stride_k_t, stride_k_h,
         stride_v_b, stride_v_t, stride_v_h,
         stride_o_b, stride_o_t, stride_o_h,
         stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
-        seqlen_q, seqlen_k, num_pages, scale, left, right, appended,
+        scale, stride_slopes, factor, softcap, num_pages,
     )  # fmt: skip
     program = tl.program_id(0)
     blocks = tl.cdiv(seqlen_q * group, BLOCK_M)
@@ -147,21 +180,14 @@ def decode_kernel(
         block = program % blocks
         head_k = program // blocks % nheads_k
         share = program // blocks // nheads_k
-        total = shares.count(
-            batch, seqused_k, appended, seqlen_q, seqlen_k, left, right, LEFT, RIGHT, BLOCK_N
-        )
+        total = shares.count(batch, lengths, LEFT, RIGHT, BLOCK_N)
         cuts = tl.minimum(splits, total)
         tile, stop = split.share(total, share, cuts)
-        b, before = shares.find(
-            tile, batch, seqused_k, appended, seqlen_q, seqlen_k, left, right,
-            LEFT, RIGHT, BLOCK_N,
-        )  # fmt: skip
+        b, before = shares.find(tile, batch, lengths, LEFT, RIGHT, BLOCK_N)
         crossed = 0  # shares that the sequence which goes on after this one lies in
         # Lengths that another stream changes meanwhile may spoil results, but lead nowhere else.
         while (tile < stop) & (b < batch):
-            _, _, tiles = shares.key_range(
-                b, seqused_k, appended, seqlen_q, seqlen_k, left, right, LEFT, RIGHT, BLOCK_N
-            )
+            tiles = shares.key_range(b, lengths, LEFT, RIGHT, BLOCK_N)[6]
             low = tile - before
             high = tl.minimum(tiles, low + stop - tile)
             begins = low == 0
@@ -172,7 +198,8 @@ def decode_kernel(
             decode_tiles(
                 b, head_k, block, low, high, begins & (high == tiles),
                 2 * program + begins.to(tl.int32), given,
-                LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, D, BLOCK_M, BLOCK_N, WIDE, TWINS,
+                LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, D, HEAD_DIM_V, D_V, BLOCK_M, BLOCK_N, WIDE, TWINS,
+                SOFTCAP, SCORE_MOD,
             )  # fmt: skip
             before += tiles
             tile += high - low
@@ -183,21 +210,21 @@ def decode_kernel(
         block = program // splits % blocks
         head_k = program // splits // blocks % nheads_k
         b = program // splits // blocks // nheads_k
-        _, _, tiles = shares.key_range(
-            b, seqused_k, appended, seqlen_q, seqlen_k, left, right, LEFT, RIGHT, BLOCK_N
-        )
+        tiles = shares.key_range(b, lengths, LEFT, RIGHT, BLOCK_N)[6]
         size = split_tiles
         if size == 0:
             size = tl.cdiv(tiles, splits)
         low, high = split.part(tiles, size, part)
         decode_tiles(
             b, head_k, block, low, high, splits == 1, program, given,
-            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, D, BLOCK_M, BLOCK_N, WIDE, TWINS,
+            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, D, HEAD_DIM_V, D_V, BLOCK_M, BLOCK_N, WIDE, TWINS,
+            SOFTCAP, SCORE_MOD,
         )  # fmt: skip
 
 
 POINTERS = (
-    "q", "k", "v", "out", "lse", "parts", "owners", "seqused_k", "block_table",
+    "q", "k", "v", "out", "lse", "parts", "owners", "cu_seqlens_q", "cu_seqlens_k", "seqused_k",
+    "block_table", "cache_batch_idx", "cache_leftpad", "alibi_slopes", "s_aux", "aux",
 )  # fmt: skip
 
 
@@ -207,23 +234,25 @@ def temporaries(p: Problem, plan: Decode) -> tuple[int, int]:
     owners says for each program which sequence begins in its share and goes on in the next, and
     how many shares that lies in; 0 if there is none.
     """
-    parts = plan.slots * plan.rows * (p.q.shape[-1] + 2)
+    parts = plan.slots * plan.rows * (p.v.shape[-1] + 2)
     return parts, 2 * plan.programs if plan.shares else 0
 
 
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode) -> Launch:
     """The launch that writes attention of p to out and lse, or to parts where keys are split."""
     tiles = plan.tiles
-    nheads, head_dim = p.q.shape[-2:]
-    nheads_k = p.k.shape[-2]
+    nheads, head_dim, head_dim_v = *p.q.shape[-2:], p.v.shape[-1]
+    nheads_k, change = p.k.shape[-2], changes(p)
+    total_k = MAX_INT if p.page_size else p.k.shape[0]
     constants = (
         *strides(p.q), *strides(p.k), *strides(p.v), *where(p, out, lse),
         p.batch, nheads_k, nheads // nheads_k, plan.splits, plan.split_tiles, plan.slots,
-        plan.rows, p.seqlen_q, p.seqlen_k, p.k.shape[0],
-        p.softmax_scale * LOG2E, p.left, p.right, p.appended,
-        p.left >= 0, p.right >= 0, p.page_size,
-        head_dim, max(16, triton.next_power_of_2(head_dim)), tiles.block_m, tiles.block_n,
-        wide(p, tiles.block_n), twins(p, tiles.block_n), plan.shares, plan.overlapped,
+        plan.rows, p.seqlen_q, p.seqlen_k, p.q.shape[0], total_k, p.k.shape[0],
+        change.scale, p.left, p.right, p.appended, *change.numbers,
+        p.left >= 0, p.right >= 0, p.page_size, head_dim, padded(head_dim),
+        head_dim_v, padded(head_dim_v), tiles.block_m, tiles.block_n,
+        wide(p, tiles.block_n), twins(p, tiles.block_n), *change.flags,
+        plan.shares, plan.overlapped,
     )  # fmt: skip
     return Launch(
         decode_kernel, plan.programs, POINTERS, constants, tiles.num_warps, tiles.num_stages,

@@ -11,15 +11,16 @@ import triton.language as tl
 
 from ..plan import Forward
 from ..problem import Problem
-from ..rules import heads, softmax, work
+from ..rules import heads, sequence, softmax, work
 from .attend import attend
-from .launch import LOG2E, MAX_INT, SIZES, Launch, strides, twins, where, wide
+from .launch import MAX_INT, SIZES, Launch, changes, padded, strides, twins, where, wide
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, out, lse,
     cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
+    cache_batch_idx, cache_leftpad, alibi_slopes, s_aux, aux,
     stride_q_b, stride_q_t, stride_q_h,
     stride_k_b, stride_k_t, stride_k_h,
     stride_v_b, stride_v_t, stride_v_h,
@@ -27,20 +28,37 @@ def forward_kernel(
     stride_lse_b, stride_lse_h, stride_table,
     batch, nheads, group, tiles, per_group,
     seqlen_q, seqlen_k, total_q, total_k, num_pages,
-    scale, left, right, appended,
+    scale, left, right, appended, stride_slopes, factor, softcap,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCORE_MOD: tl.constexpr,
 ):  # fmt: skip
     # Which rows are mine?
     b, head, first_q, rows_q, writable, first = work.queries(
         tl.program_id(0), cu_seqlens_q, batch, nheads, tiles, per_group, seqlen_q, total_q, BLOCK_M
     )
+    entry = b
     b = b.to(tl.int64)
     i = first + tl.arange(0, BLOCK_M)
 
     # Which keys are theirs?
-    first_k, length_k = work.keys(b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended)
+    first_k, length_k = work.keys(b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended, rows_q)
+    row_k = b
+    if cache_batch_idx is not None:
+        row_k, there = sequence.cache_row(b, cache_batch_idx, num_pages)
+        row_k = row_k.to(tl.int64)
+        length_k = tl.where(there, length_k, 0)
+    pad = None
+    if cache_leftpad is not None:
+        pad = sequence.clamp(tl.load(cache_leftpad + b), 0, length_k)
+    slope = None
+    if alibi_slopes is not None:
+        slope = tl.load(alibi_slopes + b * stride_slopes + head)
+    sink = None
+    if s_aux is not None:
+        sink = tl.load(s_aux + head).to(tl.float32)
+    changes = (factor, softcap, slope, aux)
 
     d = tl.arange(0, D)
     q += b * stride_q_b + head.to(tl.int64) * stride_q_h
@@ -53,48 +71,52 @@ def forward_kernel(
     k += heads.kv_head(head, group).to(tl.int64) * stride_k_h
     v += heads.kv_head(head, group).to(tl.int64) * stride_v_h
     if PAGE_SIZE == 0:
-        k += b * stride_k_b + tl.cast(first_k, tl.int64) * stride_k_t
-        v += b * stride_v_b + tl.cast(first_k, tl.int64) * stride_v_t
+        k += row_k * stride_k_b + tl.cast(first_k, tl.int64) * stride_k_t
+        v += row_k * stride_v_b + tl.cast(first_k, tl.int64) * stride_v_t
     else:
         block_table += b * stride_table
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    o = tl.zeros([BLOCK_M, D], tl.float32)
+    o = tl.zeros([BLOCK_M, D_V], tl.float32)
     diagonal = length_k - rows_q
     begin, clear_begin, clear_end, end = work.key_tiles(
-        first, rows_q, length_k, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N
+        first, rows_q, length_k, left, right, pad, LEFT, RIGHT, BLOCK_M, BLOCK_N
     )
     if LEFT:  # cut tiles on both sides: one loop, or three would drain the pipeline three times
         m, l, o = attend(
             m, l, o, q_tile, i, begin, clear_begin, clear_end, end, True,
             k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
-            diagonal, left, right, length_k, scale,
-            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
+            diagonal, left, right, pad, length_k, scale, entry, head, changes,
+            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V, D_V, WIDE, TWINS,
+            SOFTCAP, SCORE_MOD,
         )  # fmt: skip
     else:
         m, l, o = attend(
             m, l, o, q_tile, i, begin, 0, 0, clear_end, False,
             k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
-            diagonal, left, right, length_k, scale,
-            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
+            diagonal, left, right, pad, length_k, scale, entry, head, changes,
+            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V, D_V, WIDE, TWINS,
+            SOFTCAP, SCORE_MOD,
         )  # fmt: skip
         m, l, o = attend(
             m, l, o, q_tile, i, clear_end, 0, 0, end, True,
             k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
-            diagonal, left, right, length_k, scale,
-            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, WIDE, TWINS,
+            diagonal, left, right, pad, length_k, scale, entry, head, changes,
+            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V, D_V, WIDE, TWINS,
+            SOFTCAP, SCORE_MOD,
         )  # fmt: skip
 
-    o, lse_tile = softmax.finish(m, l, o, scale)
+    o, lse_tile = softmax.finish(m, l, o, scale, sink)
     if cu_seqlens_q is not None:  # rows after the last sequence's end
         o = tl.where((i < rows_q)[:, None], o, 0.0)
         lse_tile = tl.where(i < rows_q, lse_tile, float("-inf"))
     out += b * stride_o_b + head.to(tl.int64) * stride_o_h
+    d_v = tl.arange(0, D_V)
     tl.store(
-        out + row_q[:, None] * stride_o_t + d[None, :],
+        out + row_q[:, None] * stride_o_t + d_v[None, :],
         o.to(out.dtype.element_ty),
-        mask=(i < writable)[:, None] & (d < HEAD_DIM)[None, :],
+        mask=(i < writable)[:, None] & (d_v < HEAD_DIM_V)[None, :],
     )
     if lse is not None:
         lse += b * stride_lse_b + head.to(tl.int64) * stride_lse_h
@@ -103,22 +125,24 @@ def forward_kernel(
 
 POINTERS = (
     "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table",
+    "cache_batch_idx", "cache_leftpad", "alibi_slopes", "s_aux", "aux",
 )  # fmt: skip
 
 
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forward) -> Launch:
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
     tiles = plan.tiles
-    nheads, head_dim = p.q.shape[-2:]
+    nheads, head_dim, head_dim_v = *p.q.shape[-2:], p.v.shape[-1]
     paged = p.block_table is not None
+    change = changes(p)
     constants = (
         *strides(p.q), *strides(p.k), *strides(p.v), *where(p, out, lse),
         p.batch, nheads, nheads // p.k.shape[-2], plan.rows, plan.per_group,
         p.seqlen_q, p.seqlen_k, p.q.shape[0], MAX_INT if paged else p.k.shape[0], p.k.shape[0],
-        p.softmax_scale * LOG2E, p.left, p.right, p.appended,
-        p.left >= 0, p.right >= 0, p.page_size,
-        head_dim, max(16, triton.next_power_of_2(head_dim)), tiles.block_m, tiles.block_n,
-        wide(p, tiles.block_n), twins(p, tiles.block_n),
+        change.scale, p.left, p.right, p.appended, *change.numbers,
+        p.left >= 0, p.right >= 0, p.page_size, head_dim, padded(head_dim),
+        head_dim_v, padded(head_dim_v), tiles.block_m, tiles.block_n,
+        wide(p, tiles.block_n), twins(p, tiles.block_n), *change.flags,
     )  # fmt: skip
     return Launch(
         forward_kernel, plan.rows * plan.units, POINTERS, constants,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,7 @@ SIZES = [
     "stride_lse_b", "stride_lse_h", "stride_table", "batch", "nheads", "group", "tiles",
     "per_group", "seqlen_q", "seqlen_k", "total_q", "total_k", "num_pages", "left", "right",
     "appended", "nheads_k", "splits", "split_tiles", "slots", "part_rows", "total",
+    "stride_slopes", "rows_cos",
 ]  # fmt: skip
 ALIGNMENT = 16  # bytes; Triton compiles for pointers that are, or are not, multiples of it
 
@@ -38,12 +39,39 @@ def where(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> tuple[int,
     return (*strides(out), *lse_strides, row)
 
 
+def padded(head_dim: int) -> int:
+    """Columns of a tile that holds head_dim: a power of two, as many as a product wants."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+class Changes(NamedTuple):
+    """How `rules/scores.py` is told what becomes of scores."""
+
+    scale: float  # of the softmax, in powers of two
+    numbers: tuple[int, float, float]  # stride of the slopes' batch, factor, softcap
+    flags: tuple[bool, Any]  # SOFTCAP, SCORE_MOD
+
+
+def changes(p: Problem) -> Changes:
+    """What becomes of p's scores."""
+    slopes, softcap = p.scores.alibi_slopes, p.scores.softcap
+    stride = slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
+    scale, factor = p.softmax_scale * LOG2E, p.softmax_scale
+    if softcap:
+        factor /= softcap
+    if slopes is not None or p.scores.score_mod is not None:
+        scale = LOG2E  # all is done by then
+    elif softcap:
+        scale = softcap * LOG2E
+    return Changes(scale, (stride, factor, softcap), (softcap > 0, p.scores.score_mod))
+
+
 def wide(p: Problem, block_n: int) -> bool:
     """Whether offsets inside a tile of keys, or inside a whole cache of pages, need 64 bits.
 
     Above head_dim 128 they are given them anyway: there it is registers that are short.
     """
-    if p.k.shape[-1] > 128:
+    if max(p.k.shape[-1], p.v.shape[-1]) > 128:
         return True
     if p.page_size:
         last = (p.k.shape[0] - 1, p.k.shape[1] - 1)
@@ -101,6 +129,8 @@ class Launch:
             x = tensors[name]
             if x is None:
                 addresses.append(None)
+            elif type(x) is tuple:  # of a score_mod's tensors: Triton may look at them each time
+                bits = 1
             else:
                 address = x.data_ptr()
                 addresses.append(address)

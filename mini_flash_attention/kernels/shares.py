@@ -8,59 +8,67 @@ counts one tile, so that somebody writes its rows.
 import triton
 import triton.language as tl
 
-from ..rules import mask, sequence
+from ..rules import mask, sequence, work
 
 CHUNK = tl.constexpr(32)  # sequences looked at together: as many as a warp has threads
 
 
 @triton.jit
 def key_range(
-    b, seqused_k, appended, seqlen_q, seqlen_k, left, right,
+    b, lengths,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of sequences b: keys in use, the first tile (in keys) that any query sees, how many tiles."""
-    length_k = seqlen_k
-    if seqused_k is not None:
-        length_k = sequence.used_length(b, seqused_k, appended, seqlen_k)
+    """Of sequences b: the first query row and how many; the first key and how many are in use;
+    the first of them there is, or None; the first tile (in keys) any query sees, how many tiles.
+    """
+    (
+        cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad, cache_batch_idx,
+        seqlen_q, seqlen_k, total_q, total_k, cache_rows, left, right, appended,
+    ) = lengths  # fmt: skip
+    first_q, rows_q = 0, seqlen_q
+    if cu_seqlens_q is not None:
+        first_q, rows_q = sequence.query_span(b, cu_seqlens_q, total_q)
+        rows_q = tl.minimum(rows_q, seqlen_q)
+    first_k, length_k = work.keys(b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended, rows_q)
+    if cache_batch_idx is not None:
+        length_k = tl.where(sequence.cache_row(b, cache_batch_idx, cache_rows)[1], length_k, 0)
+    pad = None
+    if leftpad is not None:
+        pad = sequence.clamp(tl.load(leftpad + b), 0, length_k)
     begin, _, _, end = mask.key_tiles(
-        0, seqlen_q - 1, length_k - seqlen_q, left, right, length_k, BLOCK_N, LEFT, RIGHT
+        0, rows_q - 1, length_k - rows_q, left, right, pad, length_k, BLOCK_N, LEFT, RIGHT
     )
-    return length_k, begin, tl.maximum((end - begin) // BLOCK_N, 1)
+    tiles = tl.maximum((end - begin) // BLOCK_N, 1)
+    return first_q, rows_q, first_k, length_k, pad, begin, tiles
 
 
 @triton.jit
 def chunk(
-    first, batch, seqused_k, appended, seqlen_q, seqlen_k, left, right,
+    first, batch, lengths,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tiles of the sequences first..first + CHUNK, 0 past the batch."""
     b = first + tl.arange(0, CHUNK)
-    _, _, tiles = key_range(
-        tl.minimum(b, batch - 1), seqused_k, appended, seqlen_q, seqlen_k, left, right,
-        LEFT, RIGHT, BLOCK_N,
-    )  # fmt: skip
+    tiles = key_range(tl.minimum(b, batch - 1), lengths, LEFT, RIGHT, BLOCK_N)[6]
     return tl.where(b < batch, tiles, 0)
 
 
 @triton.jit
 def count(
-    batch, seqused_k, appended, seqlen_q, seqlen_k, left, right,
+    batch, lengths,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tiles of the whole batch."""
     total = 0
     for first in range(0, batch, CHUNK):
-        tiles = chunk(
-            first, batch, seqused_k, appended, seqlen_q, seqlen_k, left, right,
-            LEFT, RIGHT, BLOCK_N,
-        )  # fmt: skip
+        tiles = chunk(first, batch, lengths, LEFT, RIGHT, BLOCK_N)
         total += tl.sum(tiles, 0)
     return total
 
 
 @triton.jit
 def find(
-    tile, batch, seqused_k, appended, seqlen_q, seqlen_k, left, right,
+    tile, batch, lengths,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The sequence that a tile of the line belongs to, and the number of tiles before it."""
@@ -68,10 +76,7 @@ def find(
     before = 0
     passed = 0
     for first in range(0, batch, CHUNK):
-        tiles = chunk(
-            first, batch, seqused_k, appended, seqlen_q, seqlen_k, left, right,
-            LEFT, RIGHT, BLOCK_N,
-        )  # fmt: skip
+        tiles = chunk(first, batch, lengths, LEFT, RIGHT, BLOCK_N)
         over = (passed + tl.cumsum(tiles, 0) <= tile) & (first + tl.arange(0, CHUNK) < batch)
         b += tl.sum(over.to(tl.int32), 0)
         before += tl.sum(tl.where(over, tiles, 0), 0)

@@ -10,20 +10,26 @@ import triton.language as tl
 
 
 @triton.jit
-def sees(i, j, diagonal, left, right, seqlen_k, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Whether query i sees key j; i and j are numbers or broadcastable tiles."""
+def sees(i, j, diagonal, left, right, pad, seqlen_k, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Whether query i sees key j; i and j are numbers or broadcastable tiles.
+
+    pad: None, or the first key there is, which LEFT looks after too.
+    """
     last = seqlen_k - 1
     if RIGHT:
         last = tl.minimum(last, i + (diagonal + right))
     visible = j <= last
     if LEFT:
-        visible = visible & (j >= i + (diagonal - left))
+        first = i + (diagonal - left)
+        if pad is not None:
+            first = tl.maximum(first, pad)
+        visible = visible & (j >= first)
     return visible
 
 
 @triton.jit
 def key_tiles(
-    first, last, diagonal, left, right, seqlen_k,
+    first, last, diagonal, left, right, pad, seqlen_k,
     BLOCK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
 ):  # fmt: skip
     """Key tiles that queries first..last see, as four multiples of BLOCK.
@@ -36,8 +42,9 @@ def key_tiles(
     end = seqlen_k
     every_end = seqlen_k
     if LEFT:
-        begin = tl.maximum(first + (diagonal - left), 0)
-        every_begin = tl.maximum(last + (diagonal - left), 0)
+        lowest = 0 if pad is None else pad
+        begin = tl.maximum(first + (diagonal - left), lowest)
+        every_begin = tl.maximum(last + (diagonal - left), lowest)
     if RIGHT:
         end = tl.minimum(end, tl.maximum(last + (diagonal + right) + 1, 0))
         every_end = tl.minimum(every_end, tl.maximum(first + (diagonal + right) + 1, 0))

@@ -59,6 +59,14 @@ def find(tile, cu_seqlens, batch, total, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def cache_row(b, cache_batch_idx, rows):
+    """(row of a dense cache that entry b uses, whether there is such a row)."""
+    row = tl.load(cache_batch_idx + b)
+    there = (row >= 0) & (row < rows)
+    return tl.where(there, row, 0), there
+
+
+@triton.jit
 def used_length(b, seqused, appended, capacity):
     """Keys in use: `seqused[b]` (negative counts as 0) and those just appended, within capacity."""
     return tl.minimum(clamp(tl.load(seqused + b), 0, capacity), capacity - appended) + appended

@@ -26,12 +26,22 @@ def rescale(m, s, scale):
 
 
 @triton.jit
-def finish(m, l, o, scale):
-    """Normalised output and LSE (natural logarithm); 0 and -inf for a row that saw no key."""
+def finish(m, l, o, scale, sink):
+    """Normalised output and LSE (natural logarithm); 0 and -inf for a row that saw no key.
+
+    sink: None, or a logit that takes part in the sum of a row that saw any key.
+    """
     empty = l == 0.0
-    inverse = tl.where(empty, 0.0, 1.0 / l)
     ln2: tl.constexpr = 0.6931471805599453
-    lse = tl.where(empty, float("-inf"), (m * scale + tl.log2(l)) * ln2)
+    top = m * scale
+    weight = 1.0
+    if sink is not None:
+        highest = tl.maximum(tl.where(empty, 0.0, top), sink / ln2)
+        weight = tl.exp2(top - highest)
+        l = l * weight + tl.exp2(sink / ln2 - highest)
+        top = highest
+    inverse = tl.where(empty, 0.0, weight / l)
+    lse = tl.where(empty, float("-inf"), (top + tl.log2(l)) * ln2)
     return o * tl.expand_dims(inverse, 1), lse
 
 

@@ -30,26 +30,27 @@ def queries(
 
 
 @triton.jit
-def keys(b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended):
-    """(first key, number of keys) of entry b."""
+def keys(b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended, rows_q):
+    """(first key, number of keys) of entry b; appended < 0: as many as it has queries."""
     first_k = 0
     length_k = seqlen_k
     if cu_seqlens_k is not None:
         first_k, length_k = sequence.span(b, cu_seqlens_k, total_k)
     if seqused_k is not None:
+        appended = tl.where(appended < 0, rows_q, appended)
         length_k = sequence.used_length(b, seqused_k, appended, length_k)
     return first_k, tl.minimum(length_k, seqlen_k)
 
 
 @triton.jit
 def key_tiles(
-    first, rows_q, length_k, left, right,
+    first, rows_q, length_k, left, right, pad,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`mask.key_tiles` of the BLOCK_M rows from `first`: none after the sequence's end."""
     last = tl.minimum(first + BLOCK_M, rows_q) - 1
     begin, clear_begin, clear_end, end = mask.key_tiles(
-        first, last, length_k - rows_q, left, right, length_k, BLOCK_N, LEFT, RIGHT
+        first, last, length_k - rows_q, left, right, pad, length_k, BLOCK_N, LEFT, RIGHT
     )
     end = tl.where(first < rows_q, end, begin)
     return begin, clear_begin, tl.minimum(clear_end, end), end
