@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -167,11 +168,21 @@ def call(variant: Variant) -> None:
         return x[..., :heads, :]
 
     def keys(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return tokens(*shape), tokens(*shape, apart="apart" in words)
+        v = tokens(*shape, apart="apart" in words)
+        return tokens(*shape), v[..., : number.get("v", head_dim)]
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32)
 
+    more: dict[str, Any] = {}
+    if "softcap" in words:
+        more["softcap"] = 30.0
+    if "alibi" in words:
+        more["alibi_slopes"] = torch.empty(BATCH, nheads)
+    if "sinks" in words:
+        more["s_aux"] = torch.empty(nheads, dtype=dtype)
+    if "mod" in words:
+        more |= {"score_mod": in_document, "score_mod_args": (numbers(BATCH, SEQLEN_K),)}
     plan.PORTABLE = variant.kernel != "forward_hopper"
     plan.MANY_KEYS = 0 if "many" in words else 2**31
     lse, mask = "lse" in words, MASKS[variant.mask]
@@ -190,26 +201,40 @@ def call(variant: Variant) -> None:
         k, v = keys(BATCH, SEQLEN_K)
     if "q" in number or layout == "used":
         new = {"k": tokens(BATCH, appended), "v": tokens(BATCH, appended)} if appended else {}
+        if "rotary" in words:
+            new |= {"rotary_cos": torch.empty(SEQLEN_K, head_dim // 2, dtype=dtype)}
+            new |= {"rotary_sin": new["rotary_cos"]}
+        if "rows" in words:
+            more |= {"cache_batch_idx": numbers(BATCH), "cache_leftpad": numbers(BATCH)}
         lengths = SEQLEN_K - appended if layout == "dense" else numbers(BATCH)
         q = tokens(BATCH, seqlen_q, heads=nheads)
         mfa.flash_attn_with_kvcache(
-            q, k, v, **new, cache_seqlens=lengths, **pages, **mask,
+            q, k, v, **new, cache_seqlens=lengths, **pages, **mask, **more,
             num_splits=0 if automatic else number.get("splits", 1), return_softmax_lse=lse,
         )  # fmt: skip
     elif pages:
         q = tokens(SEQLEN_Q, heads=nheads)
         mfa.flash_attn_varlen_func(
             q, k, v, numbers(BATCH + 1), None, SEQLEN_Q, SEQLEN_K, **mask, return_attn_probs=lse,
-            seqused_k=numbers(BATCH), **pages,
+            seqused_k=numbers(BATCH), **pages, **more, num_splits=number.get("splits", 1),
         )  # fmt: skip
     elif layout == "packed":
         q, cu_seqlens = tokens(SEQLEN_Q, heads=nheads), numbers(BATCH + 1)
         mfa.flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, SEQLEN_Q, SEQLEN_K, **mask, return_attn_probs=lse
-        )
+            q, k, v, cu_seqlens, cu_seqlens, SEQLEN_Q, SEQLEN_K, **mask, return_attn_probs=lse,
+            num_splits=number.get("splits", 0), **more,
+        )  # fmt: skip
     else:
         q = tokens(BATCH, SEQLEN_Q, heads=nheads)
-        mfa.flash_attn_func(q, k, v, **mask, return_attn_probs=lse)
+        mfa.flash_attn_func(q, k, v, **mask, return_attn_probs=lse, **more)
+
+
+@triton.jit
+def in_document(score, batch, head, q_idx, kv_idx, args):
+    """A score_mod that reads a tensor twice: -inf between tokens of different documents."""
+    row = args[0] + batch * 2048
+    same = tl.load(row + tl.maximum(q_idx, 0)) == tl.load(row + tl.minimum(kv_idx, 2047))
+    return tl.where(same, score, float("-inf"))
 
 
 def far(x: torch.Tensor) -> torch.Tensor:
@@ -299,7 +324,7 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
             seen.add(compiled.hash)
             row = {"variant": str(variant), "kernel": name, **launch.options, **measured(compiled)}
             if name == "forward_hopper":
-                keys, consumers, _, _, early, _ = launch.constants[-6:]
+                keys, consumers, _, _, early, _ = launch.constants[-8:-2]
                 # Exponentials of a thread; products before, in and after the loop.
                 row |= schedule(compiled) | {
                     "to_hide": early * keys // 2,

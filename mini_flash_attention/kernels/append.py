@@ -98,7 +98,7 @@ def _launch(
     seqlen_k = p.seqlen_k
     if queries and p.seqused_k is None:  # the kernel subtracts what it appends
         seqlen_k += appended - p.appended
-    block = 1 if appended == 1 else 16
+    block = 1 if appended == 1 else 8 if rotated else 16
     rotary_dim = 2 * p.rotary.cos.shape[1] if rotated and p.rotary else 0
     interleaved = bool(rotated and p.rotary and p.rotary.interleaved)
     still = bool(queries and p.rotary and not p.rotary.moving)

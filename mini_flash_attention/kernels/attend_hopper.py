@@ -6,6 +6,7 @@ turn, so that one's exponentials meet another's products.
 """
 
 from ..rules import mask
+from ..rules.scores import modified
 from . import hopper
 from .hopper import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
@@ -31,6 +32,28 @@ def scores(q, keys, n, BLOCK_N: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def by_place(s, start, BLOCK_N: gl.constexpr):
+    """Scores [64, BLOCK_N / 8, 4, 2] with their rows i and keys: start + n, `start` a tile.
+
+    Of key 8 a + 2 b + c a thread knows a and c when it is compiled: b goes to the start.
+    """
+    pieces = gl.reshape(s, [64, BLOCK_N // 8, 4, 2])
+    rest: gl.constexpr = gl.SliceLayout(3, pieces.type.layout)
+    a = gl.arange(0, BLOCK_N // 8, gl.SliceLayout(0, gl.SliceLayout(2, rest)))
+    b = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, rest)))
+    c = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, pieces.type.layout))))
+    i = gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, rest)))
+    n = 8 * a[None, :, None, None] + c[None, None, None, :]
+    return pieces, i[:, None, None, None], (start + 2 * b)[None, None, :, None], n
+
+
+@gluon.jit
+def as_before(pieces, s):
+    """What `by_place` cut apart, laid out like s."""
+    return gl.convert_layout(gl.reshape(pieces, s.shape), s.type.layout, assert_trivial=True)
+
+
+@gluon.jit
 def masked(
     s, which: gl.constexpr, turns, turn, start, left, right,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -40,20 +63,31 @@ def masked(
     length_k = hopper.word(turns, turn, hopper.LENGTH_K)
     diagonal = length_k - hopper.word(turns, turn, hopper.ROWS_Q)
     first = hopper.word(turns, turn, hopper.FIRST) + 64 * which
-    # Of key 8 a + 2 b + c a thread knows a and c when it is compiled: b goes to the other side.
-    pieces = gl.reshape(s, [64, BLOCK_N // 8, 4, 2])
-    rest: gl.constexpr = gl.SliceLayout(3, pieces.type.layout)
-    a = gl.arange(0, BLOCK_N // 8, gl.SliceLayout(0, gl.SliceLayout(2, rest)))
-    b = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, rest)))
-    c = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, pieces.type.layout))))
-    i = gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, rest)))
-    shift = (start + 2 * b)[None, None, :, None]
+    pieces, i, shift, n = by_place(s, start, BLOCK_N)
     seen = mask.sees(
-        first + i[:, None, None, None] - shift, 8 * a[None, :, None, None] + c[None, None, None, :],
-        diagonal, left, right, length_k - shift, LEFT, RIGHT,
-    )  # fmt: skip
-    pieces = gl.where(seen, pieces, float("-inf"))
-    return gl.convert_layout(gl.reshape(pieces, [64, BLOCK_N]), s.type.layout, assert_trivial=True)
+        first + i - shift, n, diagonal, left, right, None, length_k - shift, LEFT, RIGHT
+    )
+    return as_before(gl.where(seen, pieces, float("-inf")), s)
+
+
+@gluon.jit
+def changed(
+    s, which: gl.constexpr, turns, turn, start, changes,
+    SOFTCAP: gl.constexpr, SCORE_MOD: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """`scores.modified` of the scores for the keys from `start`."""
+    if SCORE_MOD is not None or changes[2] is not None:
+        diagonal = hopper.word(turns, turn, hopper.LENGTH_K)
+        diagonal -= hopper.word(turns, turn, hopper.ROWS_Q)
+        first = hopper.word(turns, turn, hopper.FIRST) + 64 * which + diagonal
+        b = hopper.word(turns, turn, hopper.B)
+        head = hopper.word(turns, turn, hopper.HEAD)
+        pieces, i, shift, n = by_place(s, start, BLOCK_N)
+        pieces = modified(pieces, b, head, first + i, shift, n, changes, SOFTCAP, SCORE_MOD)
+        s = as_before(pieces, s)
+    elif SOFTCAP:
+        s = modified(s, 0, 0, 0, 0, 0, changes, SOFTCAP, SCORE_MOD)
+    return s
 
 
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # of fp32: no score lies below
@@ -90,10 +124,10 @@ def rescale(m, s, scale, LAZY: gl.constexpr):
 @gluon.jit
 def attend(
     which: gl.constexpr,
-    queries, worked, keys, values, done, turns, turn, left, right, scale,
+    queries, worked, keys, values, done, turns, turn, left, right, scale, changes,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
     CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
-    LAZY: gl.constexpr,
+    LAZY: gl.constexpr, SOFTCAP: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     """Lines 6 to 12 of Algorithm 1 for 64 rows of a tile of work: (m, l, o).
 
@@ -124,6 +158,7 @@ def attend(
             mbarrier.arrive(queries.free.index(before))
     s = warpgroup_mma_wait(0, deps=[s])
     hopper.free(keys, done, CONSUMERS)
+    s = changed(s, which, turns, turn, start, changes, SOFTCAP, SCORE_MOD, BLOCK_N)
     s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N)
     m = gl.full([64], LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout))
     m, alpha, p = rescale(m, s, scale, LAZY)
@@ -147,6 +182,7 @@ def attend(
             hopper.your_turn(which, CONSUMERS)
         s = warpgroup_mma_wait(1, deps=[s])
         hopper.free(keys, n, CONSUMERS)
+        s = changed(s, which, turns, turn, start, changes, SOFTCAP, SCORE_MOD, BLOCK_N)
         if (start >= clear_end) | (start < clear_begin if LEFT else False):
             s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N)
         m, alpha, p_next = rescale(m, s, scale, LAZY)

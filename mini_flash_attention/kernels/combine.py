@@ -47,7 +47,7 @@ def combine_kernel(
             lse += first_q
     if i >= rows_q:
         count = 0
-    sink = None
+    sink = s_aux
     if s_aux is not None:
         sink = tl.load(s_aux + head_k * group + member).to(tl.float32)
 

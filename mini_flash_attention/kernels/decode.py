@@ -49,9 +49,12 @@ def decode_tiles(
     cache_batch_idx, left, right = lengths[4], lengths[10], lengths[11]
     # Which keys are mine, and which rows? Row r is query token r // group of head r % group in the
     # KV head's group.
-    first_q, rows_q, first_k, length_k, pad, start, _ = shares.key_range(
+    first_q, rows_q, first_k, length_k, start, _ = shares.key_range(
         b, lengths, LEFT, RIGHT, BLOCK_N
     )
+    pad = lengths[3]
+    if lengths[3] is not None:
+        pad = sequence.clamp(tl.load(lengths[3] + b), 0, length_k)
     rows = rows_q * group
     local = tl.arange(0, BLOCK_M)
     row = block * BLOCK_M + local
@@ -68,15 +71,15 @@ def decode_tiles(
     begin = tl.maximum(begin, start + low * BLOCK_N)
     end = tl.minimum(end, start + high * BLOCK_N)
 
-    slope = None
+    changes = (factor, softcap, alibi_slopes, aux)
     if alibi_slopes is not None:
-        at = alibi_slopes + b.to(tl.int64) * stride_slopes + head
-        slope = tl.load(at, mask=row < rows, other=0.0)[:, None]
-    sink = None
+        slopes = alibi_slopes + b.to(tl.int64) * stride_slopes + head
+        slope = tl.load(slopes, mask=row < rows, other=0.0)
+        changes = (factor, softcap, slope[:, None], aux)
+    sink = s_aux
     if s_aux is not None:
         sink = tl.load(s_aux + head, mask=row < rows, other=0.0).to(tl.float32)
         sink = tl.where(whole, sink, float("-inf"))  # of parts, `combine` adds it
-    changes = (factor, softcap, slope, aux)
 
     entry = b
     b = b.to(tl.int64)
@@ -187,7 +190,7 @@ def decode_kernel(
         crossed = 0  # shares that the sequence which goes on after this one lies in
         # Lengths that another stream changes meanwhile may spoil results, but lead nowhere else.
         while (tile < stop) & (b < batch):
-            tiles = shares.key_range(b, lengths, LEFT, RIGHT, BLOCK_N)[6]
+            tiles = shares.key_range(b, lengths, LEFT, RIGHT, BLOCK_N)[5]
             low = tile - before
             high = tl.minimum(tiles, low + stop - tile)
             begins = low == 0
@@ -210,7 +213,7 @@ def decode_kernel(
         block = program // splits % blocks
         head_k = program // splits // blocks % nheads_k
         b = program // splits // blocks // nheads_k
-        tiles = shares.key_range(b, lengths, LEFT, RIGHT, BLOCK_N)[6]
+        tiles = shares.key_range(b, lengths, LEFT, RIGHT, BLOCK_N)[5]
         size = split_tiles
         if size == 0:
             size = tl.cdiv(tiles, splits)

@@ -49,16 +49,16 @@ def forward_kernel(
         row_k, there = sequence.cache_row(b, cache_batch_idx, num_pages)
         row_k = row_k.to(tl.int64)
         length_k = tl.where(there, length_k, 0)
-    pad = None
+    pad = cache_leftpad
     if cache_leftpad is not None:
         pad = sequence.clamp(tl.load(cache_leftpad + b), 0, length_k)
-    slope = None
+    changes = (factor, softcap, alibi_slopes, aux)
     if alibi_slopes is not None:
         slope = tl.load(alibi_slopes + b * stride_slopes + head)
-    sink = None
+        changes = (factor, softcap, slope, aux)
+    sink = s_aux
     if s_aux is not None:
         sink = tl.load(s_aux + head).to(tl.float32)
-    changes = (factor, softcap, slope, aux)
 
     d = tl.arange(0, D)
     q += b * stride_q_b + head.to(tl.int64) * stride_q_h

@@ -16,7 +16,7 @@ from ..rules import heads, softmax, work
 from . import hopper
 from .attend_hopper import attend
 from .hopper import fence_async_shared, gl, gluon, mbarrier
-from .launch import LOG2E, MAX_INT, SIZES, Launch, strides, where
+from .launch import MAX_INT, SIZES, Launch, changes, strides, where
 
 
 @gluon.jit
@@ -41,9 +41,11 @@ def produce(
         b, head, first_q, rows_q, writable, first = work.queries(
             number, cu_seqlens_q, batch, nheads, tiles, per_group, seqlen_q, total_q, 64 * CONSUMERS
         )
-        first_k, length_k = work.keys(b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended)
+        first_k, length_k = work.keys(
+            b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended, rows_q
+        )
         begin, clear_begin, clear_end, end = work.key_tiles(
-            first, rows_q, length_k, left, right, LEFT, RIGHT, 64 * CONSUMERS, BLOCK_N
+            first, rows_q, length_k, left, right, None, LEFT, RIGHT, 64 * CONSUMERS, BLOCK_N
         )
         hopper.tell(turns, turn, (
             b, head, first_q, rows_q, writable, first, length_k, begin, clear_begin, clear_end, end
@@ -97,10 +99,12 @@ def consume(
     which: gl.constexpr, job,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, HEAD_DIM: gl.constexpr, CONSUMERS: gl.constexpr,
     SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr, LAZY: gl.constexpr,
+    SOFTCAP: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each tile of work: attention to their keys, and the rows written out."""
     o_desc, out, lse, cu_seqlens_q, queries, keys, values, turns = job[:8]
-    stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right = job[8:]
+    stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right = job[8:16]
+    alibi_slopes, s_aux, aux, stride_slopes, factor, softcap = job[16:]
     PACKED: gl.constexpr = cu_seqlens_q is not None
     D: gl.constexpr = o_desc.block_shape[3]
     BLOCK_N: gl.constexpr = keys.tiles.shape[2]
@@ -120,11 +124,20 @@ def consume(
         o = gl.zeros([64, D], gl.float32, O)
         lse_tile = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, O))
         if end > begin:
+            changes = (factor, softcap, alibi_slopes, aux)
+            if alibi_slopes is not None:
+                at = hopper.word(turns, turn, hopper.B).to(gl.int64) * stride_slopes
+                slope = gl.load(alibi_slopes + at + hopper.word(turns, turn, hopper.HEAD))
+                changes = (factor, softcap, slope, aux)
             m, l, o = attend(
                 which, queries, worked, keys, values, done, turns, turn, left, right, scale,
-                LEFT, RIGHT, D, BLOCK_N, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
+                changes, LEFT, RIGHT, D, BLOCK_N, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
+                SOFTCAP, SCORE_MOD,
             )  # fmt: skip
-            o, lse_tile = softmax.finish(m, l, o, scale)
+            sink = s_aux
+            if s_aux is not None:
+                sink = gl.load(s_aux + hopper.word(turns, turn, hopper.HEAD)).to(gl.float32)
+            o, lse_tile = softmax.finish(m, l, o, scale, sink)
         b = hopper.word(turns, turn, hopper.B)
         head = hopper.word(turns, turn, hopper.HEAD)
         first_q = hopper.word(turns, turn, hopper.FIRST_Q) + first
@@ -169,13 +182,14 @@ def consume(
 @gluon.jit(do_not_specialize=SIZES)
 def forward_hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, out, lse, counter,
-    cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
+    cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, alibi_slopes, s_aux, aux,
     stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, stride_table,
     batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
-    scale, left, right, appended,
+    scale, left, right, appended, stride_slopes, factor, softcap,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
     PINGPONG: gl.constexpr, EARLY: gl.constexpr, LAZY: gl.constexpr,
+    SOFTCAP: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = k_desc.block_shape[3]
     Q_TILES: gl.constexpr = SLOTS * CONSUMERS
@@ -196,6 +210,7 @@ def forward_hopper_kernel(
     job = (
         o_desc, out, lse, cu_seqlens_q, queries, keys, values, turns,
         stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right,
+        alibi_slopes, s_aux, aux, stride_slopes, factor, softcap,
     )  # fmt: skip
     loads = (
         q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns,
@@ -206,21 +221,27 @@ def forward_hopper_kernel(
     SMALL_PAGES: gl.constexpr = k_desc.block_shape[1] < BLOCK_N  # the producer has more to hold
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY)),
-            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY)),
+            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
+                       SOFTCAP, SCORE_MOD)),
+            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
+                       SOFTCAP, SCORE_MOD)),
             (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
         ], [4, 1], [224, 56] if SMALL_PAGES else [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY)),
-            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY)),
-            (consume, (2, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY)),
+            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
+                       SOFTCAP, SCORE_MOD)),
+            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
+                       SOFTCAP, SCORE_MOD)),
+            (consume, (2, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
+                       SOFTCAP, SCORE_MOD)),
             (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
 POINTERS = (
     "out", "lse", "counter", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table",
+    "alibi_slopes", "s_aux", "aux",
 )  # fmt: skip
 
 
@@ -238,7 +259,7 @@ def launch(
     p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Hopper, otherwise: Launch
 ) -> hopper.TmaLaunch:
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
-    tiles = plan.tiles
+    tiles, change = plan.tiles, changes(p)
     nheads, head_dim = p.q.shape[-2:]
     packed = p.cu_seqlens_q is not None
     total_q, total_k = p.q.shape[0], p.k.shape[0]
@@ -258,9 +279,10 @@ def launch(
         *where(p, out, lse),
         p.batch, nheads, nheads // p.k.shape[-2], plan.rows, plan.per_group, plan.rows * plan.units,
         p.seqlen_q, p.seqlen_k, total_q, MAX_INT if p.page_size else total_k,
-        p.softmax_scale * LOG2E, p.left, p.right, p.appended,
+        change.scale, p.left, p.right, p.appended, *change.numbers,
         p.left >= 0, p.right >= 0, p.page_size, inside or p.left >= 0,
         head_dim, tiles.block_n, tiles.consumers, tiles.slots, tiles.pingpong, early, tiles.lazy,
+        *change.flags,
     )  # fmt: skip
     return hopper.TmaLaunch(
         forward_hopper_kernel, plan.programs, POINTERS, constants, 4,

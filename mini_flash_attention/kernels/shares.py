@@ -19,7 +19,7 @@ def key_range(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Of sequences b: the first query row and how many; the first key and how many are in use;
-    the first of them there is, or None; the first tile (in keys) any query sees, how many tiles.
+    the first tile (in keys) that any query sees, how many tiles.
     """
     (
         cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad, cache_batch_idx,
@@ -32,14 +32,14 @@ def key_range(
     first_k, length_k = work.keys(b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended, rows_q)
     if cache_batch_idx is not None:
         length_k = tl.where(sequence.cache_row(b, cache_batch_idx, cache_rows)[1], length_k, 0)
-    pad = None
+    pad = leftpad
     if leftpad is not None:
         pad = sequence.clamp(tl.load(leftpad + b), 0, length_k)
     begin, _, _, end = mask.key_tiles(
         0, rows_q - 1, length_k - rows_q, left, right, pad, length_k, BLOCK_N, LEFT, RIGHT
     )
     tiles = tl.maximum((end - begin) // BLOCK_N, 1)
-    return first_q, rows_q, first_k, length_k, pad, begin, tiles
+    return first_q, rows_q, first_k, length_k, begin, tiles
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def chunk(
 ):  # fmt: skip
     """Tiles of the sequences first..first + CHUNK, 0 past the batch."""
     b = first + tl.arange(0, CHUNK)
-    tiles = key_range(tl.minimum(b, batch - 1), lengths, LEFT, RIGHT, BLOCK_N)[6]
+    tiles = key_range(tl.minimum(b, batch - 1), lengths, LEFT, RIGHT, BLOCK_N)[5]
     return tl.where(b < batch, tiles, 0)
 
 
