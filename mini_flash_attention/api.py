@@ -9,12 +9,6 @@ from .refusals import either
 
 Window = tuple[int | None, int | None]
 
-# Tensors that kernels know under another name than the function.
-NAMES: dict[str, str] = {}
-CACHE_NAMES = {
-    "k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_k": "cache_seqlens",
-}  # fmt: skip
-
 
 def flash_attn_func(
     q: torch.Tensor,
@@ -83,7 +77,7 @@ def flash_attn_func(
     s_aux = either("flash_attn_func", s_aux=s_aux, learnable_sink=learnable_sink)
     del learnable_sink
     arguments = locals()
-    result, lse = dispatch.run(problem.dense, arguments, NAMES)
+    result, lse = dispatch.run(problem.dense, arguments, {})
     return (result, lse, None) if return_attn_probs else result
 
 
@@ -147,7 +141,7 @@ def flash_attn_varlen_func(
     block_table = either(name, block_table=block_table, page_table=page_table)
     del name, page_table, learnable_sink
     arguments = locals()
-    result, lse = dispatch.run(problem.varlen, arguments, NAMES)
+    result, lse = dispatch.run(problem.varlen, arguments, {})
     return (result, lse, None) if return_attn_probs else result
 
 
@@ -228,5 +222,5 @@ def flash_attn_with_kvcache(
     block_table = either(name, block_table=block_table, page_table=page_table)
     del name, page_table, learnable_sink
     arguments = locals()
-    result, lse = dispatch.run(problem.kvcache, arguments, CACHE_NAMES)
+    result, lse = dispatch.run(problem.kvcache, arguments, problem.CACHE_NAMES)
     return (result, lse) if return_softmax_lse else result

@@ -50,8 +50,18 @@ _recipes: dict[Hashable, Recipe] = {}
 def run(describe: Callable[..., Problem], arguments: Arguments, names: Arguments) -> Result:
     """(out, softmax_lse or None) of a call; its new keys are in the cache afterwards.
 
-    `names` says which argument stands for a tensor that kernels know under another name.
+    `names` says which argument stands for a tensor that kernels know under another name. Whoever
+    traces the call, or looks at operators, is shown one.
     """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        from . import ops
+
+        return ops.run(describe, arguments)
+    return compute(describe, arguments, names)
+
+
+def compute(describe: Callable[..., Problem], arguments: Arguments, names: Arguments) -> Result:
+    """`run` without an operator."""
     key = _signature(describe, arguments)
     recipe = None if key is None else _recipes.get(key)
     if recipe is not None:

@@ -152,7 +152,8 @@ L2_BYTES = 32 << 20
 def forward(p: Problem, gpu: Gpu) -> Forward:
     """The launch of the forward kernel for a call."""
     head_dim = max(p.q.shape[-1], p.v.shape[-1])
-    tiles = forward_tiles(gpu.arch, head_dim, p.windowed, p.page_size, p.cu_seqlens_q is not None)
+    more = p.windowed or p.scores.score_mod is not None
+    tiles = forward_tiles(gpu.arch, head_dim, more, p.page_size, p.cu_seqlens_q is not None)
     return Forward(tiles, *_work(p, tiles.block_m))
 
 
@@ -198,9 +199,11 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     if p.right >= 0:
         keys, many = keys - min(p.seqlen_q, keys) // 2, many * 3 // 2
     keys = min(keys, p.left + 1) if p.left >= 0 else keys
-    if head_dim <= 64 and keys >= many and p.page_size % tiles.block_n == 0:
+    simple = p.scores.score_mod is None  # what else it does is unknown, but takes registers
+    if head_dim <= 64 and keys >= many and p.page_size % tiles.block_n == 0 and simple:
         tiles = THREE_CONSUMERS
-    tiles = tiles._replace(lazy=tiles.lazy and not p.windowed)  # its mask takes the registers
+    lazy = tiles.lazy and simple and not p.windowed  # so does a window's mask
+    tiles = tiles._replace(lazy=lazy)
     # A tile lies in one page or is made of whole ones, of 16 keys or more; for those the producer
     # needs registers that consumers of rows of 256, or three of them, can't spare.
     small = p.page_size >= 16 and tiles.block_n % p.page_size == 0 and head_dim <= 128

@@ -11,6 +11,12 @@ from . import refusals as check
 from .refusals import refuse
 
 
+# What kernels call the tensors of flash_attn_with_kvcache that they know under another name.
+CACHE_NAMES = {
+    "k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_k": "cache_seqlens",
+}  # fmt: skip
+
+
 class Scores(NamedTuple):
     """What becomes of scores between their scale and the mask, in this order."""
 

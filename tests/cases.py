@@ -225,8 +225,7 @@ def kvcache(
             [x[b, :n].clone() for x in (k, v)] for b, n in zip(in_cache, lengths, strict=True)
         ]
     for b, pad in enumerate(pads):  # nobody may read what stands before the first key
-        for x, mine in zip((k, v), old[b], strict=True):
-            mine[:pad] = 0.0
+        for x in (k, v):
             _forget(x, arguments, b, pad, page_size)
     arguments |= {"k_cache": k, "v_cache": v}
     queries = [q[place] for place in places]

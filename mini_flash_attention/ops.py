@@ -1,0 +1,169 @@
+"""The functions as operators of torch.library, for whoever looks at a call before it is made.
+
+torch.compile, torch.export and modes such as the FLOP counter see `torch.ops.mini_flash_attention`.
+A plain eager call does without them, which saves the CPU some microseconds.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import dispatch, problem
+from .problem import Problem, empty_out
+
+NAMESPACE = "mini_flash_attention"
+SCORES = (
+    "float? softmax_scale, bool causal, SymInt[] window_size, float softcap, Tensor? alibi_slopes, "
+    "Tensor? s_aux, str? score_mod, Tensor[] score_mod_args, bool need_lse"
+)
+LENGTHS = (
+    "Tensor? cu_seqlens_q, SymInt? max_seqlen_q, Tensor? cache_seqlens, SymInt? cache_seqlen, "
+    "Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table, SymInt num_splits, "
+    "SymInt? fixed_split_size"
+)
+SCHEMAS = {
+    "dense": f"(Tensor q, Tensor k, Tensor v, {SCORES}) -> (Tensor, Tensor)",
+    "varlen": (
+        "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
+        "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table, Tensor? seqused_k, "
+        f"SymInt num_splits, {SCORES}) -> (Tensor, Tensor)"
+    ),
+    "kvcache": f"(Tensor q, Tensor k_cache, Tensor v_cache, {LENGTHS}, {SCORES}) -> (Tensor, Tensor)",
+    "kvcache_append": (
+        "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
+        "Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
+        f"{LENGTHS}, {SCORES}) -> (Tensor, Tensor)"
+    ),
+}
+DESCRIBE: dict[str, Callable[..., Problem]] = {
+    "dense": problem.dense, "varlen": problem.varlen, "kvcache": problem.kvcache,
+    "kvcache_append": problem.kvcache,
+}  # fmt: skip
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+# Operators take no functions: a score_mod goes by a name.
+_score_mods: dict[str, Any] = {}
+
+
+@torch._dynamo.assume_constant_result
+def name_of(score_mod: Any) -> str:
+    """A name by which `score_mod` is found again in this process."""
+    inner = getattr(score_mod, "fn", score_mod)
+    name = f"{inner.__module__}.{inner.__qualname__}:{id(score_mod):x}"
+    _score_mods[name] = score_mod
+    return name
+
+
+def run(describe: Callable[..., Problem], arguments: Mapping[str, Any]) -> dispatch.Result:
+    """(out, softmax_lse or None) of a call, through the operator for it."""
+    given = dict(arguments)
+    out = given.pop("out")
+    wanted = "return_softmax_lse" if "return_softmax_lse" in given else "return_attn_probs"
+    given["need_lse"] = given.pop(wanted)
+    if given.pop("dropout_p", 0.0):
+        raise NotImplementedError(f"{NAMESPACE}: dropout_p: not implemented yet; pass 0.0")
+    given.pop("deterministic", None)
+    tensors = [x for x in given.values() if isinstance(x, torch.Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise NotImplementedError(
+            f"{NAMESPACE}: backward: not implemented yet; call it under torch.no_grad()"
+        )
+    given["window_size"] = [-1 if w is None else w for w in given["window_size"]]
+    given["score_mod_args"] = list(given["score_mod_args"])
+    if given["score_mod"] is not None:
+        given["score_mod"] = name_of(given["score_mod"])
+    name = describe.__name__
+    if name == "kvcache":
+        lengths = given["cache_seqlens"]
+        given["cache_seqlen"] = None
+        if not isinstance(lengths, torch.Tensor):
+            given |= {"cache_seqlens": None, "cache_seqlen": lengths}
+        if given["k"] is None:
+            for extra in ("k", "v", "rotary_cos", "rotary_sin", "rotary_interleaved"):
+                given.pop(extra)
+        else:
+            name = "kvcache_append"
+    result, lse = getattr(torch.ops.mini_flash_attention, name)(**given)
+    if out is not None:
+        result = out.copy_(result)
+    return result, lse if given["need_lse"] else None
+
+
+def _arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The public function's arguments from the operator's."""
+    given = {**given, "out": None, "window_size": tuple(given["window_size"])}
+    given["score_mod_args"] = tuple(given["score_mod_args"])
+    if given["score_mod"] is not None:
+        given["score_mod"] = _score_mods[given["score_mod"]]
+    need_lse = given.pop("need_lse")
+    if name in ("dense", "varlen"):
+        return given | {
+            "return_attn_probs": need_lse, "dropout_p": 0.0, "deterministic": False
+        }  # fmt: skip
+    number = given.pop("cache_seqlen")
+    if number is not None:
+        given["cache_seqlens"] = number
+    nothing = dict.fromkeys(("k", "v", "rotary_cos", "rotary_sin")) | {"rotary_interleaved": True}
+    return nothing | given | {"return_softmax_lse": need_lse}
+
+
+def _define(name: str, schema: str) -> None:
+    """An operator: its schema, what it does, and what it makes of tensors without memory."""
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.mini_flash_attention, name).default
+    order = [argument.name for argument in operator._schema.arguments]
+
+    def compute(*values: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        arguments = _arguments(name, {**dict(zip(order, values, strict=False)), **named})
+        names = problem.CACHE_NAMES if name.startswith("kvcache") else {}
+        out, lse = dispatch.compute(DESCRIBE[name], arguments, names)
+        return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+    def fake(*values: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        given = {**dict(zip(order, values, strict=False)), **named}
+        q, v = given["q"], given["v_cache" if name.startswith("kvcache") else "v"]
+        shape: tuple[Any, ...] = (0,)
+        if given["need_lse"]:
+            shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else q.shape[1::-1]
+        return empty_out(q, v.shape[-1]), q.new_empty(shape, dtype=torch.float32)
+
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, compute, key)
+    torch.library.register_fake(operator, fake, lib=LIBRARY)
+
+    def flops(*values: Any, **named: Any) -> int:
+        return _flops(name, {**dict(zip(order, values, strict=False)), **named})
+
+    register_flop_formula(operator.overloadpacket, get_raw=True)(flops)
+
+
+def _flops(name: str, given: dict[str, Any]) -> int:
+    """2 q kᵀ and 2 p v for each pair of a query and a key in use, masks left out of account."""
+    q, k = given["q"], given["k_cache" if name.startswith("kvcache") else "k"]
+    v = given["v_cache" if name.startswith("kvcache") else "v"]
+    heads, depth = q.shape[-2], q.shape[-1] + v.shape[-1]
+    queries = _differences(given.get("cu_seqlens_q"))
+    batch = len(queries) if queries is not None else q.shape[0]
+    queries = queries if queries is not None else [q.shape[1]] * batch
+    keys = _differences(given.get("cu_seqlens_k"))
+    used = given.get("seqused_k") if name == "varlen" else given.get("cache_seqlens")
+    if used is not None:
+        keys = used.tolist()
+    elif keys is None:
+        number = given.get("cache_seqlen")
+        keys = [k.shape[1] if number is None else number] * batch
+    if name == "kvcache_append" and (used is not None or given.get("cache_seqlen") is not None):
+        packed = given["cu_seqlens_q"] is not None
+        new = queries if packed else [given["k"].shape[1]] * batch
+        keys = [n + more for n, more in zip(keys, new, strict=True)]
+    pairs = sum(n * m for n, m in zip(queries, keys, strict=True))
+    return int(2 * heads * pairs * depth)
+
+
+def _differences(cu_seqlens: torch.Tensor | None) -> list[int] | None:
+    return None if cu_seqlens is None else cu_seqlens.diff().tolist()
+
+
+for _name, _schema in SCHEMAS.items():
+    _define(_name, _schema)

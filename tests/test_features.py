@@ -1,0 +1,311 @@
+"""Every argument of the three functions beside every way that keys can lie, against the definition.
+
+On the CPU, in Triton's interpreter, and on a GPU with the portable kernels and with Hopper's.
+"""
+
+import pytest
+import torch
+from cases import dense, kvcache, varlen
+
+import mini_flash_attention as mfa
+from mini_flash_attention import dispatch, plan, reference
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+GPU = torch.cuda.is_available()
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+NHEADS, NHEADS_K, BATCH = 4, 2, 3
+PLACES = ["cpu", *["portable"] * GPU, *["hopper"] * HOPPER]
+
+
+@triton.jit
+def distance_bias(score, batch, head, q_idx, kv_idx):
+    """ALiBi with a slope of its own for each head, and a soft preference for a sequence."""
+    far = tl.abs(q_idx - kv_idx).to(tl.float32)
+    return score - 0.05 * far * (head + 1).to(tl.float32) + 0.1 * batch
+
+
+@triton.jit
+def same_document(score, batch, head, q_idx, kv_idx, args):
+    """Tokens see their own document; args[0] holds each position's, 2048 in all."""
+    mine = tl.load(args[0] + tl.maximum(q_idx, 0), mask=q_idx < 2048, other=-1)
+    theirs = tl.load(args[0] + kv_idx, mask=kv_idx < 2048, other=-1)
+    return tl.where(mine == theirs, score, float("-inf"))
+
+
+@triton.jit
+def soft_distance(score, batch, head, q_idx, kv_idx):
+    """Fades with the logarithm of the distance."""
+    return score - 0.3 * tl.log(1.0 + tl.abs(q_idx - kv_idx).to(tl.float32))
+
+
+@triton.jit
+def draft_tree(score, batch, head, q_idx, kv_idx, args):
+    """Queries are nodes of a tree of drafts behind a context: each sees that and its ancestors.
+
+    args: tokens of the context (batch,), and (batch, 32) ancestors of each node as bits.
+    """
+    context = tl.load(args[0] + batch)
+    node = tl.minimum(tl.maximum(q_idx - context, 0), 31)
+    ancestors = tl.load(args[1] + batch * 32 + node)
+    of_tree = tl.minimum(tl.maximum(kv_idx - context, 0), 31)
+    seen = (kv_idx < context) | (((ancestors >> of_tree) & 1) == 1)
+    return tl.where(seen, score, float("-inf"))
+
+
+def slopes(device):
+    return (0.5 ** torch.arange(1, NHEADS + 1)).to(device)
+
+
+def features(name, device, dtype):
+    g = torch.Generator().manual_seed(7)
+    sink = torch.randn(NHEADS, generator=g).to(dtype).to(device)
+    per_batch = torch.rand(BATCH, NHEADS, generator=g).to(device)
+    documents = torch.randint(0, 3, (2048,), generator=g).int().to(device)
+    return {
+        "softcap": {"softcap": 3.0},
+        "alibi": {"alibi_slopes": slopes(device)},
+        "alibi of each sequence": {"alibi_slopes": per_batch},
+        "sinks": {"s_aux": sink},
+        "score_mod": {"score_mod": distance_bias},
+        "soft distance": {"score_mod": soft_distance, "softmax_scale": -0.3},
+        "documents": {"score_mod": same_document, "score_mod_args": (documents,)},
+        "all": {
+            "softcap": 5.0, "alibi_slopes": per_batch, "s_aux": sink.float(),
+            "score_mod": distance_bias,
+        },
+    }[name]  # fmt: skip
+
+
+NAMES = [
+    "softcap", "alibi", "alibi of each sequence", "sinks", "score_mod", "soft distance",
+    "documents", "all",
+]  # fmt: skip
+MASKS = [{}, {"causal": True}, {"window_size": (7, 3)}]
+
+
+@pytest.fixture(params=PLACES)
+def place(request, monkeypatch):
+    """(device, dtype, head_dim, how many times the CPU's lengths)."""
+    monkeypatch.setattr(dispatch, "_recipes", {})
+    monkeypatch.setattr(plan, "PORTABLE", request.param == "portable")
+    monkeypatch.setattr(plan, "HOPPER_FLOPS", 0)
+    if request.param == "cpu":
+        return "cpu", torch.float16, 32, 1
+    return "cuda", torch.bfloat16, 64, 9
+
+
+def one_of_three(device, *numbers):
+    """Of the combinations a GPU takes a third: each is compiled."""
+    if device == "cuda" and sum(numbers) % 3:
+        pytest.skip("one of three on a GPU")
+
+
+def check(case, **more):
+    case.check(*case.run(**more))
+    if case.arguments["q"].is_cuda and "k" not in case.arguments:
+        first, again = case.run(**more), case.run(**more)  # as the recipe kept it
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_dense(name, mask, place):
+    device, dtype, head_dim, n = place
+    meaning = features(name, device, dtype) | mask
+    dims = [head_dim] if device == "cpu" else [64, 128, 256]
+    for d in dims:
+        check(dense(1, BATCH, 17 * n, 33 * n, NHEADS, NHEADS_K, d, dtype, device, **meaning))
+        check(dense(1, BATCH, 33 * n, 17 * n, NHEADS, NHEADS_K, d, dtype, device, **meaning))
+
+
+@pytest.mark.parametrize("splits", [0, 1, 3])
+@pytest.mark.parametrize("page_size", [0, 16, 128])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_varlen(name, mask, page_size, splits, place):
+    device, dtype, head_dim, n = place
+    one_of_three(device, NAMES.index(name), MASKS.index(mask), splits, page_size // 16)
+    meaning = features(name, device, dtype) | mask
+    lengths = [5 * n, 0, 19 * n], [12 * n, 7 * n, 40 * n]
+    case = varlen(2, *lengths, page_size, NHEADS, NHEADS_K, head_dim, dtype, device, **meaning)
+    check(case, num_splits=splits)
+
+
+@pytest.mark.parametrize("splits", [0, 1, 3])
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding(name, mask, page_size, splits, place):
+    device, dtype, head_dim, n = place
+    one_of_three(device, NAMES.index(name), MASKS.index(mask), splits, page_size // 16)
+    meaning = features(name, device, dtype) | mask
+    for seqlen_q, appended in ((1, 0), (2, 2)):
+        case = kvcache(
+            3, seqlen_q, [5 * n, 50 * n, 0], appended, page_size, NHEADS, NHEADS_K, head_dim, dtype,
+            device, splits, **meaning,
+        )  # fmt: skip
+        check(case)
+
+
+CACHES = {
+    "rotary pairs": {"appended": 3, "rotary": "pairs"},
+    "rotary halves": {"appended": 1, "rotary": "halves"},
+    "left padding": {"leftpad": True},
+    "left padding, appended": {"leftpad": True, "appended": 2},
+    "rows": {"rows": True},
+    "rows, appended": {"rows": True, "appended": 2},
+    "narrow values": {"head_dim_v": 16, "appended": 1},
+    "wide values": {"head_dim_v": 72, "num_splits": 3},
+    "packed": {"seqlen_q": [3, 0, 18]},
+    "packed, appended": {"seqlen_q": [3, 0, 18], "appended": 1, "rotary": "pairs"},
+    "packed, few": {"seqlen_q": [1, 0, 5]},
+    "packed, few, appended": {"seqlen_q": [1, 0, 5], "appended": 1, "rotary": "halves"},
+    "packed, split": {"seqlen_q": [1, 2, 5], "num_splits": 3},
+    "packed, rows": {"seqlen_q": [1, 2, 5], "rows": True, "leftpad": True, "appended": 1},
+    "many queries": {
+        "seqlen_q": 20, "leftpad": True, "rows": True, "appended": 2, "rotary": "pairs",
+        "head_dim_v": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("name", CACHES)
+def test_caches(name, mask, page_size, place):
+    device, dtype, head_dim, n = place
+    words = {"seqlen_q": 2, "appended": 0} | CACHES[name]
+    if page_size:
+        words.pop("rows", None)
+    case = kvcache(
+        3, lengths=[5 * n, 30 * n, 0], page_size=page_size, nheads=NHEADS, nheads_k=NHEADS_K,
+        head_dim=head_dim, dtype=dtype, device=device, **words, **mask,
+    )  # fmt: skip
+    case.check(*case.run())
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("head_dim_v", [16, 48, 96])
+def test_values_of_another_head_dim(head_dim_v, mask, place):
+    device, dtype, head_dim, n = place
+    sizes = (NHEADS, NHEADS_K, head_dim, dtype, device)
+    check(dense(1, 2, 17 * n, 33 * n, *sizes, head_dim_v=head_dim_v, **mask))
+    for page_size in (0, 16):
+        check(varlen(2, [5, 0, 19], [12, 7, 40], page_size, *sizes, head_dim_v=head_dim_v, **mask))
+
+
+def test_a_tree_of_drafts(place):
+    """Speculative decoding: the nodes of a tree attend to the context and their ancestors."""
+    device, dtype, head_dim, n = place
+    context, nodes = [30 * n, 7 * n, 11], 6
+    parents = [[-1, 0, 0, 1, 1, 2], [-1, 0, 1, 2, 3, 4], [-1, -1, -1, 0, 1, 2]]
+    ancestors = torch.zeros(BATCH, 32, dtype=torch.int32)
+    for b, row in enumerate(parents):
+        for node, parent in enumerate(row):
+            above = ancestors[b, parent] if parent >= 0 else 0
+            ancestors[b, node] = above | (1 << node)
+    args = (torch.tensor(context).int().to(device), ancestors.to(device))
+    for page_size in (0, 16):
+        case = kvcache(
+            3, nodes, context, nodes, page_size, NHEADS, NHEADS_K, head_dim, dtype, device,
+            score_mod=draft_tree, score_mod_args=args,
+        )  # fmt: skip
+        out, lse = case.run()
+        case.check(out, lse)
+        for b, row in enumerate(parents):  # by another definition: the keys of a path alone
+            for node in range(nodes):
+                path, at = [], node
+                while at >= 0:
+                    path, at = [context[b] + at, *path], row[at]
+                keys = [*range(context[b]), *path]
+                q, k, v = case.rows[b][2:]
+                ref, _ = reference.attention(q[node : node + 1], k[keys], v[keys])
+                assert (out[b, node].double() - ref[0]).abs().max() < 0.02
+
+
+def test_alibi_as_a_score_mod_is_alibi(place):
+    device, dtype, head_dim, n = place
+    case = dense(1, BATCH, 17 * n, 33 * n, NHEADS, NHEADS_K, head_dim, dtype, device, causal=True)
+    built_in = case.run(alibi_slopes=slopes(device))
+    args = (slopes(device),)
+    own = case.run(score_mod=alibi, score_mod_args=args)
+    assert (built_in[0].float() - own[0].float()).abs().max() < 0.01
+    torch.testing.assert_close(built_in[1], own[1], rtol=0, atol=1e-3)
+
+
+@triton.jit
+def alibi(score, batch, head, q_idx, kv_idx, args):
+    """arXiv:2108.12409: a penalty in proportion to the distance."""
+    return score - tl.load(args[0] + head) * tl.abs(q_idx - kv_idx).to(tl.float32)
+
+
+def test_functions_of_one_name_are_told_apart(place):
+    device, dtype, head_dim, n = place
+
+    def make(text):
+        source = f"@triton.jit\ndef f(score, batch, head, q_idx, kv_idx):\n    return {text}\n"
+        names = {"triton": triton, "tl": tl, "__name__": "made"}
+        import linecache
+
+        file = f"<{text}>"
+        linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+        exec(compile(source, file, "exec"), names)
+        return names["f"]
+
+    case = dense(1, 2, 17 * n, 33 * n, NHEADS, NHEADS_K, head_dim, dtype, device)
+    plain = case.run()[1]
+    for text, wanted in (("score + 1.0", 1.0), ("score + 2.0", 2.0)):
+        lse = case.run(score_mod=make(text))[1]
+        torch.testing.assert_close(lse, plain + wanted, rtol=0, atol=1e-3)
+
+
+def test_merging_two_halves_of_the_keys(place):
+    device, dtype, head_dim, n = place
+    case = dense(1, BATCH, 17 * n, 33 * n, NHEADS, NHEADS_K, head_dim, dtype, device)
+    q, k, v = (case.arguments[x] for x in "qkv")
+    sink = torch.randn(NHEADS, generator=torch.Generator().manual_seed(1)).to(device)
+    want, want_lse, _ = mfa.flash_attn_func(q, k, v, return_attn_probs=True, s_aux=sink)
+    a = mfa.flash_attn_func(q, k[:, :10], v[:, :10], return_attn_probs=True)[:2]
+    b = mfa.flash_attn_func(q, k[:, 10:], v[:, 10:], return_attn_probs=True, s_aux=sink)[:2]
+    out, lse = mfa.merge_attention_states(*a, *b)
+    assert out.dtype is dtype
+    torch.testing.assert_close(lse, want_lse, rtol=0, atol=1e-5)
+    torch.testing.assert_close(out, want, rtol=0, atol=0.02)
+    nothing = torch.zeros_like(a[0]), torch.full_like(a[1], float("-inf"))
+    out, lse = mfa.merge_attention_states(*nothing, *a)
+    assert torch.equal(out, a[0]) and torch.equal(lse, a[1])
+    out, lse = mfa.merge_attention_states(*nothing, *nothing)
+    assert not out.any() and torch.equal(lse, nothing[1])
+
+
+def test_packed_tensors(place):
+    device, dtype, head_dim, n = place
+    qkv = torch.randn(2, 17 * n, 3, NHEADS, head_dim).to(dtype).to(device)
+    q, k, v = qkv.unbind(2)
+    want = mfa.flash_attn_func(q, k, v, causal=True)
+    assert torch.equal(mfa.flash_attn_qkvpacked_func(qkv, causal=True), want)
+    assert torch.equal(mfa.flash_attn_kvpacked_func(q, qkv[:, :, 1:], causal=True), want)
+    cu = torch.tensor([0, 17 * n, 34 * n]).int().to(device)
+    flat, sizes = qkv.flatten(0, 1), (17 * n, 17 * n)
+    want = mfa.flash_attn_varlen_func(*flat.unbind(1), cu, cu, *sizes, causal=True)
+    one = mfa.flash_attn_varlen_qkvpacked_func(flat, cu, 17 * n, causal=True)
+    two = mfa.flash_attn_varlen_kvpacked_func(flat[:, 0], flat[:, 1:], cu, cu, *sizes, causal=True)
+    assert torch.equal(one, want) and torch.equal(two, want)
+    with pytest.raises(ValueError, match="qkv: expected shape"):
+        mfa.flash_attn_qkvpacked_func(qkv[:, :, :2])
+
+
+def test_other_names_of_arguments(place):
+    device, dtype, head_dim, n = place
+    sizes = (NHEADS, NHEADS_K, head_dim, dtype, device)
+    case = varlen(2, [5, 9], [12, 40], 16, *sizes)
+    sink = torch.zeros(NHEADS, device=device)
+    want = case.run(s_aux=sink)
+    arguments = {**case.arguments, "page_table": case.arguments["block_table"]}
+    del arguments["block_table"]
+    own = mfa.flash_attn_varlen_func(**arguments, learnable_sink=sink, return_attn_probs=True)
+    assert torch.equal(own[0], want[0]) and torch.equal(own[1], want[1])
+    with pytest.raises(TypeError, match="learnable_sink: expected None beside s_aux"):
+        case.run(s_aux=sink, learnable_sink=sink)

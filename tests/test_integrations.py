@@ -1,0 +1,548 @@
+"""flash-attn's name and PyTorch's registry: the same functions behind other doors.
+
+The registry's kernels are put behind PyTorch's operators for CPU tensors here, so that everything
+but the GPU is tested without one.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import dense, kvcache, varlen
+from torch.nn import attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import mini_flash_attention as mfa
+from mini_flash_attention.integrations import flash_attn as shim
+from mini_flash_attention.integrations import torch as registry
+
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+def test_importing_the_package_imports_no_integration():
+    code = (
+        "import sys, mini_flash_attention as m; print([x for x in sys.modules if m.__name__ in x])"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert b"mini_flash_attention.api" in done.stdout, done.stderr
+    assert b"integrations" not in done.stdout and b"__main__" not in done.stdout
+
+
+# -- import flash_attn ----------------------------------------------------------------------------
+
+# The functions of flash-attn 2.8.
+TAIL = (
+    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,"
+    " alibi_slopes=None, deterministic=False, return_attn_probs=False"
+)
+LENGTHS = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
+OFFICIAL = {
+    "flash_attn_func": f"q, k, v, {TAIL}",
+    "flash_attn_kvpacked_func": f"q, kv, {TAIL}",
+    "flash_attn_qkvpacked_func": f"qkv, {TAIL}",
+    "flash_attn_varlen_func": f"q, k, v, {LENGTHS}, {TAIL}, block_table=None",
+    "flash_attn_varlen_kvpacked_func": f"q, kv, {LENGTHS}, {TAIL}",
+    "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {TAIL}",
+    "flash_attn_with_kvcache": (
+        "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None,"
+        " cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, block_table=None,"
+        " softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,"
+        " rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False"
+    ),
+}
+OFFICIAL_PADDING = {
+    "index_first_axis": "input, indices",
+    "index_put_first_axis": "values, indices, first_axis_dim",
+    "pad_input": "hidden_states, indices, batch, seqlen",
+    "unpad_input": "hidden_states, attention_mask, unused_mask=None",
+}
+NAMES = ["flash_attn", "flash_attn.flash_attn_interface", "flash_attn.bert_padding"]
+
+
+def parameters(function):
+    return [
+        (p.name, p.kind.name, repr(p.default))
+        for p in inspect.signature(function).parameters.values()
+    ]
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """The stand-in, whatever was imported before."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    yield shim.install()
+    shim.uninstall()
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_signatures_are_the_official_ones(flash_attn, name):
+    official = parameters(eval(f"lambda {OFFICIAL[name]}: None"))
+    function = getattr(flash_attn, name)
+    ours = parameters(function)
+    assert ours[: len(official)] == official
+    assert {kind for _, kind, _ in ours[len(official) :]} <= {"KEYWORD_ONLY", "VAR_KEYWORD"}
+    assert function is getattr(mfa, name)
+    assert function is getattr(flash_attn.flash_attn_interface, name)
+
+
+@pytest.mark.parametrize("name", OFFICIAL_PADDING)
+def test_signatures_of_bert_padding(flash_attn, name):
+    official = parameters(eval(f"lambda {OFFICIAL_PADDING[name]}: None"))
+    assert parameters(getattr(flash_attn.bert_padding, name)) == official
+
+
+def test_every_form_of_import_works(flash_attn):
+    scope = {}
+    exec(
+        "import flash_attn.bert_padding\n"
+        "from flash_attn import flash_attn_func, flash_attn_interface\n"
+        "from flash_attn.flash_attn_interface import flash_attn_varlen_func\n"
+        "from flash_attn.bert_padding import pad_input, unpad_input\n",
+        scope,
+    )
+    assert scope["flash_attn"] is flash_attn
+    assert scope["flash_attn_func"] is mfa.flash_attn_func
+    for name in NAMES:
+        assert importlib.util.find_spec(name).name == name
+        assert importlib.import_module(name) is sys.modules[name]
+        assert "mini_flash_attention" in sys.modules[name].__doc__
+    with pytest.raises(ModuleNotFoundError, match=r"flash_attn\.layers"):
+        importlib.import_module("flash_attn.layers.rotary")
+
+
+def test_the_version_passes_for_a_release(flash_attn):
+    assert tuple(int(n) for n in flash_attn.__version__.split(".")) >= (2, 8, 0)
+
+
+def test_install_and_uninstall_twice(flash_attn):
+    assert shim.install() is flash_attn
+    del sys.modules["flash_attn.bert_padding"]
+    shim.install()
+    assert sys.modules["flash_attn.bert_padding"] is flash_attn.bert_padding
+    shim.uninstall()
+    shim.uninstall()
+    assert not set(NAMES) & set(sys.modules)
+    assert shim.install() is not flash_attn
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn.cute"])
+def test_flash_attn_itself_is_left_alone(flash_attn, monkeypatch, name):
+    shim.uninstall()
+    real = ModuleType(name)
+    real.__version__ = "2.7.4"
+    monkeypatch.setitem(sys.modules, name, real)
+    with pytest.raises(RuntimeError, match=f"install: flash_attn: .*{name}, version 2.7.4.*before"):
+        shim.install()
+    shim.uninstall()
+    assert {n for n in sys.modules if n.partition(".")[0] == "flash_attn"} == {name}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+@pytest.mark.parametrize("shape", [(4, 7), (1, 1), (3, 5)])
+def test_padding_there_and_back(shape, dtype):
+    g = torch.Generator().manual_seed(sum(shape))
+    mask = torch.rand(shape, generator=g) < 0.6
+    mask[0] = shape == (1, 1)  # a sequence without tokens, where there are others
+    hidden = torch.randn(*shape, 2, 3, generator=g)
+    rows, indices, cu_seqlens, longest, used = shim.unpad_input(hidden, mask.to(dtype))
+    assert torch.equal(rows, hidden[mask])
+    assert torch.equal(hidden.flatten(0, 1)[indices], rows)
+    lengths = [int(row.sum()) for row in mask]
+    assert cu_seqlens.dtype is used.dtype is torch.int32
+    assert indices.dtype is torch.int64
+    assert cu_seqlens.tolist() == [sum(lengths[:b]) for b in range(len(lengths) + 1)]
+    assert used.tolist() == lengths
+    assert longest == max(lengths) and type(longest) is int
+    assert torch.equal(shim.pad_input(rows, indices, *shape), hidden * mask[..., None, None])
+
+
+def test_padding_with_places_kept_free():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
+    unused = torch.tensor([[0, 0, 1, 0], [0, 1, 1, 1]])
+    hidden = torch.arange(8).view(2, 4, 1)
+    rows, indices, cu_seqlens, longest, used = shim.unpad_input(hidden, mask, unused)
+    assert rows.flatten().tolist() == indices.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert cu_seqlens.tolist() == [0, 3, 7] and longest == 4
+    assert used.tolist() == [2, 1]
+
+
+def test_padding_of_nothing():
+    rows, indices, cu_seqlens, longest, used = shim.unpad_input(
+        torch.zeros(0, 4, 2), torch.zeros(0, 4)
+    )
+    assert rows.shape == (0, 2) and cu_seqlens.tolist() == [0] and longest == 0
+    assert shim.pad_input(rows, indices, 0, 4).shape == (0, 4, 2)
+    assert used.shape == (0,)
+
+
+def test_padding_has_gradients():
+    hidden = torch.randn(2, 3, 4, requires_grad=True)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    rows, indices, *_ = shim.unpad_input(hidden, mask)
+    (shim.pad_input(rows * 2, indices, 2, 3) * 3).sum().backward()
+    assert torch.equal(hidden.grad, 6.0 * mask[..., None].expand(2, 3, 4))
+
+
+def test_masks_must_fit():
+    with pytest.raises(ValueError, match=r"unpad_input: attention_mask: expected shape \(2, 3\)"):
+        shim.unpad_input(torch.zeros(2, 3, 4), torch.ones(2, 4))
+    with pytest.raises(ValueError, match="unpad_input: unused_mask"):
+        shim.unpad_input(torch.zeros(2, 3, 4), torch.ones(2, 3), torch.ones(1, 2, 3))
+
+
+def test_padded_sequences_through_flash_attn(flash_attn):
+    """As libraries write it: unpad, attend, pad."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 6, 2, 16, generator=g) for _ in "qkv")
+    mask = torch.arange(6) < torch.tensor([[6], [2], [4]])
+    packed, indices, cu_seqlens, longest, _ = flash_attn.bert_padding.unpad_input(q, mask)
+    kv = torch.stack([flash_attn.bert_padding.unpad_input(x, mask)[0] for x in (k, v)], 1)
+    out = flash_attn.flash_attn_varlen_kvpacked_func(
+        packed, kv, cu_seqlens, cu_seqlens, longest, longest, causal=True
+    )
+    out = flash_attn.bert_padding.pad_input(out, indices, 3, 6)
+    for b, n in enumerate((6, 2, 4)):
+        alone = mfa.flash_attn_func(*(x[b : b + 1, :n] for x in (q, k, v)), causal=True)
+        torch.testing.assert_close(out[b : b + 1, :n], alone)
+        assert not out[b, n:].any()
+
+
+# -- torch.nn.attention's registry ----------------------------------------------------------------
+
+needs_registry = pytest.mark.skipif(
+    not hasattr(attention, "restore_flash_attention_impl"), reason="this torch has no registry"
+)
+aten = torch.ops.aten
+
+
+def arguments_of(operator):
+    return {a.name for a in operator.default._schema.arguments}
+
+
+@pytest.fixture
+def active():
+    """Ours behind PyTorch's functions on a GPU."""
+    registry.register("mini")
+    attention.activate_flash_attention_impl("mini")
+    yield
+    attention.restore_flash_attention_impl()
+
+
+@pytest.fixture
+def on_cpu():
+    """Ours behind PyTorch's operators, for CPU tensors."""
+    overrides = registry.Overrides("CPU")
+    yield
+    overrides.remove()
+
+
+def test_without_a_registry(monkeypatch):
+    monkeypatch.delattr(attention, "register_flash_attention_impl", raising=False)
+    with pytest.raises(NotImplementedError, match=r"register: torch: expected a version .*update"):
+        registry.register()
+
+
+@needs_registry
+def test_names_of_others_are_left_alone():
+    registry.register("mini")
+    registry.register("mini")
+    assert attention.list_flash_attention_impls().count("mini") == 1
+    with pytest.raises(ValueError, match=r"register: name: expected none of .*'FA4'"):
+        registry.register("FA4")
+
+
+@needs_registry
+def test_activated_and_restored():
+    def there():
+        return torch._C._dispatch_has_kernel_for_dispatch_key(
+            "aten::_flash_attention_forward", "CUDA"
+        )
+
+    before = there()
+    registry.register("mini")
+    assert there() == before, "registering activates nothing"
+    for _ in range(2):
+        attention.activate_flash_attention_impl("mini")
+        assert attention.current_flash_attention_impl() == "mini"
+        assert there()
+    attention.restore_flash_attention_impl()
+    assert attention.current_flash_attention_impl() is None
+    assert there() == before, "PyTorch's own is back"
+
+
+def heads_first(case):
+    """q, k and v of a dense case as SDPA takes them."""
+    return [case.arguments[name].transpose(1, 2) for name in "qkv"]
+
+
+@pytest.mark.parametrize("lengths", [(10, 10), (7, 20), (20, 7), (1, 33)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("nheads_k", [4, 2, 1])
+def test_sdpa_operator(on_cpu, lengths, causal, nheads_k):
+    """Causal is bottom right, also where lengths differ: see causal_lower_right of torch."""
+    case = dense(
+        0, 2, *lengths, 4, nheads_k, 32, torch.float32, "cpu", causal=causal, softmax_scale=0.3
+    )
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(
+        *heads_first(case), 0.0, causal, scale=0.3
+    )
+    case.check(out.transpose(1, 2), lse)
+
+
+def layouts():
+    """(2, 4, 10, 16) in the ways that models hold it."""
+    yield "batch, heads, seqlen", torch.randn(2, 4, 10, 16)
+    yield "batch, seqlen, heads", torch.randn(2, 10, 4, 16).transpose(1, 2)
+    yield "packed", torch.randn(2, 10, 3, 4, 16)[:, :, 0].transpose(1, 2)
+    yield "seqlen, batch, heads", torch.randn(10, 2, 4, 16).permute(1, 2, 0, 3)
+    yield "expanded", torch.randn(1, 4, 10, 16).expand(2, -1, -1, -1)
+
+
+@pytest.mark.parametrize("query", [x for _, x in layouts()], ids=[name for name, _ in layouts()])
+def test_results_are_those_that_compiled_code_expects(on_cpu, query):
+    results = aten._scaled_dot_product_flash_attention(query, query, query)
+    stand_in = torch.empty_strided(query.shape, query.stride(), device="meta")
+    wanted = aten._scaled_dot_product_flash_attention(stand_in, stand_in, stand_in)
+    for result, meta in zip(results, wanted, strict=True):
+        if isinstance(meta, torch.Tensor):
+            assert (result.shape, result.dtype) == (meta.shape, meta.dtype)
+            assert result.stride() == meta.stride()
+        else:
+            assert result == meta
+    packed = query.transpose(1, 2).flatten(0, 1)
+    cu = torch.tensor([0, 10, 20], dtype=torch.int32)
+    arguments = (cu, cu, 10, 10, 0.0, False, False)
+    results = aten._flash_attention_forward(packed, packed, packed, *arguments)
+    stand_in = torch.empty_strided(packed.shape, packed.stride(), device="meta")
+    wanted = aten._flash_attention_forward(stand_in, stand_in, stand_in, *arguments)
+    assert [(x.shape, x.dtype) for x in results] == [(x.shape, x.dtype) for x in wanted]
+    assert results[0].stride() == wanted[0].stride()
+
+
+def operands(case):
+    """A varlen case as `_flash_attention_forward` takes it."""
+    a = case.arguments
+    lengths = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return [a[name] for name in ("q", "k", "v", *lengths)]
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (3, 0), (2, 4)])
+def test_packed_operator(on_cpu, window):
+    case = varlen(
+        0, [5, 0, 12, 1], [9, 4, 7, 30], 0, 4, 2, 16, torch.float32, "cpu", window_size=window
+    )
+    options = {"window_size_left": window[0], "window_size_right": window[1]}
+    causal = window == (-1, 0)  # which is how varlen_attn says it
+    out, lse, *_ = aten._flash_attention_forward(*operands(case), 0.0, causal, False, **options)
+    case.check(out, lse)
+    if hasattr(aten, "_flash_attention_forward_no_dropout_inplace"):
+        into = torch.full_like(out, float("nan"))
+        again = aten._flash_attention_forward_no_dropout_inplace(
+            into, *operands(case), 0.0, causal, False, **options
+        )
+        assert torch.equal(into, out) and torch.equal(again, lse)
+
+
+@pytest.mark.skipif(
+    "block_table" not in arguments_of(aten._flash_attention_forward), reason="not in this torch"
+)
+def test_paged_operator(on_cpu):
+    case = varlen(0, [5, 1, 12], [9, 4, 30], 4, 4, 2, 16, torch.float32, "cpu", causal=True)
+    q, k, v, cu_q, cu_k, *longest = operands(case)
+    options = {"block_table": case.arguments["block_table"], "seqused_k": cu_k.diff()}
+    for offsets in (None, torch.zeros_like(cu_k)):  # which say nothing beside seqused_k
+        out, lse, *_ = aten._flash_attention_forward(
+            q, k, v, cu_q, offsets, *longest, 0.0, True, False, num_splits=1, **options
+        )
+        case.check(out, lse)
+
+
+def test_batched_operator(on_cpu):
+    case = kvcache(0, 3, [9, 0, 30], 0, 0, 4, 2, 16, torch.float32, "cpu", causal=True)
+    a = case.arguments
+    out, lse, *_ = aten._flash_attention_forward(
+        a["q"], a["k_cache"], a["v_cache"], None, None, 3, a["k_cache"].shape[1], 0.0, True, False,
+        seqused_k=a["cache_seqlens"],
+    )  # fmt: skip
+    case.check(out, lse)
+
+
+def varlen_attn(*tensors, causal):
+    """PyTorch's, which has said causal in two ways."""
+    function = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
+    if not causal:
+        return function(*tensors)
+    if "window_size" in inspect.signature(function).parameters:
+        return function(*tensors, window_size=(-1, 0))
+    return function(*tensors, is_causal=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_varlen_attn(on_cpu, causal):
+    case = varlen(1, [5, 12], [9, 30], 0, 4, 4, 16, torch.float32, "cpu", 0, causal=causal)
+    ours, *_ = case.run()
+    assert torch.equal(varlen_attn(*operands(case), causal=causal), ours)
+
+
+def test_no_gradient_is_lost_in_silence(on_cpu):
+    query = torch.randn(1, 2, 5, 16, requires_grad=True)
+    out = aten._scaled_dot_product_flash_attention(query, query, query)[0]
+    with pytest.raises(NotImplementedError, match=r"backward: not implemented yet.*no_grad"):
+        out.sum().backward()
+    cu = torch.tensor([0, 5], dtype=torch.int32)
+    packed = query[0].transpose(0, 1)
+    out = aten._flash_attention_forward(packed, packed, packed, cu, cu, 5, 5, 0.0, False, False)[0]
+    with pytest.raises(NotImplementedError, match="backward: not implemented yet"):
+        out.sum().backward()
+
+
+def test_refused_arguments(on_cpu):
+    x = torch.randn(1, 2, 5, 16)
+    call = aten._scaled_dot_product_flash_attention
+    with pytest.raises(NotImplementedError, match="scaled_dot_product_attention: dropout_p: "):
+        call(x, x, x, 0.1)
+    with pytest.raises(NotImplementedError, match="return_debug_mask: not implemented yet"):
+        call(x, x, x, return_debug_mask=True)
+    with pytest.raises(NotImplementedError, match="_flash_attention_forward: dropout_p: "):
+        aten._flash_attention_forward(x, x, x, None, None, 2, 2, 0.1, False, False)
+    with pytest.raises(NotImplementedError, match="attention: novelty: not implemented yet"):
+        registry._scaled_dot_product_flash_attention(x, x, x, novelty=1)
+    registry._scaled_dot_product_flash_attention(x, x, x, novelty=None)
+
+
+# -- the same on a GPU ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of our functions, as PyTorch reaches them."""
+    seen = []
+
+    def spied(name):
+        function = getattr(mfa, name)
+
+        def spy(*arguments, **options):
+            seen.append(name)
+            return function(*arguments, **options)
+
+        return spy
+
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
+        monkeypatch.setattr(registry, name, spied(name))
+    return seen
+
+
+def on_gpu(test):
+    for mark in (*GPU, needs_registry):
+        test = mark(test)
+    return test
+
+
+@on_gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("seqlen", "nheads_k", "head_dim"), [(300, 4, 64), (300, 2, 128), (77, 1, 40), (1024, 8, 128)]
+)
+def test_sdpa_on_a_gpu(active, calls, causal, seqlen, nheads_k, head_dim):
+    nheads = 16 if seqlen == 1024 else 4  # enough for the Hopper kernel
+    case = dense(
+        0, 2, seqlen, seqlen, nheads, nheads_k, head_dim, torch.bfloat16, "cuda", causal=causal
+    )
+    q, k, v = heads_first(case)
+    options = {"is_causal": causal, "enable_gqa": True}
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = F.scaled_dot_product_attention(q, k, v, **options)
+    assert calls == ["flash_attn_func"]
+    assert out.shape == q.shape and out.stride() == q.stride()
+    with sdpa_kernel(SDPBackend.MATH):
+        ref = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **options)
+        plain = F.scaled_dot_product_attention(q, k, v, **options)
+    assert calls == ["flash_attn_func"], "other back ends stay PyTorch's"
+    rounded = ref.to(q.dtype)
+    promise = 2 * (plain - ref).abs().max() + 2 * (rounded + 0.3 - 0.3 - rounded).abs().max()
+    assert (out - ref).abs().max() <= promise
+
+
+@on_gpu
+def test_lower_right_masks_on_a_gpu(active, calls):
+    from torch.nn.attention.bias import causal_lower_right
+
+    case = dense(0, 2, 70, 200, 4, 4, 64, torch.bfloat16, "cuda", causal=True)
+    q, k, v = heads_first(case)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(70, 200))
+    assert calls == ["flash_attn_func"]
+    expected, lse = case.run()
+    assert torch.equal(out.transpose(1, 2), expected)
+    case.check(out.transpose(1, 2), lse)
+
+
+@on_gpu
+@pytest.mark.parametrize("causal", [False, True])
+def test_varlen_attn_on_a_gpu(active, calls, causal):
+    case = varlen(
+        0, [100, 1, 300], [100, 1, 300], 0, 4, 4, 64, torch.bfloat16, "cuda", 0, causal=causal
+    )
+    with torch.no_grad():
+        out = varlen_attn(*operands(case), causal=causal)
+    assert calls == ["flash_attn_varlen_func"]
+    expected, lse = case.run()
+    assert torch.equal(out, expected)
+    case.check(out, lse)
+    q, k, v = (case.arguments[name] for name in "qkv")
+    with sdpa_kernel(SDPBackend.MATH):
+        for rows in (slice(0, 100), slice(100, 101), slice(101, 401)):
+            one = [x[rows].transpose(0, 1)[None] for x in (q, k, v)]
+            math = F.scaled_dot_product_attention(*one, is_causal=causal)[0].transpose(0, 1)
+            torch.testing.assert_close(out[rows], math, atol=2e-2, rtol=2e-2)
+
+
+@on_gpu
+def test_backward_on_a_gpu(active):
+    q = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = F.scaled_dot_product_attention(q, q, q)
+        with pytest.raises(NotImplementedError, match="backward: not implemented yet"):
+            out.sum().backward()
+        with pytest.raises(NotImplementedError, match="dropout_p: not implemented yet"):
+            F.scaled_dot_product_attention(q, q, q, dropout_p=0.1)
+
+
+@on_gpu
+def test_restored_on_a_gpu(active, calls):
+    q = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    attention.restore_flash_attention_impl()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        F.scaled_dot_product_attention(q, q, q).sum().backward()
+    assert not calls and q.grad.isfinite().all()
+    attention.activate_flash_attention_impl("mini")  # for the fixture to undo
+
+
+@on_gpu
+def test_graph_and_compiled_code_on_a_gpu(active, calls):
+    q = torch.randn(2, 4, 128, 64, device="cuda", dtype=torch.bfloat16)
+
+    def attend(x):
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad():
+        expected = attend(q)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attend(q)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)
+        before = len(calls)
+        assert torch.equal(torch.compile(attend)(q), expected)
+        assert len(calls) > before
