@@ -152,7 +152,7 @@ L2_BYTES = 32 << 20
 def forward(p: Problem, gpu: Gpu) -> Forward:
     """The launch of the forward kernel for a call."""
     head_dim = max(p.q.shape[-1], p.v.shape[-1])
-    more = p.windowed or p.scores.score_mod is not None
+    more = p.windowed or (p.scores.score_mod is not None and head_dim <= 64)
     tiles = forward_tiles(gpu.arch, head_dim, more, p.page_size, p.cu_seqlens_q is not None)
     return Forward(tiles, *_work(p, tiles.block_m))
 
@@ -308,8 +308,10 @@ def shares(units: int, resident: int) -> int:
 
 MAX_SHARED_BATCH = 4096  # in shares every program counts the key tiles of all sequences
 # Bytes of keys and values for each multiprocessor to read. From the first on equal shares pay for
-# the counting; below the second folding more parts costs more than more programs gain.
+# the counting, and from the second where whole sequences would fill a last wave in part. Below the
+# third folding more parts costs more than more programs gain.
 SHARED_WORK = 8 << 20
+WAVES_WORK = 2 << 20
 SMALL_WORK = 512 << 10
 
 
@@ -336,7 +338,8 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
         return _parts(narrow, rows, units, p.num_splits, gpu)
     work = units * visible * 2 * head_dim * p.k.element_size() // gpu.multiprocessors
     small_pages = p.page_size > 0 and p.page_size % narrow.block_n > 0
-    if 1 < p.batch <= MAX_SHARED_BATCH and work >= SHARED_WORK:
+    enough = WAVES_WORK if units > gpu.multiprocessors else SHARED_WORK
+    if 1 < p.batch <= MAX_SHARED_BATCH and work >= enough:
         tiles = narrow if p.page_size or rows > 16 else wide
         resident = gpu.multiprocessors * programs_at_a_time(gpu.arch, tiles, head_dim)
         most = p.batch * (-(-visible // tiles.block_n) + (p.left >= 0))

@@ -115,7 +115,7 @@ def dense(
     seqlen_k = check.bounded(function, "k", k.shape[1])
     check.bounded(function, "q", seqlen_q)
     left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
-    scale = check.scale(function, softmax_scale, head_dim)
+    scale = check.scale(function, softmax_scale, head_dim, alibi_slopes is not None)
     return Problem(
         function, q, k, v, out, None, None, None, None, None, None,
         batch, seqlen_q, seqlen_k, 0, 0, scale, left, right, 0, 0, return_attn_probs, asked, scores,
@@ -156,7 +156,7 @@ def varlen(
     check.differentiable(function, q, k, v, out, alibi_slopes, s_aux)
     check.out(function, out, q, v.shape[-1])
     left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
-    scale = check.scale(function, softmax_scale, q.shape[-1])
+    scale = check.scale(function, softmax_scale, q.shape[-1], alibi_slopes is not None)
     return Problem(
         function, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, None, None,
         batch, seqlen_q, seqlen_k, 0, page_size, scale, left, right, splits, 0, return_attn_probs,
@@ -234,7 +234,7 @@ def kvcache(
         rotary = rotary._replace(moving=causal or windows)
     if cache_leftpad is not None:  # what stands before it lies outside of a window
         left, asked = seqlen_k if left < 0 else left, True
-    scale = check.scale(function, softmax_scale, head_dim)
+    scale = check.scale(function, softmax_scale, head_dim, alibi_slopes is not None)
     return Problem(
         function, q, k_cache, v_cache, out, cu_seqlens_q, None, seqused, block_table, k, v,
         batch, seqlen_q, seqlen_k, appended, page_size, scale, left, right, splits, split_size,

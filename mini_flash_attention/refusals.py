@@ -167,10 +167,15 @@ def dropout(function: str, dropout_p: Any) -> None:
         later(function, "dropout_p", "0.0")
 
 
-def scale(function: str, softmax_scale: Any, head_dim: int) -> float:
+def scale(function: str, softmax_scale: Any, head_dim: int, alibi: bool = False) -> float:
+    """The factor; beside ALiBi its inverse has to be a number of fp32 too."""
     if softmax_scale is None:
         return head_dim**-0.5
-    return real(function, "softmax_scale", softmax_scale)
+    number = real(function, "softmax_scale", softmax_scale)
+    if alibi and 0 < abs(number) < 1e-20:
+        wanted = "0, or 1e-20 and more, with alibi_slopes"
+        refuse(ValueError, function, "softmax_scale", wanted, softmax_scale)
+    return number
 
 
 def softcap(function: str, softcap: Any) -> float:

@@ -72,16 +72,11 @@ def masked(
 
 @gluon.jit
 def changed(
-    s, which: gl.constexpr, turns, turn, start, changes,
+    s, first, b, head, start, changes,
     SOFTCAP: gl.constexpr, SCORE_MOD: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """`scores.modified` of the scores for the keys from `start`."""
+    """`scores.modified` of the scores of queries from `first`, for the keys from `start`."""
     if SCORE_MOD is not None or changes[2] is not None:
-        diagonal = hopper.word(turns, turn, hopper.LENGTH_K)
-        diagonal -= hopper.word(turns, turn, hopper.ROWS_Q)
-        first = hopper.word(turns, turn, hopper.FIRST) + 64 * which + diagonal
-        b = hopper.word(turns, turn, hopper.B)
-        head = hopper.word(turns, turn, hopper.HEAD)
         pieces, i, shift, n = by_place(s, start, BLOCK_N)
         pieces = modified(pieces, b, head, first + i, shift, n, changes, SOFTCAP, SCORE_MOD)
         s = as_before(pieces, s)
@@ -144,6 +139,10 @@ def attend(
     clear_begin = hopper.word(turns, turn, hopper.CLEAR_BEGIN) if LEFT else 0
     clear_end = hopper.word(turns, turn, hopper.CLEAR_END)
     start = end - BLOCK_N
+    # Where the first query stands, and whose it is: for what becomes of scores, else not read.
+    first = hopper.word(turns, turn, hopper.FIRST) + 64 * which
+    first += hopper.word(turns, turn, hopper.LENGTH_K) - hopper.word(turns, turn, hopper.ROWS_Q)
+    b, head = hopper.word(turns, turn, hopper.B), hopper.word(turns, turn, hopper.HEAD)
 
     hopper.filled(keys, done, True)
     if PINGPONG:
@@ -158,7 +157,7 @@ def attend(
             mbarrier.arrive(queries.free.index(before))
     s = warpgroup_mma_wait(0, deps=[s])
     hopper.free(keys, done, CONSUMERS)
-    s = changed(s, which, turns, turn, start, changes, SOFTCAP, SCORE_MOD, BLOCK_N)
+    s = changed(s, first, b, head, start, changes, SOFTCAP, SCORE_MOD, BLOCK_N)
     s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N)
     m = gl.full([64], LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout))
     m, alpha, p = rescale(m, s, scale, LAZY)
@@ -182,7 +181,7 @@ def attend(
             hopper.your_turn(which, CONSUMERS)
         s = warpgroup_mma_wait(1, deps=[s])
         hopper.free(keys, n, CONSUMERS)
-        s = changed(s, which, turns, turn, start, changes, SOFTCAP, SCORE_MOD, BLOCK_N)
+        s = changed(s, first, b, head, start, changes, SOFTCAP, SCORE_MOD, BLOCK_N)
         if (start >= clear_end) | (start < clear_begin if LEFT else False):
             s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N)
         m, alpha, p_next = rescale(m, s, scale, LAZY)

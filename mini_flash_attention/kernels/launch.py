@@ -59,10 +59,12 @@ def changes(p: Problem) -> Changes:
     scale, factor = p.softmax_scale * LOG2E, p.softmax_scale
     if softcap:
         factor /= softcap
-    if slopes is not None or p.scores.score_mod is not None:
+    if p.scores.score_mod is not None or (softcap and slopes is not None):
         scale = LOG2E  # all is done by then
     elif softcap:
         scale = softcap * LOG2E
+    elif slopes is not None:  # what is subtracted is scaled with the score
+        factor = 1 / p.softmax_scale
     return Changes(scale, (stride, factor, softcap), (softcap > 0, p.scores.score_mod))
 
 

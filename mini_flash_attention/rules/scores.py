@@ -34,16 +34,19 @@ def modified(
 
     given: factor, softcap, ALiBi slopes or None, what SCORE_MOD is handed beside the score or None.
     Without anything to do, s stays as it is and the softmax scales it. With a soft cap alone, the
-    softmax multiplies by it.
+    softmax multiplies by it. With ALiBi alone scores are not scaled either, but the slope is by
+    their factor's inverse: one multiplication less a score.
     """
     factor, softcap, slope, aux = given
     if SOFTCAP:
         s = tanh(s * factor)
         if SCORE_MOD is not None or slope is not None:
             s = s * softcap
-    elif SCORE_MOD is not None or slope is not None:
+    elif SCORE_MOD is not None:
         s = s * factor
     if slope is not None:
+        if not SOFTCAP and SCORE_MOD is None:
+            slope = slope * factor
         distance = tl.cast(n, tl.float32) - tl.cast(i - start, tl.float32)
         s = s - slope * tl.abs(distance)
     if SCORE_MOD is not None:
