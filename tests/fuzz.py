@@ -1,4 +1,4 @@
-"""Random decoding calls against the definition. A seed and a number describe a call wholly.
+"""Random calls against the definition. A seed and a number describe a call wholly.
 
     python tests/fuzz.py --cases 2000 --jobs 12
     python tests/fuzz.py --seed 0 --case 17
@@ -19,16 +19,55 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from cases import Case, kvcache, margined
+from cases import Case, dense, kvcache, margined, varlen
 
 import mini_flash_attention as mfa
-from mini_flash_attention import dispatch, plan, reference
+from mini_flash_attention import dispatch, plan
 
-COMBINATIONS = 36  # case n has combination n % 36, so that a GPU compiles few variants
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the CPU runs functions as they are
+    triton = tl = None
+
+COMBINATIONS = 96  # case n has combination n % 96, so that a GPU compiles few variants
+DECODING = 36  # these decode without any feature, the others are anything
 MASKS = ("none", "causal", "left", "both", "right")
 # The CPU takes what is small: the first five and the first nine. A page size of 0 is no paging.
 HEAD_DIMS = (16, 40, 64, 64, 64, 80, 128, 128, 128, 192, 256)
 PAGE_SIZES = (0, 0, 0, 1, 3, 16, 20, 48, 64, 128, 256)
+
+
+def sparse(score, batch, head, q_idx, kv_idx, args):
+    """A score_mod that reads numbers and cuts keys away: 4096 biases, -inf for some."""
+    at = ((q_idx + 7 * kv_idx + 3 * head) % 4096 + 4096) % 4096
+    bias = tl.load(args[0] + at)
+    return tl.where(bias > 1.0, float("-inf"), score + bias)
+
+
+if triton is not None:
+    sparse = triton.jit(sparse)
+
+
+def features(
+    combination: random.Random, r: random.Random, gpu: bool, nheads: int, batch: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:  # fmt: skip
+    """What becomes of scores, in words of the reference; which, is the combination's."""
+    g = torch.Generator().manual_seed(r.getrandbits(32))
+    words: dict[str, Any] = {}
+    chosen = combination.choice(("", "softcap", "alibi", "sinks", "mod", "softcap sinks alibi mod"))
+    if "softcap" in chosen:
+        words["softcap"] = r.choice((0.5, 15.0, 50.0))
+    if "alibi" in chosen:
+        shape = (batch, nheads) if combination.random() < 0.5 else (nheads,)
+        words["alibi_slopes"] = torch.rand(shape, generator=g)
+    if "sinks" in chosen:
+        sink = 3 * torch.randn(nheads, generator=g)
+        words["s_aux"] = sink.to(dtype) if combination.random() < 0.5 else sink
+    if "mod" in chosen:
+        words |= {"score_mod": sparse, "score_mod_args": (torch.randn(4096, generator=g),)}
+    return words
 
 
 def build(seed: int, number: int, gpu: bool) -> tuple[Case, dict[str, Any]]:
@@ -66,21 +105,74 @@ def build(seed: int, number: int, gpu: bool) -> tuple[Case, dict[str, Any]]:
         "causal": mask in ("causal", "left"),
         "window_size": windows.get(mask, (-1, -1)),
     }
-    case, room = kvcache(**words, device="cpu"), r.choice((0, 0, 1, 1, 300))
+    kind, more = "decode", {}
+    if number % COMBINATIONS >= DECODING:
+        f = random.Random(f"{seed} {gpu} features {number % COMBINATIONS}")
+        kind = f.choice(("decode", "decode", "packed", "packed", "varlen", "varlen", "dense"))
+        more = features(f, r, gpu, words["nheads"], batch, dtype)
+        if f.random() < 0.3:
+            more["head_dim_v"] = f.choice(HEAD_DIMS[: 11 if gpu else 5])
+        if f.random() < 0.3 and "score_mod" not in more:
+            more["leftpad"] = kind in ("decode", "packed")
+        if f.random() < 0.3 and not page_size:
+            more["rows"] = kind in ("decode", "packed")
+        rotary = f.choice(("", "pairs", "halves"))
+        if rotary and head_dim >= 16 and kind in ("decode", "packed"):
+            more["rotary"], words["appended"] = rotary, max(1, appended)
+    words |= more
+    hopper, room = c.random() < 0.5, r.choice((0, 0, 1, 1, 300))
+    if kind in ("varlen", "dense"):
+        case = prefill(kind, words, r, gpu)
+        words |= {"lse": lse, "shares": shares, "kind": kind, "hopper": hopper}
+        return case, words | {"own_out": r.random() < 0.4}
+    if kind == "packed":
+        most = (200 if c.random() < 0.5 else 16) if gpu else 9
+        words["seqlen_q"] = [r.choice((0, *[r.randint(1, most)] * 8)) for _ in range(batch)]
+        longest_q = max(words["seqlen_q"])
+        if not longest_q:
+            words["seqlen_q"][0] = longest_q = 1
+        words["appended"] = int(words["appended"] > 0)
+        appended = longest_q * words["appended"]
+    else:
+        appended = words["appended"]
+    case = kvcache(**words, device="cpu")
     case.arguments["return_softmax_lse"] = lse
     if not words["num_splits"] and r.random() < 0.1:
         case.arguments["fixed_split_size"] = r.choice((1, 200, 1000))
     if page_size:
-        case.arguments["block_table"] = with_junk(case.arguments, appended, room)
-    elif not room:  # the longest sequence fills the cache
+        new = words["seqlen_q"] if kind == "packed" and appended else [appended] * batch
+        case.arguments["block_table"] = with_junk(case.arguments, torch.tensor(new), room)
+    elif not room and kind == "decode":  # the longest sequence fills the cache
         full = max(words["lengths"]) + appended
         case.arguments |= {x: case.arguments[x][:, :full] for x in ("k_cache", "v_cache")}
     size = case.arguments.get("fixed_split_size")
     words |= {"lse": lse, "shares": shares, "room": room, "fixed_split_size": size}
+    words |= {"kind": kind, "hopper": hopper}
     return case, words | {"own_out": r.random() < 0.4}
 
 
-def with_junk(arguments: dict[str, Any], appended: int, room: int) -> torch.Tensor:
+def prefill(kind: str, words: dict[str, Any], r: random.Random, gpu: bool) -> Case:
+    """A call of one of the other two functions; words of `build` that don't concern it are left."""
+    most = (400 if gpu else 40) ** r.random()
+    keep = ("leftpad", "rows", "rotary", "appended", "lengths", "seqlen_q")
+    given = {name: x for name, x in words.items() if name not in keep}
+    splits, page_size = given.pop("num_splits"), given.pop("page_size")
+    words["appended"] = 0
+    if kind == "dense":
+        batch = min(3, len(words["lengths"]))
+        sizes = {"seqlen_q": int(most) + r.randint(0, 9), "seqlen_k": r.choice(words["lengths"])}
+        for name in ("alibi_slopes",):
+            if given.get(name) is not None and given[name].dim() == 2:
+                given[name] = given[name][:batch]
+        return dense(**given, **sizes, batch=batch, device="cpu")
+    lengths = [r.choice((0, *[r.randint(1, int(most) + 1)] * 9)) for _ in words["lengths"]]
+    case = varlen(**given, lengths_q=lengths, lengths_k=words["lengths"], page_size=page_size,
+                  device="cpu")  # fmt: skip
+    case.arguments["num_splits"] = splits
+    return case
+
+
+def with_junk(arguments: dict[str, Any], appended: torch.Tensor, room: int) -> torch.Tensor:
     """The block table and `room` columns, unused entries: no page, one of NaN, another's."""
     table, cache = arguments["block_table"], arguments["k_cache"]
     pages = -(-(arguments["cache_seqlens"] + appended) // cache.shape[1])
@@ -101,6 +193,8 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 def copied(x: Any, device: str) -> Any:
     """x with all memory behind it."""
+    if isinstance(x, tuple):
+        return tuple(copied(y, device) for y in x)
     if not isinstance(x, torch.Tensor):
         return x
     storage = bits(x).to(device, copy=True).untyped_storage()
@@ -131,36 +225,59 @@ def call(case: Case, words: dict[str, Any], device: str) -> tuple[torch.Tensor, 
     An LSE that is not asked for is the right one.
     """
     given = {name: copied(x, device) for name, x in case.arguments.items()}
-    q, lse = given["q"], None
+    q, lse, decodes = given["q"], None, case.function == "flash_attn_with_kvcache"
+    wanted = (*q.shape[:-1], given["v_cache" if decodes else "v"].shape[-1])
     if words["own_out"]:
-        batch, seqlen_q, nheads, head_dim = q.shape
-        shape = (batch + 2, seqlen_q + 1, nheads + 2, head_dim + 16)
+        *outer, tokens, nheads, head_dim = wanted
+        shape = (*(n + 2 for n in outer), tokens + 1, nheads + 2, head_dim + 16)
         around = torch.full(shape, float("nan"), dtype=q.dtype, device=device)
-        given["out"] = around[1:-1, 1:, :nheads, :head_dim]
+        given["out"] = around[(*[slice(1, -1)] * len(outer), slice(1, None))]
+        given["out"] = given["out"][..., :nheads, :head_dim]
+    case.meaning |= {name: given[name] for name in case.meaning if name in given}
+    if not decodes:
+        given["return_attn_probs"] = words["lse"]
     with poisoned() as made:
-        out = mfa.flash_attn_with_kvcache(**given)
+        out = getattr(mfa, case.function)(**given)
     if words["lse"]:
-        out, lse = out
+        out, lse = out[:2]
+    given.pop("return_attn_probs", None)
     assert out is given.pop("out", out), "out is not the caller's"
-    assert out.dtype is q.dtype and out.shape == q.shape, f"out is {out.dtype} {out.shape}"
+    assert out.dtype is q.dtype and out.shape == wanted, f"out is {out.dtype} {out.shape}"
     if lse is None:
-        lse = torch.stack([reference.attention(*row[2:], **case.meaning)[1] for row in case.rows])
+        shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (len(q), q.shape[2], q.shape[1])
+        lse = torch.full(shape, float("-inf"), device=device)
+        for b, (_, lse_at, *_) in enumerate(case.rows):
+            lse[lse_at] = case.oracle(b)[1].float()
     result = out.clone(), lse.float().clone()
     for x in (*made, out):
         memory = bits(x.fill_(float("nan")))
         assert (memory == memory[0]).all(), f"written outside a result of shape {tuple(x.shape)}"
     after = {name: copied(x, "cpu") for name, x in case.arguments.items()}
-    for b, n in enumerate(words["lengths"]):
-        j = torch.arange(n, n + words["appended"])
-        at = (torch.full_like(j, b), j)
+    for b, n in enumerate(words["lengths"] if words["appended"] else ()):
+        new = words["seqlen_q"][b] if words["kind"] == "packed" else words["appended"]
+        j = torch.arange(n, n + new)
+        rows = after.get("cache_batch_idx")
+        at = (torch.full_like(j, b if rows is None else int(rows[b])), j)
         if words["page_size"]:
             page = after["block_table"][b, j // words["page_size"]].long()
             at = (page, j % words["page_size"])
-        after["k_cache"][at], after["v_cache"][at] = (x[n:].cpu() for x in case.rows[b][3:])
+        for name, x in zip(("k_cache", "v_cache"), case.rows[b][3:], strict=True):
+            after[name][at] = x[len(x) - new :].cpu()
     for name, x in given.items():
-        same = not isinstance(x, torch.Tensor) or torch.equal(bits(x).cpu(), bits(after[name]))
+        # The rotation is rounded in another order than the definition's.
+        close = name == "k_cache" and words.get("rotary")
+        same = not isinstance(x, torch.Tensor) or (
+            near(copied(x, "cpu"), after[name]) if close else torch.equal(bits(x).cpu(), bits(after[name]))
+        )
         assert same, f"{name}: changed, or not as keys should be appended"
     return result
+
+
+def near(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Equal but for the last digits, NaN where the other is, and the memory around alike."""
+    same = torch.isclose(x.float(), y.float(), rtol=0.02, atol=0.02, equal_nan=True).all()
+    around = [bits(copied(z, "cpu").zero_()) for z in (x, y)]
+    return bool(same) and torch.equal(*around)
 
 
 def narrowed(choose: Callable[..., tuple[plan.Tiles, ...]], *words: Any) -> tuple[plan.Tiles, ...]:
@@ -177,6 +294,9 @@ def check(seed: int, number: int, device: str) -> None:
         work = 0 if words["shares"] else plan.SHARED_WORK
         with ExitStack() as stack:
             stack.enter_context(patch.object(plan, "SHARED_WORK", work))
+            stack.enter_context(patch.object(plan, "WAVES_WORK", work))
+            if words["hopper"]:
+                stack.enter_context(patch.object(plan, "HOPPER_FLOPS", 0))
             stack.enter_context(patch.object(dispatch, "_recipes", {}))
             if device == "cpu":  # the interpreter's few keys, in many tiles
                 few = partial(narrowed, plan.decode_tiles)
