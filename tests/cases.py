@@ -266,7 +266,7 @@ def rotated(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int, moving: bool, rotary: str
 ) -> torch.Tensor:
     """Rotation by definition, as complex numbers; x (tokens, heads, head_dim)."""
-    at = start + torch.arange(len(x), device=x.device) * moving
+    at = (start + torch.arange(len(x), device=x.device) * moving).clamp(max=len(cos) - 1)
     turn = torch.complex(cos[at].double(), sin[at].double())[:, None]
     n = turn.shape[-1]
     one, two = (x[..., 0 : 2 * n : 2], x[..., 1 : 2 * n : 2])
