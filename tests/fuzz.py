@@ -204,13 +204,13 @@ def copied(x: Any, device: str) -> Any:
 
 @contextmanager
 def poisoned() -> Iterator[list[torch.Tensor]]:
-    """What is allocated inside: numbers are NaN between margins of NaN, integers are 1."""
+    """What is allocated inside: numbers are NaN between margins of NaN, integers are 2**30."""
     made = []
 
     def allocate(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         x = original(*args, **kwargs)
         if x.is_meta or not x.is_floating_point():
-            return x if x.is_meta else x.fill_(1)
+            return x if x.is_meta else x.fill_(2**30)
         made.append(margined(tuple(x.shape), x.dtype, str(x.device)))
         return made[-1]
 

@@ -32,6 +32,7 @@ def combine_kernel(
     if SHARES:
         b = tl.load(owners + 2 * owner)
         count = tl.load(owners + 2 * owner + 1)
+        b = tl.where(count > 0, b, 0)  # else nobody wrote it
         first, step = 2 * owner + 1, 2 * blocks * nheads_k
     else:
         b = owner // blocks // nheads_k
