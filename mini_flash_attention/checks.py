@@ -1,8 +1,9 @@
 """What can be checked beyond a call's arguments: the numbers on the device, and Triton itself.
 
-Kernels clamp lengths and page numbers to what the tensors hold, so a bad one gives a wrong answer
-in silence. With MINI_FLASH_ATTENTION_CHECK=1 `values` reads them back before every call, which
-waits for the GPU, and says which number is wrong. A tool for finding a mistake, not for service.
+Kernels clamp lengths, positions and page numbers to what the tensors hold, so a bad one gives a
+wrong answer in silence. With MINI_FLASH_ATTENTION_CHECK=1 `values` reads them back before every
+call, which waits for the GPU, and says which number is wrong. A tool for finding a mistake, not
+for service.
 """
 
 import os
@@ -11,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from .problem import Problem
+from .problem import Problem, Rotary
 from .refusals import refuse
 
 SWITCH = "MINI_FLASH_ATTENTION_CHECK"
@@ -20,15 +21,17 @@ OLDEST_TRITON = (3, 6)
 
 
 def values(p: Problem) -> None:
-    """Refuse lengths and page numbers that the kernels would clamp."""
+    """Refuse lengths, positions and page numbers that the kernels would clamp."""
     if p.q.is_cuda and torch.cuda.is_current_stream_capturing():
         hint = "the checks read lengths back, which a graph can't"
         refuse(ValueError, p.function, SWITCH, "0 during CUDA-graph capture", 1, hint)
+    queries = [p.seqlen_q] * p.batch
     if p.cu_seqlens_q is not None:
         queries = _differences(p, "cu_seqlens_q", p.cu_seqlens_q, p.q.shape[0])
         if max(queries, default=0) > p.seqlen_q:
             refuse(ValueError, p.function, "max_seqlen_q", f"at least {max(queries)}", p.seqlen_q)
-    keys = _key_lengths(p)
+    new = queries if p.appended < 0 else [p.appended] * p.batch
+    keys = _key_lengths(p, new)
     longest = max(keys, default=0)
     hint = "the keys to append count too" if p.appended else ""
     if p.block_table is not None:
@@ -42,6 +45,12 @@ def values(p: Problem) -> None:
             wanted = f"at most the cache's {p.seqlen_k} tokens"
             refuse(ValueError, p.function, "cache_seqlens", wanted, longest, hint)
         refuse(ValueError, p.function, "max_seqlen_k", f"at least {longest}", p.seqlen_k)
+    if p.cache_batch_idx is not None:
+        _rows(p, p.cache_batch_idx)
+    if p.cache_leftpad is not None:
+        _leftpad(p, p.cache_leftpad, keys)
+    if p.rotary is not None:
+        _positions(p, p.rotary, queries, new, keys)
 
 
 def _used(p: Problem) -> str:
@@ -63,8 +72,8 @@ def _differences(p: Problem, name: str, cu_seqlens: torch.Tensor, total: int | N
     return [end - start for start, end in pairwise(ends)]
 
 
-def _key_lengths(p: Problem) -> list[int]:
-    """Keys of each sequence, those to append included."""
+def _key_lengths(p: Problem, new: list[int]) -> list[int]:
+    """Keys of each sequence, the new ones to append included."""
     lengths = [p.seqlen_k] * p.batch
     if p.cu_seqlens_k is not None:
         total = None if p.page_size else p.k.shape[0]
@@ -78,7 +87,7 @@ def _key_lengths(p: Problem) -> list[int]:
         if p.cu_seqlens_k is not None and n > length:
             wanted = f"at most the {length} of cu_seqlens_k"
             refuse(ValueError, p.function, _used(p), wanted, f"{n} in entry {b}")
-    return [n + p.appended for n in used]
+    return [n + more for n, more in zip(used, new, strict=True)]
 
 
 def _pages(p: Problem, block_table: torch.Tensor, lengths: list[int]) -> None:
@@ -89,6 +98,34 @@ def _pages(p: Problem, block_table: torch.Tensor, lengths: list[int]) -> None:
                 wanted = f"pages from 0 to {num_pages - 1} for the {length} keys of row {b}"
                 got = f"{page} in column {column}"
                 refuse(ValueError, p.function, "block_table", wanted, got)
+
+
+def _rows(p: Problem, cache_batch_idx: torch.Tensor) -> None:
+    rows = p.k.shape[0]
+    for b, row in enumerate(cache_batch_idx.tolist()):
+        if not 0 <= row < rows:
+            got = f"{row} in entry {b}"
+            refuse(ValueError, p.function, "cache_batch_idx", f"rows from 0 to {rows - 1}", got)
+
+
+def _leftpad(p: Problem, cache_leftpad: torch.Tensor, lengths: list[int]) -> None:
+    for b, (pad, length) in enumerate(zip(cache_leftpad.tolist(), lengths, strict=True)):
+        if not 0 <= pad <= length:
+            wanted, got = f"0 to the {length} keys of sequence {b}", f"{pad} in entry {b}"
+            refuse(ValueError, p.function, "cache_leftpad", wanted, got)
+
+
+def _positions(
+    p: Problem, rotary: Rotary, queries: list[int], new: list[int], lengths: list[int]
+) -> None:
+    """The tables reach as far as queries and new keys stand."""
+    rows = rotary.cos.shape[0]
+    for b, (asking, more, length) in enumerate(zip(queries, new, lengths, strict=True)):
+        after = max(asking if rotary.moving else min(asking, 1), more)
+        end = length - more + after
+        if after and end > rows:
+            wanted = f"a table for the {end} positions of sequence {b}"
+            refuse(ValueError, p.function, "rotary_cos", wanted, rows)
 
 
 @cache

@@ -67,8 +67,7 @@ def compute(describe: Callable[..., Problem], arguments: Arguments, names: Argum
     if recipe is not None:
         _keep_apart(recipe.function, arguments)
         return _follow(recipe, arguments, names)
-    p = describe(**arguments)
-    _keep_apart(p.function, arguments)
+    p = check(describe, arguments)
     if checks.ON:
         checks.values(p)
     if p.softmax_scale < FLOAT32_TINY:
@@ -86,6 +85,15 @@ def compute(describe: Callable[..., Problem], arguments: Arguments, names: Argum
             _recipes.clear()
         _recipes[key] = recipe
     return _follow(recipe, arguments, names)
+
+
+def check(describe: Callable[..., Problem], arguments: Arguments) -> Problem:
+    """The call described, if nothing about it is to be refused."""
+    p = describe(**arguments)
+    _keep_apart(p.function, arguments)
+    if p.q.is_cuda:
+        plan.gpu(p.q.device)
+    return p
 
 
 def _keep_apart(function: str, arguments: Arguments) -> None:

@@ -56,19 +56,26 @@ def name_of(score_mod: Any) -> str:
 
 
 def run(describe: Callable[..., Problem], arguments: Mapping[str, Any]) -> dispatch.Result:
-    """(out, softmax_lse or None) of a call, through the operator for it."""
+    """(out, softmax_lse or None) of a call, through the operator for it.
+
+    What a compiler traces is checked when it runs, with the lengths it runs with.
+    """
     given = dict(arguments)
+    if torch.compiler.is_compiling():
+        tensors = [x for x in given.values() if isinstance(x, torch.Tensor)]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            raise NotImplementedError(
+                f"{NAMESPACE}: backward: not implemented yet; call it under torch.no_grad()"
+            )
+        if given.get("dropout_p"):
+            raise NotImplementedError(f"{NAMESPACE}: dropout_p: not implemented yet; pass 0.0")
+    else:
+        dispatch.check(describe, arguments)
     out = given.pop("out")
     wanted = "return_softmax_lse" if "return_softmax_lse" in given else "return_attn_probs"
     given["need_lse"] = given.pop(wanted)
-    if given.pop("dropout_p", 0.0):
-        raise NotImplementedError(f"{NAMESPACE}: dropout_p: not implemented yet; pass 0.0")
+    given.pop("dropout_p", None)
     given.pop("deterministic", None)
-    tensors = [x for x in given.values() if isinstance(x, torch.Tensor)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise NotImplementedError(
-            f"{NAMESPACE}: backward: not implemented yet; call it under torch.no_grad()"
-        )
     given["window_size"] = [-1 if w is None else w for w in given["window_size"]]
     given["score_mod_args"] = list(given["score_mod_args"])
     if given["score_mod"] is not None:

@@ -342,7 +342,7 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     if 1 < p.batch <= MAX_SHARED_BATCH and work >= enough:
         tiles = narrow if p.page_size or rows > 16 else wide
         resident = gpu.multiprocessors * programs_at_a_time(gpu.arch, tiles, head_dim)
-        most = p.batch * (-(-visible // tiles.block_n) + (p.left >= 0))
+        most = p.batch * max(1, -(-visible // tiles.block_n) + (p.left >= 0))
         n = min(shares(blocks, resident), most)
         if most * n < 2**31:  # which is how far the kernel counts
             in_use = min(rows, tiles.block_m)

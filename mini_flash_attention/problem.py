@@ -99,7 +99,7 @@ def empty_out(q: torch.Tensor, head_dim: int) -> torch.Tensor:
 def dense(
     q: Any, k: Any, v: Any, dropout_p: Any, softmax_scale: Any, causal: Any,
     window_size: Any, softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any,
-    s_aux: Any, score_mod: Any, score_mod_args: Any, out: Any,
+    s_aux: Any, out: Any, score_mod: Any = None, score_mod_args: Any = (),
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_func(...)`."""
     function = "flash_attn_func"
@@ -126,7 +126,8 @@ def varlen(
     q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any,
     max_seqlen_k: Any, dropout_p: Any, softmax_scale: Any, causal: Any, window_size: Any,
     softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any, block_table: Any,
-    seqused_k: Any, s_aux: Any, score_mod: Any, score_mod_args: Any, num_splits: Any, out: Any,
+    seqused_k: Any, s_aux: Any, num_splits: Any, out: Any, score_mod: Any = None,
+    score_mod_args: Any = (),
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_varlen_func(...)`."""
     function = "flash_attn_varlen_func"
@@ -169,8 +170,8 @@ def kvcache(
     rotary_sin: Any, cache_seqlens: Any, cache_batch_idx: Any, cache_leftpad: Any, block_table: Any,
     softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, rotary_interleaved: Any,
     alibi_slopes: Any, num_splits: Any, return_softmax_lse: Any, cu_seqlens_q: Any,
-    max_seqlen_q: Any, s_aux: Any, score_mod: Any, score_mod_args: Any, fixed_split_size: Any,
-    out: Any,
+    max_seqlen_q: Any, s_aux: Any, fixed_split_size: Any, out: Any, score_mod: Any = None,
+    score_mod_args: Any = (),
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_with_kvcache(...)`."""
     function = "flash_attn_with_kvcache"

@@ -23,7 +23,9 @@ def described(function, arguments):
     """The Problem that a call becomes."""
     call = inspect.signature(function).bind(**arguments)
     call.apply_defaults()
-    return FROM_ARGUMENTS[function](**call.arguments)
+    of_two_names = ("learnable_sink", "page_table")
+    first_names = {n: x for n, x in call.arguments.items() if n not in of_two_names}
+    return FROM_ARGUMENTS[function](**first_names)
 
 
 def ints(*numbers):
@@ -66,7 +68,25 @@ def paged_kvcache():
     return function, arguments | paged
 
 
-CALLS = [varlen, paged_varlen, kvcache, paged_kvcache]
+def packed_kvcache():
+    """Two and three queries that bring their keys, to the last and the first of three rows."""
+    function, arguments = kvcache()
+    return function, arguments | {
+        "q": tokens(5), "k": tokens(5), "v": tokens(5), "k_cache": tokens(3, 8),
+        "v_cache": tokens(3, 8), "cu_seqlens_q": ints(0, 2, 5), "max_seqlen_q": 3,
+        "cache_batch_idx": ints(2, 0), "cache_leftpad": ints(8, 0), "rotary_cos": torch.ones(8, 4),
+        "rotary_sin": torch.ones(8, 4), "causal": True,
+    }  # fmt: skip
+
+
+def packed_paged_kvcache():
+    function, arguments = packed_kvcache()
+    _, paged = paged_kvcache()
+    changes = {name: paged[name] for name in ("k_cache", "v_cache", "block_table")}
+    return function, arguments | changes | {"cache_batch_idx": None, "cache_leftpad": ints(6, 3)}
+
+
+CALLS = [varlen, paged_varlen, kvcache, paged_kvcache, packed_kvcache, packed_paged_kvcache]
 
 BAD = {
     "27-start-q": (varlen, {"cu_seqlens_q": ints(1, 2, 5)}, "cu_seqlens_q: expected 0 .* got 1"),
@@ -87,12 +107,42 @@ BAD = {
         varlen, {"cu_seqlens_k": ints(0, 4, 9), "max_seqlen_k": 9},
         "cu_seqlens_k: expected an end at 8 tokens .*, got 9",
     ),
+    "27-start-q-of-a-cache": (
+        packed_kvcache, {"cu_seqlens_q": ints(1, 2, 5)}, "cu_seqlens_q: expected 0 .* got 1"
+    ),
+    "27-end-q-of-a-cache": (
+        packed_kvcache, {"cu_seqlens_q": ints(0, 3, 6)},
+        "cu_seqlens_q: expected an end at 5 tokens .*, got 6",
+    ),
     "28-max-q": (varlen, {"max_seqlen_q": 2}, "max_seqlen_q: expected at least 3, got 2"),
+    "28-max-q-of-a-cache": (
+        packed_kvcache, {"max_seqlen_q": 2}, "max_seqlen_q: expected at least 3, got 2"
+    ),
     "28-max-k": (varlen, {"max_seqlen_k": 3}, "max_seqlen_k: expected at least 4, got 3"),
     "28-max-k-paged": (paged_varlen, {"max_seqlen_k": 7}, "max_seqlen_k: .*at least 8, got 7"),
     "28-max-k-used": (
         paged_varlen, {"cu_seqlens_k": None, "seqused_k": ints(3, 7), "max_seqlen_k": 6},
         "max_seqlen_k: expected at least 7, got 6",
+    ),
+    "32-row-past-the-cache": (
+        packed_kvcache, {"cache_batch_idx": ints(2, 3)},
+        "cache_batch_idx: expected rows from 0 to 2, got 3 in entry 1",
+    ),
+    "32-row-negative": (
+        packed_kvcache, {"cache_batch_idx": ints(-1, 0)},
+        "cache_batch_idx: expected rows from 0 to 2, got -1 in entry 0",
+    ),
+    "32-padding-negative": (
+        packed_paged_kvcache, {"cache_leftpad": ints(0, -1)},
+        "cache_leftpad: expected 0 to the 3 keys of sequence 1, got -1 in entry 1",
+    ),
+    "32-padding-past-the-keys": (
+        packed_kvcache, {"cache_leftpad": ints(8, 4)},
+        "cache_leftpad: expected 0 to the 3 keys of sequence 1, got 4 in entry 1",
+    ),
+    "32-padding-past-the-cache": (
+        kvcache, {"cache_leftpad": ints(0, 9), "cache_seqlens": None, "k": None, "v": None},
+        "cache_leftpad: expected 0 to the 8 keys of sequence 1, got 9 in entry 1",
     ),
     "33-page-past-the-pool": (
         paged_varlen, {"block_table": torch.tensor([[5, 0], [2, 6]]).int()},
@@ -105,6 +155,10 @@ BAD = {
     "33-page-negative": (
         paged_kvcache, {"block_table": torch.tensor([[5, -1], [2, -1]]).int()},
         "block_table: expected pages .* of row 0, got -1 in column 1",
+    ),
+    "33-page-of-packed-new-keys": (
+        packed_paged_kvcache, {"cache_seqlens": ints(6, 2)},
+        "block_table: expected pages from 0 to 5 for the 5 keys of row 1, got -1 in column 1",
     ),
     "33-no-lengths-given": (paged_kvcache, {"cache_seqlens": 6}, "block_table: .* got -1"),
     "34-negative": (kvcache, {"cache_seqlens": ints(6, -1)}, "cache_seqlens: .*got -1 in entry 1"),
@@ -122,6 +176,18 @@ BAD = {
         kvcache, {"cache_seqlens": ints(0, 8)},
         "cache_seqlens: .* 8 tokens, got 10 .the keys to append count too",
     ),
+    "35-packed-append-past-the-cache": (
+        packed_kvcache, {"cache_seqlens": ints(7, 0)},
+        "cache_seqlens: .* 8 tokens, got 9 .the keys to append count too",
+    ),
+    "35-packed-append-of-the-longest": (
+        packed_kvcache, {"cache_seqlens": ints(6, 6)},
+        "cache_seqlens: .* 8 tokens, got 9 .the keys to append count too",
+    ),
+    "35-packed-append-past-the-table": (
+        packed_paged_kvcache, {"cache_seqlens": ints(6, 6)},
+        "block_table: expected columns for 9 tokens, got room for 8 .the keys to append",
+    ),
     "35-append-past-the-table": (
         paged_kvcache, {"cache_seqlens": ints(8, 0)},
         "block_table: expected columns for 10 tokens, got room for 8 .the keys to append",
@@ -130,7 +196,32 @@ BAD = {
         paged_kvcache, {"cache_seqlens": ints(9, 0), "k": None, "v": None},
         "block_table: expected columns for 9 tokens, got room for 8$",
     ),
+    "40-keys-past-the-tables": (
+        packed_kvcache, dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(7, 4)),
+        "rotary_cos: expected a table for the 8 positions of sequence 0, got 7",
+    ),
+    "40-queries-past-the-tables": (
+        kvcache, dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(8, 4))
+        | {"q": tokens(2, 4), "causal": True},
+        "rotary_cos: expected a table for the 10 positions of sequence 0, got 8",
+    ),
+    "40-a-length-for-all": (
+        kvcache, dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(5, 4))
+        | {"cache_seqlens": 4},
+        "rotary_cos: expected a table for the 6 positions of sequence 0, got 5",
+    ),
 }  # fmt: skip
+
+
+def test_tables_need_not_reach_past_what_is_rotated():
+    """Queries that all stand at the first's place, and sequences that bring no tokens."""
+    function, arguments = kvcache()
+    tables = dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(8, 4))
+    checks.values(described(function, arguments | tables | {"q": tokens(2, 4)}))
+    function, arguments = packed_kvcache()
+    tables = dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(4, 4))
+    nothing = {"cu_seqlens_q": ints(0, 0, 4), "max_seqlen_q": 4, "cache_leftpad": ints(6, 0)}
+    checks.values(described(function, arguments | tables | nothing))
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
@@ -138,7 +229,10 @@ def test_good_numbers_pass(call):
     function, arguments = call()
     checks.values(described(function, arguments))
     if "cache_seqlens" in arguments:
-        checks.values(described(function, arguments | {"cache_seqlens": ints(0, 0)}))
+        nothing = {"cache_seqlens": ints(0, 0)}
+        if "cache_leftpad" in arguments:
+            nothing["cache_leftpad"] = ints(0, 0)
+        checks.values(described(function, arguments | nothing))
 
 
 @pytest.mark.parametrize("empty", ["no queries", "no keys", "no sequences"])

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,19 @@ ROOT = Path(mini_flash_attention.__file__).parent
 # Who may import what, from the public functions down to the rules. A name that ends in a dot
 # stands for every module of that folder.
 ARROWS = {
-    "": {"api"},
-    "api": {"dispatch", "problem"},
-    "dispatch": {"checks", "cpu", "kernels.", "plan", "problem", "refusals"},
+    "": {"api", "packed"},
+    "__main__": {"", "dispatch", "plan", "reference"},
+    "integrations": set(),
+    "integrations.flash_attn": {"", "refusals"},
+    "integrations.torch": {"", "problem", "refusals"},
+    "integrations.transformers": {"api", "refusals"},
+    "packed": {"api", "refusals"},
+    "api": {"dispatch", "problem", "refusals"},
+    "dispatch": {"checks", "cpu", "kernels.", "ops", "plan", "problem", "refusals"},
+    "ops": {"dispatch", "problem"},
     "checks": {"problem", "refusals"},
-    "cpu": {"refusals", "problem"},
+    "cpu": {"language", "problem", "refusals"},
+    "language": set(),
     "plan": {"problem", "refusals"},
     "problem": {"refusals"},
     "refusals": set(),
@@ -51,6 +60,7 @@ ARROWS = {
     "kernels.launch": {"problem"},
     "rules": set(),
     "rules.": set(),
+    "rules.rotary": {"rules."},
     "rules.work": {"rules."},
 }
 # And from outside, beside the standard library.
@@ -60,9 +70,12 @@ OUTSIDE = {
     "kernels.attend": {"triton"},
     "kernels.shares": {"triton"},
     "checks": {"torch", "triton"},
+    "integrations.transformers": {"torch", "transformers"},
 }
 # Triton may be missing, so it is imported no earlier than a kernel is wanted.
 NEEDS_TRITON = {"rules.", "kernels."}
+# Operators are defined for whoever traces a call, a library is looked at by who registers with it.
+LATE = {("dispatch", f"{PACKAGE}.ops"), ("integrations.transformers", "transformers")}
 
 
 def modules():
@@ -137,6 +150,7 @@ def test_arrows(name):
             assert top in outside, f"{name} imports {module}"
             if early and top == "triton":
                 assert row_of(name, NEEDS_TRITON) in NEEDS_TRITON, f"{name} imports it at once"
+        assert not early or (name, module) not in LATE, f"{name} imports {module} at once"
 
 
 def test_every_arrow_leads_somewhere():
@@ -185,7 +199,32 @@ outs = [
         cache_seqlens=ints(3, 7),
     ),
 ]
-assert all((out == 1).all() for out in outs), outs
+
+def add_nothing(score, batch, head, q_idx, kv_idx, args):
+    return score + 0 * args[0].memory.sum()
+
+more = {"softcap": 5.0, "alibi_slopes": torch.ones(4), "score_mod": add_nothing}
+more["score_mod_args"] = (torch.ones(2),)
+halves = [
+    mfa.flash_attn_func(tokens(2, 3, 4), *[tokens(2, 5, 2)] * 2, return_attn_probs=True, **more)[:2]
+    for _ in range(2)
+]
+outs += [
+    mfa.flash_attn_qkvpacked_func(tokens(2, 5, 3, 4), **more),
+    mfa.flash_attn_kvpacked_func(tokens(2, 3, 4), tokens(2, 5, 2, 2), window_size=(2, 2), **more),
+    mfa.flash_attn_varlen_qkvpacked_func(tokens(5, 3, 4), ints(0, 2, 5), 3, **more),
+    mfa.flash_attn_varlen_kvpacked_func(
+        tokens(5, 4), tokens(7, 2, 2), ints(0, 2, 5), ints(0, 3, 7), 3, 4, num_splits=2, **more
+    ),
+    mfa.flash_attn_with_kvcache(
+        tokens(5, 4), tokens(3, 8, 2), tokens(3, 8, 2), tokens(5, 2), tokens(5, 2),
+        torch.ones(8, 4), torch.zeros(8, 4), ints(3, 1), cu_seqlens_q=ints(0, 2, 5),
+        max_seqlen_q=3, cache_batch_idx=ints(2, 0), cache_leftpad=ints(1, 0), **more,
+    ),
+    mfa.merge_attention_states(*halves[0], *halves[1])[0],
+]
+assert all((out - 1).abs().max() < 1e-6 for out in outs), outs
+assert "mini_flash_attention.ops" not in sys.modules, "plain calls do without operators"
 assert not torch.cuda.is_initialized()
 """
 
@@ -226,30 +265,59 @@ def test_import_is_quick():
 CONTRACT = """
 def flash_attn_func(
     q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-    alibi_slopes=None, deterministic=False, return_attn_probs=False, *, s_aux=None, out=None,
+    alibi_slopes=None, deterministic=False, return_attn_probs=False, *, s_aux=None,
+    learnable_sink=None, score_mod=None, score_mod_args=(), out=None,
 ): ...
 
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
     softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False, block_table=None, *, seqused_k=None, s_aux=None,
-    num_splits=0, out=None,
+    page_table=None, learnable_sink=None, score_mod=None, score_mod_args=(), num_splits=0, out=None,
 ): ...
 
 def flash_attn_with_kvcache(
     q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
     cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
-    return_softmax_lse=False, *, cu_seqlens_q=None, max_seqlen_q=None, s_aux=None,
-    fixed_split_size=None, out=None,
+    return_softmax_lse=False, *, cu_seqlens_q=None, max_seqlen_q=None, s_aux=None, page_table=None,
+    learnable_sink=None, score_mod=None, score_mod_args=(), fixed_split_size=None, out=None,
 ): ...
+
+def flash_attn_qkvpacked_func(
+    qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    alibi_slopes=None, deterministic=False, return_attn_probs=False, **more,
+): ...
+
+def flash_attn_kvpacked_func(
+    q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    alibi_slopes=None, deterministic=False, return_attn_probs=False, **more,
+): ...
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+    return_attn_probs=False, **more,
+): ...
+
+def flash_attn_varlen_kvpacked_func(
+    q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+    softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False, **more,
+): ...
+
+def merge_attention_states(out_a, lse_a, out_b, lse_b): ...
 """
+
+
+# One length and one offsets tensor of queries and keys both, and keywords that are passed on.
+SHORT_FORMS = {"cu_seqlens", "max_seqlen", "more"}
 
 
 def contract():
     scope = {}
     exec(CONTRACT, scope)
-    return {name: f for name, f in scope.items() if name.startswith("flash_attn")}
+    return {name: f for name, f in scope.items() if inspect.isfunction(f)}
 
 
 def form(function):
@@ -262,9 +330,15 @@ def form(function):
 def test_signature(name):
     function = getattr(mini_flash_attention, name)
     assert form(function) == form(contract()[name])
-    documented = inspect.getdoc(function)
-    missing = [p for p in inspect.signature(function).parameters if p not in documented]
-    assert name != "flash_attn_func" or not missing, "every argument is explained somewhere"
+    # Each says what it takes beyond the function it refers to.
+    refers_to = {"varlen": "flash_attn_varlen_func", "with": "flash_attn_varlen_func"}
+    others = {"flash_attn_func", refers_to.get(name.split("_")[2], "flash_attn_func")}
+    documented = [inspect.getdoc(function)]
+    if name not in ("flash_attn_func", "merge_attention_states"):
+        documented += [inspect.getdoc(getattr(mini_flash_attention, other)) for other in others]
+    words = set(re.findall(r"\w+", " ".join(documented)))
+    missing = inspect.signature(function).parameters.keys() - words - SHORT_FORMS
+    assert not missing, "every argument is explained somewhere"
 
 
 def test_public_names():

@@ -38,7 +38,16 @@ def call(
         (H200, (16, 32, 8, 4096, 16), False, 1, 128),
         # or several times over, with little to do for each
         (H200, (64, 32, 8, 1024), False, 1, 64),
-        (H200, (24, 24, 24, 2048, 16), False, 1, 64),
+        (H200, (23, 24, 24, 960, 16), False, 1, 64),
+        # enough to do that a last wave, filled in part, would cost more than the counting
+        (H200, (24, 24, 24, 2048, 16), True, 11, 64),
+        (H200, (24, 24, 24, 2048), True, 11, 128),
+        (H200, (33, 8, 8, 2048), True, 16, 128),
+        (H200, (64, 32, 8, 2048, 16), True, 33, 64),
+        (L4, (64, 32, 8, 2048, 16), True, 14, 32),
+        # which whole sequences that fit in one wave have not
+        (H200, (16, 32, 8, 16384), False, 1, 128),
+        (H200, (16, 32, 8, 32768), True, 16, 128),
         # a lot to do: equal shares, in the largest number that runs at a time
         (H200, (64, 32, 8, 8192), True, 16, 128),
         (H200, (64, 32, 8, 8192, 256), True, 33, 64),
@@ -61,6 +70,71 @@ def test_decode(gpu, arguments, shares, splits, block_n):
     assert (chosen.shares, chosen.splits, chosen.tiles.block_n) == (shares, splits, block_n)
     batch, nheads_k = arguments[0], arguments[2]
     assert chosen.programs == splits * nheads_k * (1 if shares else batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "threshold"), [(16, plan.SHARED_WORK), (17, plan.WAVES_WORK), (64, plan.WAVES_WORK)]
+)
+def test_equal_shares_begin_at_so_many_bytes(batch, threshold):
+    """16 sequences of 8 heads are one wave on 132 multiprocessors, 17 are more."""
+    a_key = 2 * 128 * 2
+    first = -(-threshold * H200.multiprocessors // (batch * 8 * a_key))
+    for seqlen_k, shares in ((first - 1, False), (first, True), (4 * first, True)):
+        assert plan.decode(call(batch, 32, 8, seqlen_k), H200).shares is shares
+        narrow = call(batch, 32, 8, 2 * seqlen_k, head_dim=64)
+        assert plan.decode(narrow, H200).shares is shares
+
+
+def test_the_larger_head_dim_decides():
+    """Of q and v: tiles have to hold both."""
+    p = call(24, 24, 24, 4096)
+    for d, d_v in ((64, 128), (128, 64), (128, 256), (256, 64)):
+        q, k, v = (
+            p.q[..., :1].expand(-1, -1, -1, d),
+            *(p.k[..., :1].expand(-1, -1, -1, n) for n in (d, d_v)),
+        )
+        chosen = plan.decode(p._replace(q=q, k=k, v=v), H200)
+        assert chosen == plan.decode(call(24, 24, 24, 4096, head_dim=max(d, d_v)), H200)
+        tiles = plan.forward(p._replace(q=q, k=k, v=v), H200).tiles
+        assert tiles == plan.forward(call(24, 24, 24, 4096, head_dim=max(d, d_v)), H200).tiles
+
+
+OFFSETS = torch.tensor([0, 1, 2]).int()
+
+
+@pytest.mark.parametrize(
+    ("changes", "decodes"),
+    [
+        ({}, True),
+        ({"seqlen_q": 16}, True),
+        ({"seqlen_q": 17}, False),
+        ({"seqlen_q": 0}, False),
+        ({"seqlen_q": 0, "num_splits": 2}, False),
+        ({"seqlen_q": 0, "split_size": 64}, False),
+        ({"num_splits": 1}, True),
+        ({"num_splits": 1, "seqlen_q": 17}, False),
+        ({"num_splits": 2, "seqlen_q": 17}, True),
+        ({"split_size": 64, "seqlen_q": 17}, True),
+        # packed queries, of a cache: few by chance, unless the same bits are promised
+        ({"cu_seqlens_q": OFFSETS}, True),
+        ({"cu_seqlens_q": OFFSETS, "page_size": 16}, True),
+        ({"cu_seqlens_q": OFFSETS, "seqlen_q": 16}, True),
+        ({"cu_seqlens_q": OFFSETS, "seqlen_q": 17}, False),
+        ({"cu_seqlens_q": OFFSETS, "seqlen_q": 0}, False),
+        ({"cu_seqlens_q": OFFSETS, "num_splits": 1}, False),
+        ({"cu_seqlens_q": OFFSETS, "num_splits": 2}, True),
+        ({"cu_seqlens_q": OFFSETS, "num_splits": 2, "seqlen_q": 2048}, True),
+        ({"cu_seqlens_q": OFFSETS, "split_size": 64}, True),
+        ({"cu_seqlens_q": OFFSETS, "split_size": 64, "seqlen_q": 2048}, True),
+        # packed keys are of a prefill, those in pages are not
+        ({"cu_seqlens_q": OFFSETS, "cu_seqlens_k": OFFSETS}, False),
+        ({"cu_seqlens_q": OFFSETS, "cu_seqlens_k": OFFSETS, "page_size": 16}, True),
+        ({"cu_seqlens_q": OFFSETS, "cu_seqlens_k": OFFSETS, "num_splits": 1}, False),
+        ({"cu_seqlens_q": OFFSETS, "cu_seqlens_k": OFFSETS, "num_splits": 3}, True),
+    ],
+)
+def test_what_decodes(changes, decodes):
+    assert plan.decodes(call(2, 32, 8, 4096)._replace(**changes)) is decodes
 
 
 def test_a_window_counts_as_far_as_it_reaches():
@@ -178,6 +252,60 @@ def test_three_consumers_for_many_keys(seqlen, changes, consumers):
     """At head_dim 64; above there are no registers for a third."""
     shape = {"head_dim": 64, "seqlen": seqlen}
     assert on_hopper(prefill(**shape | changes)).tiles.consumers == consumers
+
+
+def a_score_mod(score, batch, head, q_idx, kv_idx):
+    """What it does is no plan's to know."""
+    return score
+
+
+WITH_SCORE_MOD = problem.Scores(score_mod=a_score_mod)
+LESS = {
+    "softcap": problem.Scores(softcap=30.0),
+    "slopes": problem.Scores(alibi_slopes=torch.ones(16)),
+    "sinks": problem.Scores(s_aux=torch.ones(16)),
+}
+
+
+def test_what_hopper_leaves_to_the_portable_kernel():
+    """Values of another head_dim, and caches whose rows or first keys are looked up."""
+    wide, numbers = prefill(head_dim=256), torch.zeros(4).int()
+    p = prefill()
+    assert on_hopper(p) and on_hopper(wide)
+    for values in (p.v[..., :64], p.v[..., :120], wide.v):
+        out = torch.empty(*p.q.shape[:-1], values.shape[-1], dtype=torch.bfloat16, device="meta")
+        assert on_hopper(p._replace(v=values), out) is None
+    assert on_hopper(p._replace(cache_batch_idx=numbers)) is None
+    assert on_hopper(p._replace(cache_leftpad=numbers)) is None
+    paged = prefill(page_size=128)
+    assert on_hopper(paged) and on_hopper(paged._replace(cache_leftpad=numbers)) is None
+    rotation = problem.Rotary(torch.ones(8, 64), torch.ones(8, 64), True, True)
+    assert on_hopper(p._replace(rotary=rotation)) == on_hopper(p), "done before"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", LESS)
+def test_what_hopper_knows_changes_no_plan(name, head_dim):
+    p = prefill(head_dim=head_dim, seqlen=8192)
+    assert on_hopper(p._replace(scores=LESS[name])) == on_hopper(p)
+    forward = plan.forward(p._replace(scores=LESS[name]), H200)
+    assert forward == plan.forward(p, H200)
+
+
+def test_a_score_mod_takes_registers():
+    """No third consumer, and sums are not moved lazily; else the plan is the same."""
+    for head_dim, changed in ((64, True), (128, False), (256, True)):
+        p = prefill(head_dim=head_dim, seqlen=8192)
+        plain, own = on_hopper(p), on_hopper(p._replace(scores=WITH_SCORE_MOD))
+        assert own.tiles.consumers == 2 and not own.tiles.lazy
+        assert (plain.tiles.consumers == 3 or plain.tiles.lazy) is changed
+        assert own.tiles == plan.HOPPER_TILES[head_dim]._replace(lazy=False)
+        assert own.rows == p.seqlen_q // 128
+    for head_dim, smaller in ((40, True), (64, True), (128, False), (256, False)):
+        p = prefill(head_dim=head_dim)
+        tiles = [plan.forward(x, H200).tiles for x in (p, p._replace(scores=WITH_SCORE_MOD))]
+        windowed = plan.forward(p._replace(windowed=True), H200).tiles
+        assert tiles[1] == (windowed if smaller else tiles[0])
 
 
 def test_what_tma_can_step_over():

@@ -71,6 +71,9 @@ def load(pointer, mask=True, other=None):
 
 
 def where(condition, a, b):
+    if not any(isinstance(x, torch.Tensor) for x in (condition, a, b)):
+        chosen = a if condition else b
+        return Int32(chosen) if isinstance(chosen, int) else chosen
     return torch.where(torch.as_tensor(condition), torch.as_tensor(a), torch.as_tensor(b))
 
 
@@ -84,7 +87,11 @@ language = types.SimpleNamespace(
     load=load,
     where=where,
     cast=lambda x, _: x,
-    int64=None,
+    int64=torch.int64,
+    float32=torch.float32,
+    float64=torch.float64,
+    arange=torch.arange,
+    abs=torch.abs,
     minimum=lambda a, b: either(torch.minimum, min, a, b),
     maximum=lambda a, b: either(torch.maximum, max, a, b),
     cdiv=lambda a, b: (a + b - 1) // b,
@@ -101,7 +108,7 @@ language = types.SimpleNamespace(
 def plain(name):
     """The rules of rules/<name>.py as functions of Python."""
     module = importlib.import_module(f"{rules.__name__}.{name}")
-    scope = {"tl": language}
+    scope = {"tl": language, "INTERPRETED": True}  # where an instruction of the GPU's is spelt out
     for rule, compiled in vars(module).items():
         if hasattr(compiled, "fn"):  # what `@triton.jit` makes
             scope[rule] = types.FunctionType(compiled.fn.__code__, scope, rule)
@@ -110,9 +117,13 @@ def plain(name):
     return types.SimpleNamespace(**scope)
 
 
-grid, heads, mask, paging, sequence, softmax, split, work = map(
-    plain, ("grid", "heads", "mask", "paging", "sequence", "softmax", "split", "work")
-)
+grid, heads, mask, paging, rotary, scores, sequence, softmax, split, work = map(
+    plain,
+    (
+        "grid", "heads", "mask", "paging", "rotary", "scores", "sequence", "softmax", "split",
+        "work",
+    ),
+)  # fmt: skip
 
 
 MODULES = sorted(path.stem for path in Path(rules.__file__).parent.glob("[!_]*.py"))
@@ -135,19 +146,27 @@ def test_interpreter_finds_its_language(name):
 # -- mask -----------------------------------------------------------------------------------------
 
 BOUNDS = st.tuples(st.none() | st.integers(0, 40), st.none() | st.integers(0, 40))
+# The first key there is. Whoever has one gives a left bound too, however far.
+PADS = st.none() | st.integers(0, 300)
 
 
-@given(seqlen_q=st.integers(1, 40), seqlen_k=st.integers(1, 40), bounds=BOUNDS)
+def padding(pad, left, seqlen_k):
+    """A pad as kernels make it of what they are given."""
+    return None if pad is None or left is None else Int32(min(pad, seqlen_k))
+
+
+@given(seqlen_q=st.integers(1, 40), seqlen_k=st.integers(1, 40), bounds=BOUNDS, pad=PADS)
 @searched
-def test_sees(seqlen_q, seqlen_k, bounds):
+def test_sees(seqlen_q, seqlen_k, bounds, pad):
     left, right = bounds
+    pad = padding(pad, left, seqlen_k)
     i, j = torch.arange(seqlen_q)[:, None], torch.arange(seqlen_k + 9)[None, :]
     diagonal = seqlen_k - seqlen_q
     seen = mask.sees(
-        i, j, diagonal, left or 0, right or 0, seqlen_k, left is not None, right is not None
+        i, j, diagonal, left or 0, right or 0, pad, seqlen_k, left is not None, right is not None
     )
     window = tuple(-1 if w is None else w for w in bounds)
-    expected = reference.visibility(seqlen_q, seqlen_k, False, window)
+    expected = reference.visibility(seqlen_q, seqlen_k, False, window) & (j >= (pad or 0))[:, :-9]
     assert torch.equal(seen[:, :seqlen_k].expand_as(expected), expected)
     assert not seen[:, seqlen_k:].any(), "keys past the end"
 
@@ -155,16 +174,21 @@ def test_sees(seqlen_q, seqlen_k, bounds):
 @given(
     first=st.integers(0, 150), rows=st.integers(1, 130), after=st.integers(0, 150),
     seqlen_k=st.integers(0, 300), bounds=BOUNDS, block=st.sampled_from([1, 2, 16, 32, 128]),
+    pad=PADS,
 )  # fmt: skip
-@settings(searched, max_examples=1500)
-def test_key_tiles(first, rows, after, seqlen_k, bounds, block):
-    """begin..end are exactly the tiles that a row sees something of, clear those all see whole."""
+@settings(searched, max_examples=3000)
+def test_key_tiles(first, rows, after, seqlen_k, bounds, block, pad):
+    """begin..end are exactly the tiles that a row sees something of, clear those all see whole.
+
+    But for the tile of the first key there is, which may be read although rows see nothing of it.
+    """
     left, right = bounds
+    pad = padding(pad, left, seqlen_k)
     LEFT, RIGHT = left is not None, right is not None
     diagonal = seqlen_k - (first + rows + after)  # rows of queries stand between others
     begin, clear_begin, clear_end, end = mask.key_tiles(
         Int32(first), Int32(first + rows - 1), Int32(diagonal), Int32(left or 0), Int32(right or 0),
-        Int32(seqlen_k), block, LEFT, RIGHT,
+        pad, Int32(seqlen_k), block, LEFT, RIGHT,
     )  # fmt: skip
     assert 0 <= begin <= clear_begin <= clear_end <= end
     assert not any(bound % block for bound in (begin, clear_begin, clear_end, end))
@@ -174,12 +198,15 @@ def test_key_tiles(first, rows, after, seqlen_k, bounds, block):
     j = torch.arange(tiles * block)[None, :]
     seen = (j < seqlen_k).expand(rows, -1)
     if LEFT:
-        seen = seen & (j >= i - left)
+        seen = seen & (j >= i - left) & (j >= (pad or 0))
     if RIGHT:
         seen = seen & (j <= i + right)
     per_tile = seen.view(rows, tiles, block)
     number = torch.arange(tiles) * block
-    assert torch.equal(per_tile.any(0).any(-1), (number >= begin) & (number < end))
+    read, wanted = (number >= begin) & (number < end), per_tile.any(0).any(-1)
+    if pad is not None and not wanted.any():
+        read = read & (number != pad // block * block)
+    assert torch.equal(wanted, read)
     assert torch.equal(per_tile.all(0).all(-1), (number >= clear_begin) & (number < clear_end))
 
 
@@ -282,6 +309,16 @@ def test_used_length(used, appended, capacity):
         assert length == min(max(n, 0) + appended, capacity)
 
 
+@given(table=GARBAGE, rows=st.integers(0, 9))
+@searched
+def test_cache_row(table, rows):
+    """Rows that exist are the cache's own; for others it says so, and none is out of bounds."""
+    for b, entry in enumerate(table):
+        row, there = sequence.cache_row(b, Pointer(table), rows)
+        assert there == (entry in range(rows))
+        assert row == (entry if there else 0)
+
+
 @given(x=st.integers(-9, 9), low=st.integers(-9, 9), high=st.integers(-9, 9))
 @searched
 def test_clamp(x, low, high):
@@ -365,31 +402,37 @@ def test_packed_queries(lengths, padding, longest, block, nheads):
 
 @given(
     lengths=LENGTHS, used=st.lists(st.integers(-3, 90), min_size=12, max_size=12),
-    longest=st.integers(0, 80), appended=st.integers(0, 5),
+    longest=st.integers(0, 80), appended=st.integers(0, 5), rows_q=st.integers(0, 90),
 )  # fmt: skip
 @sampled
-def test_keys(lengths, used, longest, appended):
+def test_keys(lengths, used, longest, appended, rows_q):
+    """appended < 0: a sequence brings as many keys as it has queries."""
     cu_seqlens = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
     total, capacity = cu_seqlens[-1], longest + appended
     for b, length in enumerate(lengths):
-        packed = work.keys(b, Pointer(cu_seqlens), None, longest, total, 0)
+        packed = work.keys(b, Pointer(cu_seqlens), None, longest, total, 0, rows_q)
         assert packed == (cu_seqlens[b], min(length, longest))
-        cached = work.keys(b, None, Pointer(used), capacity, 0, appended)
-        assert cached == (0, min(max(used[b], 0) + appended, capacity))
-    assert work.keys(0, None, None, longest, 0, 0) == (0, longest)
+        for new, more in ((appended, appended), (-1, rows_q)):
+            cached = work.keys(b, None, Pointer(used), capacity, 0, Int32(new), Int32(rows_q))
+            assert cached == (0, min(max(used[b], 0) + more, capacity))
+        both = work.keys(b, Pointer(cu_seqlens), Pointer(used), longest, total, 0, rows_q)
+        assert both == (cu_seqlens[b], min(max(used[b], 0), length, longest))
+    assert work.keys(0, None, None, longest, 0, appended, rows_q) == (0, longest)
 
 
 @given(
-    tile=st.integers(0, 5), rows_q=st.integers(0, 300), length_k=st.integers(0, 300), bounds=BOUNDS
-)
+    tile=st.integers(0, 5), rows_q=st.integers(0, 300), length_k=st.integers(0, 300), bounds=BOUNDS,
+    pad=PADS,
+)  # fmt: skip
 @sampled
-def test_key_tiles_of_a_tile_of_rows(tile, rows_q, length_k, bounds):
+def test_key_tiles_of_a_tile_of_rows(tile, rows_q, length_k, bounds, pad):
     """As `mask.key_tiles` has it for the rows that are there; nothing where there are none."""
+    pad = padding(pad, bounds[0], length_k)
     left, right = (-1 if x is None else x for x in bounds)
     first, flags = Int32(128 * tile), (left >= 0, right >= 0)
-    sizes = (Int32(length_k - rows_q), left, right, Int32(length_k))
+    sizes = (Int32(length_k - rows_q), left, right, pad, Int32(length_k))
     begin, clear_begin, clear_end, end = work.key_tiles(
-        first, Int32(rows_q), Int32(length_k), left, right, *flags, 128, 64
+        first, Int32(rows_q), Int32(length_k), left, right, pad, *flags, 128, 64
     )
     if first >= rows_q:
         assert begin == end and clear_end <= end
@@ -428,6 +471,108 @@ def test_heads(nheads_k, group, tokens):
     assert [heads.unpack(row, group) for row in range(tokens * group)] == packed
 
 
+# -- rotary -------------------------------------------------------------------------------------
+
+
+@st.composite
+def rotations(draw):
+    """(head_dim, rotary_dim, interleaved)."""
+    head_dim = draw(st.integers(2, 33))
+    return head_dim, 2 * draw(st.integers(0, head_dim // 2)), draw(st.booleans())
+
+
+@given(
+    shape=rotations(), seed=st.integers(0, 99), rows_cos=st.integers(1, 5),
+    tokens=st.lists(
+        st.tuples(
+            st.integers(0, 9) | st.sampled_from([INT_MIN, INT_MAX, -1]),
+            st.booleans(),
+        ),
+        min_size=1, max_size=6,
+    ),
+)  # fmt: skip
+@searched
+def test_rotary(shape, seed, rows_cos, tokens):
+    """Pairs turn as complex numbers do; the rest of a row is as it was, absent rows are zeros.
+
+    Any position is one of the tables', and nothing outside of a row or a table is read.
+    """
+    head_dim, rotary_dim, interleaved = shape
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(tokens), head_dim, generator=generator)
+    cos, sin = torch.randn(2, rows_cos, rotary_dim // 2, generator=generator)
+    position, there = torch.tensor([t for t, _ in tokens]), torch.tensor([ok for _, ok in tokens])
+    offset = torch.arange(len(tokens)).where(there, 10**6) * head_dim
+    rotated = rotary.load(
+        Pointer(x.flatten().tolist()), offset, there, position, Pointer(cos.flatten().tolist()),
+        Pointer(sin.flatten().tolist()), rows_cos, head_dim, 1 << (head_dim - 1).bit_length(),
+        rotary_dim, interleaved,
+    )  # fmt: skip
+    row = position.clamp(0, rows_cos - 1)
+    turn = torch.complex(cos, sin)[row]
+    pairs = x[:, :rotary_dim]
+    one = pairs[:, ::2] if interleaved else pairs[:, : rotary_dim // 2]
+    two = pairs[:, 1::2] if interleaved else pairs[:, rotary_dim // 2 :]
+    turned = torch.complex(one, two) * turn
+    parts = (turned.real, turned.imag)
+    wanted = torch.stack(parts, -1).flatten(1) if interleaved else torch.cat(parts, 1)
+    wanted = torch.cat([wanted, x[:, rotary_dim:]], 1).where(there[:, None], 0.0)
+    torch.testing.assert_close(rotated[:, :head_dim], wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(rotated[:, rotary_dim:head_dim], wanted[:, rotary_dim:])
+    assert not rotated[:, head_dim:].any(), "columns that only pad a tile"
+
+
+# -- scores -------------------------------------------------------------------------------------
+
+
+@given(x=st.lists(st.floats(-800, 800) | st.floats(-1e-3, 1e-3), min_size=1, max_size=9))
+@searched
+def test_tanh(x):
+    x = torch.tensor(x, dtype=torch.float64)
+    torch.testing.assert_close(scores.tanh(x), torch.tanh(x), rtol=0, atol=1e-15)
+
+
+def asks_for_all(score, b, head, q_idx, kv_idx, aux=None):
+    """A score_mod that gives a score away by every argument, and by what it is handed."""
+    more = 0.0 if aux is None else aux[0]
+    return 0.5 * score + 3.0 * b + 0.25 * head - 0.01 * q_idx + 0.002 * kv_idx * kv_idx + more
+
+
+@given(
+    softmax_scale=st.sampled_from([1.0, 0.125, 3.0, 1e-4]),
+    softcap=st.sampled_from([0.0, 0.5, 30.0]), slope=st.none() | st.floats(-2, 2),
+    score_mod=st.sampled_from([None, asks_for_all]), handed=st.booleans(),
+    first=st.integers(-9, 90), start=st.integers(0, 3).map(lambda n: 16 * n),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+@searched
+def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start, seed):
+    """What the softmax scales is the definition's score, whichever steps are left to it."""
+    launch = pytest.importorskip("mini_flash_attention.kernels.launch")
+    aux = (torch.tensor(7.0),) if handed and score_mod else None
+    slopes = None if slope is None else torch.tensor([slope])
+    asked = types.SimpleNamespace(softcap=softcap, alibi_slopes=slopes, score_mod=score_mod)
+    call = types.SimpleNamespace(scores=asked, softmax_scale=softmax_scale)
+    scale, (_, factor, cap), flags = launch.changes(call)
+
+    generator = torch.Generator().manual_seed(seed)
+    raw = 20 * torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    i, n = torch.arange(first, first + 5)[:, None], torch.arange(16)[None, :]
+    given_as = (factor, cap, slope, aux)
+    modified = scores.modified(raw, 2, 3, i, start, n, given_as, *flags)
+    if not softcap and slope is None and score_mod is None:
+        assert modified is raw
+
+    wanted, j = raw * softmax_scale, start + n
+    if softcap:
+        wanted = softcap * torch.tanh(wanted / softcap)
+    if slope is not None:
+        wanted = wanted - slope * (i - j).abs()
+    if score_mod is not None:
+        wanted = score_mod(wanted, 2, 3, i, j, aux)
+    torch.testing.assert_close(modified * (scale / LOG2E), wanted, rtol=1e-10, atol=1e-10)
+
+
 # -- softmax --------------------------------------------------------------------------------------
 
 
@@ -444,9 +589,17 @@ def state(s, v, scale, widths):
     return m, l, o
 
 
-def online(s, v, scale, widths):
+def online(s, v, scale, widths, sink=None):
     """The same, finished: output and LSE."""
-    return softmax.finish(*state(s, v, scale, widths), scale * LOG2E)
+    return softmax.finish(*state(s, v, scale, widths), scale * LOG2E, sink)
+
+
+# A logit beside the scores; -inf is none.
+SINKS = st.none() | st.sampled_from([-math.inf, 0.0, -1e12, 3e4, 1e12]) | st.floats(-90, 90)
+
+
+def as_logit(sink):
+    return None if sink is None else torch.tensor(sink, dtype=torch.float64)
 
 
 @st.composite
@@ -465,42 +618,52 @@ def rows(draw, largest):
     scores=st.lists(rows(largest=1e12), min_size=1, max_size=4),
     widths=st.sampled_from([[12], [1] * 12, [4, 4, 4], [5, 7]]),
     scale=st.sampled_from([1.0, 0.125, 1e-4, 3.0]),
+    sink=SINKS,
 )
-@searched
-def test_softmax(scores, widths, scale):
-    """Equal to softmax in one piece, whatever the tiles; 0 and -inf where no key was seen."""
+@settings(searched, max_examples=600)
+def test_softmax(scores, widths, scale, sink):
+    """Equal to softmax in one piece, whatever the tiles; 0 and -inf where no key was seen.
+
+    A sink is a key more, without a value, for a row that saw any.
+    """
     s = torch.tensor(scores, dtype=torch.float64)
     v = torch.linspace(-1, 1, 12 * 3, dtype=torch.float64).view(12, 3)
-    out, lse = online(s, v, scale, widths)
+    out, lse = online(s, v, scale, widths, as_logit(sink))
     empty = (s == -math.inf).all(1)
-    weights = (s * scale).softmax(1).masked_fill(empty[:, None], 0.0)
+    with_sink = s * scale
+    if sink is not None:
+        with_sink = torch.cat([with_sink, as_logit(sink).expand(len(s), 1)], 1)
+    weights = with_sink.softmax(1)[:, :12].masked_fill(empty[:, None], 0.0)
+    wanted_lse = with_sink.logsumexp(1).masked_fill(empty, -math.inf)
     torch.testing.assert_close(out, weights @ v, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(lse, (s * scale).logsumexp(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-12, atol=1e-12)
     assert (lse[empty] == -math.inf).all() and (out[empty] == 0).all()
 
 
 @given(
     scores=st.lists(rows(largest=1e12), min_size=1, max_size=4),
     widths=st.sampled_from([[12], [4, 4, 4], [1, 11], [0, 12, 0], [0, 0, 5, 7]]),
+    sink=SINKS,
 )
 @searched
-def test_merge(scores, widths):
-    """Parts folded are the whole, also where a part is empty or sees nothing."""
+def test_merge(scores, widths, sink):
+    """Parts folded are the whole, also where one is empty or sees nothing; a sink counts once."""
+    sink = as_logit(sink)
     s = torch.tensor(scores, dtype=torch.float64)
     v = torch.linspace(-1, 1, 12 * 3, dtype=torch.float64).view(12, 3)
     scale = 0.5 * LOG2E
     parts = []
     for s_part, v_part in zip(s.split(widths, 1), v.split(widths), strict=True):
         m, l, o = state(s_part, v_part, 0.5, [len(v_part)] if len(v_part) else [])  # noqa: E741
-        parts.append((m, l, softmax.finish(m, l, o, scale)[0]))
-    whole, whole_lse = online(s, v, 0.5, [12])
+        parts.append((m, l, softmax.finish(m, l, o, scale, None)[0]))
+    whole, whole_lse = online(s, v, 0.5, [12], sink)
     for row in range(len(s)):
         m, l, o = (torch.stack([p[n][row] for p in parts]) for n in range(3))  # noqa: E741
         folded = torch.full([1], -math.inf), torch.zeros(1), torch.zeros(1, 3)
         for two in (slice(0, 2), slice(2, None)):  # some now, the others later
             if len(m[two]):
                 folded = softmax.merge(*folded, m[two], l[two], o[two], scale)
-        out, lse = softmax.finish(*folded, scale)
+        out, lse = softmax.finish(*folded, scale, sink)
         torch.testing.assert_close(out[0], whole[row], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(lse[0], whole_lse[row], rtol=1e-12, atol=1e-12)
 
@@ -532,7 +695,7 @@ def test_the_hopper_kernels_own_softmax(size, scale, widths, steps, sign, ones, 
     """It agrees with the rule for scores of any size: ties, neighbours, and what no row sees."""
     pytest.importorskip("triton.experimental.gluon")
     attend_hopper = importlib.import_module("mini_flash_attention.kernels.attend_hopper")
-    gl = types.SimpleNamespace(**vars(language), int32=torch.int32, float32=torch.float32)
+    gl = types.SimpleNamespace(**vars(language), int32=torch.int32)
     scope = {"gl": gl} | {n: getattr(attend_hopper, n).value for n in ("LARGE", "SLACK")}
     twin = types.FunctionType(attend_hopper.rescale.fn.__code__, scope)
     level = sign * 2.0**size * (1 + ones / 8)
@@ -544,7 +707,7 @@ def test_the_hopper_kernels_own_softmax(size, scale, widths, steps, sign, ones, 
         m, alpha, p = (x.as_subclass(torch.Tensor) for x in twin(*arguments))
         assert ((p >= 0) & (p <= 2**14)).all(), "weights that fp16 holds"
         l, o = l * alpha + p.sum(1), o * alpha[:, None] + p @ v_tile  # noqa: E741
-    out, lse = softmax.finish(m, l, o, torch.tensor(factor))
+    out, lse = softmax.finish(m, l, o, torch.tensor(factor), None)
     wanted, wanted_lse = online(s, v, torch.tensor(factor / LOG2E), widths)
     torch.testing.assert_close(out, wanted, rtol=0, atol=2e-3)
     torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=1e-4)
