@@ -66,9 +66,9 @@ def flash_attn_func(
         out: tensor like q to write the result to, sharing no memory with q, k and v.
 
     Returns:
-        out, shaped like q (with v's head_dim), in q's dtype; with `return_attn_probs` also softmax_lse,
-        (batch, nheads, seqlen_q) in fp32, natural logarithm. A query that sees no key gives 0
-        and an LSE of -inf.
+        out, shaped like q (with v's head_dim), in q's dtype; with `return_attn_probs` also
+        softmax_lse, (batch, nheads, seqlen_q) in fp32, natural logarithm. A query that sees no
+        key gives 0 and an LSE of -inf.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and what to do.
@@ -205,7 +205,8 @@ def flash_attn_with_kvcache(
             prefill and sequences that decode.
         num_splits: programs that share the keys of one sequence. 0 decides from the shapes, and
             shares the keys of large batches out evenly whatever their lengths. Any other number
-            gives a sequence the same bits whatever else is in the batch.
+            gives a sequence the same bits whatever else is in the batch; beside packed queries
+            more than 1 does so for one `max_seqlen_q`.
         fixed_split_size: keys per program instead, rounded up to whole tiles (of at most 128
             keys). The same bits too, and parts that stay as they are while the sequence grows.
         return_softmax_lse: return `(out, softmax_lse)`, softmax_lse (batch, nheads, seqlen_q), or

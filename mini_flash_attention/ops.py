@@ -30,7 +30,9 @@ SCHEMAS = {
         "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table, Tensor? seqused_k, "
         f"SymInt num_splits, {SCORES}) -> (Tensor, Tensor)"
     ),
-    "kvcache": f"(Tensor q, Tensor k_cache, Tensor v_cache, {LENGTHS}, {SCORES}) -> (Tensor, Tensor)",
+    "kvcache": (
+        f"(Tensor q, Tensor k_cache, Tensor v_cache, {LENGTHS}, {SCORES}) -> (Tensor, Tensor)"
+    ),
     "kvcache_append": (
         "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
         "Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
@@ -46,7 +48,7 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _score_mods: dict[str, Any] = {}
 
 
-@torch._dynamo.assume_constant_result
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def name_of(score_mod: Any) -> str:
     """A name by which `score_mod` is found again in this process."""
     inner = getattr(score_mod, "fn", score_mod)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .api import flash_attn_func, flash_attn_varlen_func
-from .refusals import kind_of, refuse
+from .refusals import plain, refuse
 
 
 def flash_attn_qkvpacked_func(
@@ -18,10 +18,11 @@ def flash_attn_qkvpacked_func(
     softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False, **more: Any,
 ) -> Any:  # fmt: skip
-    """Attention of qkv (batch, seqlen, 3, nheads, head_dim). `more`: keywords of flash_attn_func."""
+    """Attention of qkv (batch, seqlen, 3, nheads, head_dim); more: as flash_attn_func's."""
+    q, k, v = _parts("flash_attn_qkvpacked_func", "qkv", qkv, 5, 3)
     return flash_attn_func(
-        *_parts("flash_attn_qkvpacked_func", "qkv", qkv, 5, 3), dropout_p, softmax_scale, causal,
-        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **more,
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs, **more,
     )  # fmt: skip
 
 
@@ -32,8 +33,9 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False, **more: Any,
 ) -> Any:  # fmt: skip
     """Attention of q to kv (batch, seqlen_k, 2, nheads_k, head_dim)."""
+    k, v = _parts("flash_attn_kvpacked_func", "kv", kv, 5, 2)
     return flash_attn_func(
-        q, *_parts("flash_attn_kvpacked_func", "kv", kv, 5, 2), dropout_p, softmax_scale, causal,
+        q, k, v, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **more,
     )  # fmt: skip
 
@@ -46,8 +48,9 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False, **more: Any,
 ) -> Any:  # fmt: skip
     """Attention of packed sequences, qkv (total, 3, nheads, head_dim)."""
+    q, k, v = _parts("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 4, 3)
     return flash_attn_varlen_func(
-        *_parts("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 4, 3), cu_seqlens, cu_seqlens,
+        q, k, v, cu_seqlens, cu_seqlens,
         max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
         alibi_slopes, deterministic, return_attn_probs, **more,
     )  # fmt: skip
@@ -62,16 +65,16 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False, **more: Any,
 ) -> Any:  # fmt: skip
     """Attention of packed sequences to kv (total_k, 2, nheads_k, head_dim)."""
+    k, v = _parts("flash_attn_varlen_kvpacked_func", "kv", kv, 4, 2)
     return flash_attn_varlen_func(
-        q, *_parts("flash_attn_varlen_kvpacked_func", "kv", kv, 4, 2), cu_seqlens_q, cu_seqlens_k,
+        q, k, v, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap,
         alibi_slopes, deterministic, return_attn_probs, **more,
     )  # fmt: skip
 
 
-def _parts(function: str, name: str, x: Any, rank: int, parts: int) -> tuple[torch.Tensor, ...]:
-    if not isinstance(x, torch.Tensor):
-        refuse(TypeError, function, name, "a torch.Tensor", kind_of(x))
+def _parts(function: str, name: str, x: Any, rank: int, parts: int) -> Any:
+    plain(function, name, x)
     if x.dim() != rank or x.shape[-3] != parts:
         outer = "batch, seqlen" if rank == 5 else "total"
         wanted = f"shape ({outer}, {parts}, heads, head_dim)"
@@ -92,18 +95,26 @@ def merge_attention_states(
         lse_a, lse_b: (batch, nheads, seqlen) or (nheads, total), fp32, natural logarithm.
 
     Raises:
-        ValueError: shapes do not fit.
+        TypeError, ValueError: a tensor is none, or does not fit.
     """
     function = "merge_attention_states"
+    for name, x in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
+        plain(function, name, x)
+        if x.device != out_a.device:
+            refuse(ValueError, function, name, f"a tensor on {out_a.device}", x.device)
+    if out_a.dim() not in (3, 4):
+        wanted = "3 or 4 dimensions"
+        refuse(ValueError, function, "out_a", wanted, tuple(out_a.shape))
     *outer, nheads, _ = out_a.shape
-    wanted = (*outer[:-1], nheads, outer[-1])
+    shape = (*outer[:-1], nheads, outer[-1])
     if out_b.shape != out_a.shape:
         refuse(ValueError, function, "out_b", f"shape {tuple(out_a.shape)}", tuple(out_b.shape))
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
-        if tuple(lse.shape) != wanted:
-            refuse(ValueError, function, name, f"shape {wanted}", tuple(lse.shape))
+        if tuple(lse.shape) != shape:
+            refuse(ValueError, function, name, f"shape {shape}", tuple(lse.shape))
     lse = torch.logaddexp(lse_a.float(), lse_b.float())
     least = lse.masked_fill(lse == float("-inf"), 0.0)
-    weights = (torch.exp(x.float() - least).transpose(-1, -2)[..., None] for x in (lse_a, lse_b))
-    parts = zip(weights, (out_a, out_b), strict=True)
-    return sum(w * x.float() for w, x in parts).to(out_a.dtype), lse
+    weight_a, weight_b = (
+        torch.exp(x.float() - least).transpose(-1, -2)[..., None] for x in (lse_a, lse_b)
+    )
+    return (weight_a * out_a.float() + weight_b * out_b.float()).to(out_a.dtype), lse

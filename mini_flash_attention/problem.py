@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import features
 from . import refusals as check
 from .refusals import refuse
-
 
 # What kernels call the tensors of flash_attn_with_kvcache that they know under another name.
 CACHE_NAMES = {
@@ -110,7 +110,7 @@ def dense(
     check.flags(function, deterministic=deterministic, return_attn_probs=return_attn_probs)
     batch, seqlen_q, _, head_dim = q.shape
     scores = _scores(function, q, batch, softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
-    check.differentiable(function, q, k, v, out, alibi_slopes, s_aux)
+    check.differentiable(function, q, k, v, out, alibi_slopes, s_aux, *score_mod_args)
     check.out(function, out, q, v.shape[-1])
     seqlen_k = check.bounded(function, "k", k.shape[1])
     check.bounded(function, "q", seqlen_q)
@@ -154,7 +154,7 @@ def varlen(
     check.flags(function, deterministic=deterministic, return_attn_probs=return_attn_probs)
     scores = _scores(function, q, batch, softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
     splits = check.splits(function, num_splits)
-    check.differentiable(function, q, k, v, out, alibi_slopes, s_aux)
+    check.differentiable(function, q, k, v, out, alibi_slopes, s_aux, *score_mod_args)
     check.out(function, out, q, v.shape[-1])
     left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
     scale = check.scale(function, softmax_scale, q.shape[-1], alibi_slopes is not None)
@@ -180,8 +180,8 @@ def kvcache(
     check.qkv(function, q, k_cache, v_cache, names, 3 if packed else 4, block_table is not None, 4)
     if packed:
         batch = _packed(function, cu_seqlens_q, q)
-        wanted = check.length(function, "max_seqlen_q", max_seqlen_q)
-        seqlen_q, head_dim = min(wanted, check.bounded(function, "q", q.shape[0])), q.shape[-1]
+        longest = check.length(function, "max_seqlen_q", max_seqlen_q)
+        seqlen_q, head_dim = min(longest, check.bounded(function, "q", q.shape[0])), q.shape[-1]
     else:
         if max_seqlen_q is not None:
             hint = "it belongs to packed queries"
@@ -226,7 +226,8 @@ def kvcache(
             hint = "the keys to append count too" if appended else ""
             wanted = f"at most the cache's {capacity} tokens"
             refuse(ValueError, function, "cache_seqlens", wanted, seqlen_k, hint)
-    check.differentiable(function, q, k_cache, v_cache, k, v, out, alibi_slopes, s_aux)
+    more = (alibi_slopes, s_aux, rotary_cos, rotary_sin, *score_mod_args)
+    check.differentiable(function, q, k_cache, v_cache, k, v, out, *more)
     check.out(function, out, q, v_cache.shape[-1])
     left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
     rotary = _rotary(function, q, rotary_cos, rotary_sin, rotary_interleaved, k is not None)
@@ -258,13 +259,13 @@ def _scores(
     score_mod_args: Any, s_aux: Any,
 ) -> Scores:  # fmt: skip
     """What the arguments make of scores."""
-    check.score_mod(function, score_mod, score_mod_args, q)
+    features.score_mod(function, score_mod, score_mod_args, q)
     nheads = q.shape[-2]
     if alibi_slopes is not None:
         shapes = ((nheads,), (batch, nheads))
-        check.per_head(function, "alibi_slopes", alibi_slopes, q, shapes, (torch.float32,))
+        features.per_head(function, "alibi_slopes", alibi_slopes, q, shapes, (torch.float32,))
     if s_aux is not None:
-        check.per_head(function, "s_aux", s_aux, q, ((nheads,),), (torch.float32, q.dtype))
+        features.per_head(function, "s_aux", s_aux, q, ((nheads,),), (torch.float32, q.dtype))
     cap = check.softcap(function, softcap)
     return Scores(cap, alibi_slopes, score_mod, tuple(score_mod_args) or None, s_aux)
 
@@ -277,7 +278,7 @@ def _rotary(
     if not appends:
         refuse(ValueError, function, "rotary_cos", "k and v to append", "none", "rotate q yourself")
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
-        check.rotary(function, name, x, q, cos)
+        features.rotary(function, name, x, q, cos)
     return Rotary(cos, sin, interleaved, False)
 
 

@@ -52,11 +52,8 @@ def kind_of(x: object) -> str:
     return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__name__}"
 
 
-def tensor(
-    function: str, name: str, x: Any, rank: int, like: torch.Tensor | None = None,
-    paged: bool = False,
-) -> None:  # fmt: skip
-    """x is a plain strided tensor of this rank; dtype, device and last stride that kernels take."""
+def plain(function: str, name: str, x: Any) -> None:
+    """x is a tensor whose memory holds what it says."""
     if not isinstance(x, torch.Tensor):
         refuse(TypeError, function, name, "a torch.Tensor", kind_of(x))
     if x.is_nested:
@@ -66,6 +63,14 @@ def tensor(
         refuse(TypeError, function, name, "a dense tensor", f"{x.layout}", "use .to_dense()")
     if x.is_neg():
         refuse(TypeError, function, name, "plain memory", "a lazy negation", "call .resolve_neg()")
+
+
+def tensor(
+    function: str, name: str, x: Any, rank: int, like: torch.Tensor | None = None,
+    paged: bool = False,
+) -> None:  # fmt: skip
+    """x is a plain strided tensor of this rank; dtype, device and last stride that kernels take."""
+    plain(function, name, x)
     if x.dim() != rank:
         shape, hint = SHAPES[0 if paged else rank]
         refuse(ValueError, function, name, f"{rank} dimensions {shape}", tuple(x.shape), hint)
@@ -87,6 +92,7 @@ def index_tensor(
     """x holds int32 numbers on q's device in this shape (None: any size), rows contiguous."""
     if not isinstance(x, torch.Tensor):
         refuse(TypeError, function, name, "an int32 torch.Tensor", kind_of(x))
+    plain(function, name, x)
     if x.dtype is not torch.int32:
         refuse(TypeError, function, name, "dtype torch.int32", x.dtype, "call .int()")
     if x.device != q.device:
@@ -184,62 +190,6 @@ def softcap(function: str, softcap: Any) -> float:
     if cap < 0 or 0 < cap < 1e-6:
         refuse(ValueError, function, "softcap", "0 (none) or 1e-6 and more", softcap)
     return cap
-
-
-def score_mod(function: str, score_mod: Any, extra: Any, q: torch.Tensor) -> None:
-    """A function that is or can be compiled, and tensors for it."""
-    if score_mod is not None:
-        compiled = hasattr(score_mod, "fn") and hasattr(score_mod, "arg_names")
-        if not (compiled or (q.device.type == "cpu" and callable(score_mod))):
-            hint = "decorate it with @triton.jit"
-            refuse(TypeError, function, "score_mod", "a function", kind_of(score_mod), hint)
-    if not isinstance(extra, (tuple, list)):
-        refuse(TypeError, function, "score_mod_args", "a tuple of tensors", kind_of(extra))
-    for n, x in enumerate(extra):
-        if score_mod is None:
-            refuse(ValueError, function, "score_mod_args", "() without a score_mod", len(extra))
-        if not isinstance(x, torch.Tensor):
-            refuse(TypeError, function, "score_mod_args", "tensors", f"{kind_of(x)} at {n}")
-        if x.device != q.device:
-            refuse(ValueError, function, "score_mod_args", f"tensors on {q.device}", x.device)
-
-
-def per_head(
-    function: str, name: str, x: Any, q: torch.Tensor, shapes: tuple[tuple[int, ...], ...],
-    dtypes: tuple[torch.dtype, ...],
-) -> None:  # fmt: skip
-    """x has a contiguous row of numbers, one for each head."""
-    if not isinstance(x, torch.Tensor):
-        refuse(TypeError, function, name, "a torch.Tensor", kind_of(x))
-    if x.dtype not in dtypes:
-        wanted = " or ".join(dict.fromkeys(map(str, dtypes)))
-        refuse(TypeError, function, name, f"dtype {wanted}", x.dtype, "cast it")
-    if x.device != q.device:
-        refuse(ValueError, function, name, f"a tensor on {q.device}, as q", x.device)
-    if tuple(x.shape) not in shapes:
-        wanted = " or ".join(map(str, shapes))
-        refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape))
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        got, hint = f"strides {x.stride()}", "call .contiguous()"
-        refuse(ValueError, function, name, "contiguous rows", got, hint)
-
-
-def rotary(function: str, name: str, x: Any, q: torch.Tensor, cos: Any) -> None:
-    """x is (positions, rotary_dim / 2), contiguous, in q's dtype or fp32, shaped like cos."""
-    if not isinstance(x, torch.Tensor) or not isinstance(cos, torch.Tensor):
-        hint = "rotary_cos and rotary_sin go together"
-        refuse(TypeError, function, name, "a torch.Tensor", kind_of(x), hint)
-    if x.dtype not in (q.dtype, torch.float32) or x.dtype is not cos.dtype:
-        refuse(TypeError, function, name, f"dtype {q.dtype} or torch.float32", x.dtype, "cast it")
-    if x.device != q.device:
-        refuse(ValueError, function, name, f"a tensor on {q.device}, as q", x.device)
-    fits = x.dim() == 2 and x.shape == cos.shape and 0 < 2 * x.shape[1] <= q.shape[-1]
-    if not fits or not x.shape[0]:
-        wanted = f"shape (positions, rotary_dim / 2), rotary_dim at most {q.shape[-1]}"
-        refuse(ValueError, function, name, wanted, tuple(x.shape))
-    if not x.is_contiguous():
-        got, hint = f"strides {x.stride()}", "call .contiguous()"
-        refuse(ValueError, function, name, "a contiguous table", got, hint)
 
 
 def window(

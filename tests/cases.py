@@ -49,7 +49,7 @@ class Case:
     def check(self, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Within the numerical promise of the contract, everywhere; 0 and -inf where no key is."""
         untouched = torch.ones_like(out, dtype=torch.bool)
-        for b, (at, lse_at, q, k, v) in enumerate(self.rows):
+        for b, (at, lse_at, q, _, v) in enumerate(self.rows):
             untouched[at] = False
             ref, ref_lse = self.oracle(b)
             plain, _ = self.oracle(b, dtype=q.dtype)
@@ -221,9 +221,7 @@ def kvcache(
             k[b, :n], v[b, :n] = (
                 randn(g, n, nheads_k, d, dtype=dtype, device=device) for d in dims
             )
-        old = [
-            [x[b, :n].clone() for x in (k, v)] for b, n in zip(in_cache, lengths, strict=True)
-        ]
+        old = [[x[b, :n].clone() for x in (k, v)] for b, n in zip(in_cache, lengths, strict=True)]
     for b, pad in enumerate(pads):  # nobody may read what stands before the first key
         for x in (k, v):
             _forget(x, arguments, b, pad, page_size)

@@ -45,7 +45,8 @@ class Variant(NamedTuple):
     keys: str  # dense, packed, used (dense with lengths on the device) or pages of a size
     words: str  # lse, fp16, q=, splits=, append=; wide, shares: what plan.decode does if there is a
     # lot to read; many: what plan.hopper does if there are many keys; apart: v has other strides
-    # than k; far: 64 bits; unaligned: says that head_dim leaves no load aligned
+    # than k; far: 64 bits; unaligned: says that head_dim leaves no load aligned; v=: v's head_dim;
+    # softcap, alibi, sinks, mod, rotary; rows: cache_batch_idx and cache_leftpad
 
     def __str__(self) -> str:
         return f"{self.kernel} head_dim {self.head_dim}, {self.mask}, {self.keys}, {self.words}"
@@ -91,6 +92,16 @@ RARE = [
     ("decode", (201,), "window", "pages 16", "q=16 lse unaligned"),
     ("forward", ALL, "causal", "pages 16", "lse apart"),
     ("forward", (128,), "causal", "packed", "lse apart far"),
+    # What becomes of scores, and what else a cache may come with.
+    ("forward", POWERS, "causal", "dense", "mod"),
+    ("forward", (128,), "window", "pages 16", "softcap alibi sinks lse"),
+    ("forward", (192,), "causal", "pages 16", "v=128 sinks"),
+    ("forward", (64,), "causal", "used", "q=64 append=64 rotary rows"),
+    ("decode", (128,), "window", "used", "q=16 softcap alibi sinks mod rows lse shares"),
+    ("decode", (256,), "causal", "used", "q=1 mod wide"),
+    ("decode", (64,), "none", "packed", "splits=3 alibi lse"),
+    ("combine", (128,), "causal", "dense", "q=1 splits=16 sinks v=64"),
+    ("append", (128,), "causal", "pages 16", "q=16 append=16 rotary"),
 ]
 
 
@@ -107,6 +118,10 @@ ALSO_HOPPER = [  # with one of them:
     ("forward_hopper", (64,), "causal", "pages 16", "lse"),
     ("forward_hopper", (64,), "none", "dense", "many"),
     ("forward_hopper", (64,), "causal", "packed", "lse many"),
+    ("forward_hopper", (128,), "causal", "dense", "softcap alibi sinks"),
+    ("forward_hopper", (256,), "window", "packed", "mod lse"),
+    ("forward_hopper", (64,), "causal", "dense", "softcap alibi sinks many"),
+    ("forward_hopper", (128,), "causal", "pages 16", "mod"),
 ]
 
 

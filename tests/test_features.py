@@ -298,7 +298,7 @@ def test_packed_tensors(place):
 
 
 def test_other_names_of_arguments(place):
-    device, dtype, head_dim, n = place
+    device, dtype, head_dim, _ = place
     sizes = (NHEADS, NHEADS_K, head_dim, dtype, device)
     case = varlen(2, [5, 9], [12, 40], 16, *sizes)
     sink = torch.zeros(NHEADS, device=device)

@@ -128,7 +128,7 @@ class Launch:
         addresses: list[int | None] = []
         bits = 0
         for name in self.pointers:
-            x = tensors[name]
+            x: Any = tensors[name]
             if x is None:
                 addresses.append(None)
             elif type(x) is tuple:  # of a score_mod's tensors: Triton may look at them each time

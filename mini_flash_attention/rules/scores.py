@@ -27,9 +27,7 @@ def tanh(x):
 
 
 @triton.jit
-def modified(
-    s, b, head, i, start, n, given, SOFTCAP: tl.constexpr, SCORE_MOD: tl.constexpr
-):
+def modified(s, b, head, i, start, n, given, SOFTCAP: tl.constexpr, SCORE_MOD: tl.constexpr):
     """Scores s of batch entry b: queries i of `head` against the keys start + n.
 
     given: factor, softcap, ALiBi slopes or None, what SCORE_MOD is handed beside the score or None.
