@@ -29,13 +29,14 @@ env: ## set up the environment and nothing else
 demo: env ## a language model answers prompts; arguments in ARGS='--prompt "Hello" --max-tokens 20'
 	@$(in_venv) examples/generate.py $(ARGS)
 
-test: ## lint, format, types and every test this machine can run; ten minutes
+test: ## lint, format, types and every test this machine can run; twenty minutes
 	@$(make_env) $(TRITONS:%=--triton %)
 	$(in_venv) -m ruff check .
 	$(in_venv) -m ruff format --check .
 	$(in_venv) -m mypy
 	OMP_NUM_THREADS=1 $(in_venv) -m pytest -n $(JOBS) --dist worksteal
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(in_venv) -m pytest -n $(JOBS) --dist worksteal -q -W ignore tests/test_functions.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(in_venv) -m pytest -n $(JOBS) --dist worksteal -q -W ignore tests/test_functions.py tests/test_features.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=. $(in_venv) -W ignore tests/fuzz.py --cases 500 --device cpu --jobs $(JOBS)
 
 compile: ## only the test that compiles every kernel for every architecture; no GPU, four minutes
 	@$(make_env) $(TRITONS:%=--triton %)

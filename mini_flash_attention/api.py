@@ -75,8 +75,13 @@ def flash_attn_func(
         NotImplementedError: dropout and gradients.
     """
     s_aux = either("flash_attn_func", s_aux=s_aux, learnable_sink=learnable_sink)
-    del learnable_sink
-    arguments = locals()
+    arguments = {
+        "q": q, "k": k, "v": v, "dropout_p": dropout_p, "softmax_scale": softmax_scale,
+        "causal": causal, "window_size": window_size, "softcap": softcap,
+        "alibi_slopes": alibi_slopes, "deterministic": deterministic,
+        "return_attn_probs": return_attn_probs, "s_aux": s_aux, "score_mod": score_mod,
+        "score_mod_args": score_mod_args, "out": out,
+    }  # fmt: skip
     result, lse = dispatch.run(problem.dense, arguments, {})
     return (result, lse, None) if return_attn_probs else result
 
@@ -139,8 +144,15 @@ def flash_attn_varlen_func(
     name = "flash_attn_varlen_func"
     s_aux = either(name, s_aux=s_aux, learnable_sink=learnable_sink)
     block_table = either(name, block_table=block_table, page_table=page_table)
-    del name, page_table, learnable_sink
-    arguments = locals()
+    arguments = {
+        "q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "dropout_p": dropout_p,
+        "softmax_scale": softmax_scale, "causal": causal, "window_size": window_size,
+        "softcap": softcap, "alibi_slopes": alibi_slopes, "deterministic": deterministic,
+        "return_attn_probs": return_attn_probs, "block_table": block_table, "seqused_k": seqused_k,
+        "s_aux": s_aux, "score_mod": score_mod, "score_mod_args": score_mod_args,
+        "num_splits": num_splits, "out": out,
+    }  # fmt: skip
     result, lse = dispatch.run(problem.varlen, arguments, {})
     return (result, lse, None) if return_attn_probs else result
 
@@ -221,7 +233,16 @@ def flash_attn_with_kvcache(
     name = "flash_attn_with_kvcache"
     s_aux = either(name, s_aux=s_aux, learnable_sink=learnable_sink)
     block_table = either(name, block_table=block_table, page_table=page_table)
-    del name, page_table, learnable_sink
-    arguments = locals()
+    arguments = {
+        "q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin, "cache_seqlens": cache_seqlens,
+        "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad,
+        "block_table": block_table, "softmax_scale": softmax_scale, "causal": causal,
+        "window_size": window_size, "softcap": softcap, "rotary_interleaved": rotary_interleaved,
+        "alibi_slopes": alibi_slopes, "num_splits": num_splits,
+        "return_softmax_lse": return_softmax_lse, "cu_seqlens_q": cu_seqlens_q,
+        "max_seqlen_q": max_seqlen_q, "s_aux": s_aux, "score_mod": score_mod,
+        "score_mod_args": score_mod_args, "fixed_split_size": fixed_split_size, "out": out,
+    }  # fmt: skip
     result, lse = dispatch.run(problem.kvcache, arguments, problem.CACHE_NAMES)
     return (result, lse) if return_softmax_lse else result

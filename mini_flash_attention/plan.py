@@ -106,7 +106,8 @@ L2_BYTES = 32 << 20
 def forward(p: Problem, gpu: Gpu) -> Forward:
     """The launch of the forward kernel for a call."""
     head_dim = max(p.q.shape[-1], p.v.shape[-1])
-    more = p.windowed or (p.scores.score_mod is not None and head_dim <= 64)
+    tight = head_dim <= 64 or gpu.arch in (100, 103)  # for a score_mod's registers
+    more = p.windowed or (p.scores.score_mod is not None and tight)
     tiles = forward_tiles(gpu.arch, head_dim, more, p.page_size, p.cu_seqlens_q is not None)
     return Forward(tiles, *_work(p, tiles.block_m))
 

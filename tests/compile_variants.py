@@ -119,7 +119,7 @@ ALSO_HOPPER = [  # with one of them:
     ("forward_hopper", (64,), "none", "dense", "many"),
     ("forward_hopper", (64,), "causal", "packed", "lse many"),
     ("forward_hopper", (128,), "causal", "dense", "softcap alibi sinks"),
-    ("forward_hopper", (256,), "window", "packed", "mod lse"),
+    ("forward_hopper", (256,), "causal", "packed", "mod lse"),
     ("forward_hopper", (64,), "causal", "dense", "softcap alibi sinks many"),
     ("forward_hopper", (128,), "causal", "pages 16", "mod"),
 ]

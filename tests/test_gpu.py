@@ -160,11 +160,15 @@ def test_a_sequence_does_not_see_its_neighbours(head_dim, window_size):
             0, 1, lengths, 0, page_size, 4, 2, head_dim, torch.bfloat16, "cuda",
             num_splits=1, **masks,
         )  # fmt: skip
-        out, step = whole.run()[0], decoded.run()[0]
+        out, step = whole.run(num_splits=1)[0], decoded.run()[0]
         for batch in (1, 5):
             cu = whole.arguments["cu_seqlens_q"][: batch + 1].contiguous()
             few = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "q": whole.arguments["q"][: cu[-1]]}
-            few |= {"max_seqlen_q": max(lengths[:batch]), "max_seqlen_k": max(lengths[:batch])}
+            few |= {
+                "num_splits": 1,
+                "max_seqlen_q": max(lengths[:batch]),
+                "max_seqlen_k": max(lengths[:batch]),
+            }
             of_few = {"q": decoded.arguments["q"][:batch]}
             of_few |= {"cache_seqlens": decoded.arguments["cache_seqlens"][:batch]}
             if page_size:

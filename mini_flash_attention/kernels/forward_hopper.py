@@ -257,8 +257,12 @@ def view(name: str, x: torch.Tensor, tokens: int, rows: int) -> hopper.View:
 
 def launch(
     p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Hopper, otherwise: Launch
-) -> hopper.TmaLaunch:
+) -> Launch:
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
+    # Triton 3.8 and newer have no registers for these beside rows of 256.
+    crowded = hopper.NEWER and plans.size_class(p.q.shape[-1]) == 256
+    if crowded and p.scores.score_mod is not None:
+        return otherwise
     tiles, change = plan.tiles, changes(p)
     nheads, head_dim = p.q.shape[-2:]
     packed = p.cu_seqlens_q is not None
@@ -273,8 +277,7 @@ def launch(
     # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was never
     # written; and what lies before every window may be someone else's by now.
     inside = p.cu_seqlens_k is not None or p.seqused_k is not None or p.page_size > 0
-    # Triton 3.8 and newer have no registers for it beside rows of 256.
-    early = tiles.early and not (hopper.NEWER and plans.size_class(head_dim) == 256)
+    early = tiles.early and not crowded
     constants = (
         *where(p, out, lse),
         p.batch, nheads, nheads // p.k.shape[-2], plan.rows, plan.per_group, plan.rows * plan.units,
