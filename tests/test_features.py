@@ -97,7 +97,7 @@ def place(request, monkeypatch):
 
 
 def one_of_three(device, *numbers):
-    """Of the combinations a GPU takes a third, for each is compiled, and so does the interpreter."""
+    """A GPU, which compiles each combination, and the interpreter take a third of them."""
     if (device == "cuda" or dispatch.INTERPRETED) and sum(numbers) % 3:
         pytest.skip("one of three")
 
