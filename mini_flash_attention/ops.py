@@ -64,7 +64,8 @@ def run(describe: Callable[..., Problem], arguments: Mapping[str, Any]) -> dispa
     """
     given = dict(arguments)
     if torch.compiler.is_compiling():
-        tensors = [x for x in given.values() if isinstance(x, torch.Tensor)]
+        others = (x for name, x in given.items() if name != "score_mod")
+        tensors = [x for x in others if isinstance(x, torch.Tensor)]
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             raise NotImplementedError(
                 f"{NAMESPACE}: backward: not implemented yet; call it under torch.no_grad()"
