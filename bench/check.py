@@ -40,7 +40,16 @@ def attention_rows(
         hidden = hidden | (key < diagonal - left)
     if right >= 0:
         hidden = hidden | (key > diagonal + right)
-    s = (q @ k.T * workload.head_dim**-0.5).masked_fill(hidden, -torch.inf)
+    s = q @ k.T * workload.head_dim**-0.5
+    scores = workload.scores(q.device)
+    if "softcap" in scores:
+        s = scores["softcap"] * torch.tanh(s / scores["softcap"])
+    if "alibi_slopes" in scores:
+        s = s - scores["alibi_slopes"][head].to(dtype) * (diagonal - key).abs()
+    s = s.masked_fill(hidden, -torch.inf)
+    if "s_aux" in scores:
+        sink = scores["s_aux"][head].to(dtype).expand(len(s), 1)
+        return torch.softmax(torch.cat([s, sink], -1), dim=-1)[:, :-1] @ v
     return torch.softmax(s, dim=-1).nan_to_num(0.0) @ v  # a row that sees nothing gives 0
 
 

@@ -89,7 +89,7 @@ def measure_host(implementations: Sequence[Implementation]) -> list[Row]:
         checker = Checker(workload, tensors)
         for implementation in implementations:
             try:
-                prepared = implementation.prepare(workload, tensors)
+                prepared = implementation.ready(workload, tensors)
                 if prepared is None:
                     continue
                 with implementation.context():

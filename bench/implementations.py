@@ -46,6 +46,11 @@ class Implementation:
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     on_request: bool = False  # runs only when named
     attends: bool = True  # no: a yardstick, whose result is not looked at
+    features: bool = False  # has soft cap, ALiBi, sinks and score_mod, under our names
+
+    def ready(self, workload: Workload, tensors: Tensors) -> Prepared | None:
+        """``prepare``, if it has the workload's feature."""
+        return self.prepare(workload, tensors) if self.features or not workload.feature else None
 
 
 def missing(module: str) -> str | None:
@@ -64,6 +69,9 @@ def prepare_mini(workload: Workload, tensors: Tensors) -> Prepared | None:
     mini = importlib.import_module("mini_flash_attention")
     q, k, v = tensors.q, tensors.k, tensors.v
     mask: dict[str, Any] = {"causal": workload.causal, "window_size": workload.window}
+    mask |= workload.scores(q.device)
+    if workload.feature == "score_mod":
+        mask["score_mod"] = importlib.import_module("bench.score_mods").unchanged
     if workload.kind == "dense":
         return Prepared(lambda: mini.flash_attn_func(q, k, v, **mask))
     if workload.kind == "decode":
@@ -227,8 +235,8 @@ def prepare_read(workload: Workload, tensors: Tensors) -> Prepared | None:
 
 
 OURS = (
-    Implementation("mini", lambda: missing("mini_flash_attention"), prepare_mini),
-    Implementation("portable", portable_available, prepare_portable, portable),
+    Implementation("mini", lambda: missing("mini_flash_attention"), prepare_mini, features=True),
+    Implementation("portable", portable_available, prepare_portable, portable, features=True),
 )
 IMPLEMENTATIONS = (
     *OURS,

@@ -103,7 +103,7 @@ def contender(
 ) -> Contender | Row | None:
     """Checked and warmed up; or a row with its error; or None where it can't do the workload."""
     try:
-        prepared = [implementation.prepare(workload, tensors) for tensors in sets]
+        prepared = [implementation.ready(workload, tensors) for tensors in sets]
         calls = [p.call for p in prepared if p is not None]
         if prepared[0] is None:
             return None

@@ -38,7 +38,7 @@ def run_once(workloads: Sequence[Workload]) -> list[str]:
     ours = [implementation for implementation in OURS if implementation.available() is None]
     for workload, implementation in itertools.product(workloads, ours):
         try:
-            prepared = implementation.prepare(workload, workload.tensors(torch.device("cuda")))
+            prepared = implementation.ready(workload, workload.tensors(torch.device("cuda")))
             with implementation.context():
                 if prepared is not None:
                     prepared.call()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import product
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +106,9 @@ class Workload:
     page_size: int | None = None
     graph: bool = False  # timed as a CUDA graph
     cell: str = ""  # workloads of one cell are timed together, round by round
+    feature: str = (
+        ""  # what becomes of scores: softcap, alibi, sinks, score_mod (which does nothing)
+    )
 
     def __post_init__(self) -> None:
         if len(self.seqlens_q) != len(self.seqlens_k) or not self.seqlens_q:
@@ -143,7 +146,7 @@ class Workload:
         window = (self.window[0] >= 0, self.window[1] >= 0)
         return (
             *(self.kind, self.head_dim, self.causal, window),
-            *(self.dtype, self.page_size, shared_heads),
+            *(self.dtype, self.page_size, shared_heads, self.feature),
         )
 
     @cached_property
@@ -184,6 +187,18 @@ class Workload:
         if self.kind == "decode":
             return self.kv_bytes / milliseconds * 1e-6
         return self.flops / milliseconds * 1e-9
+
+    def scores(self, device: torch.device) -> dict[str, Any]:
+        """The feature's arguments, as flash-attn names them; without the score_mod."""
+        import torch
+
+        heads = torch.arange(1, self.heads + 1, device=device)
+        arguments: dict[str, dict[str, Any]] = {
+            "softcap": {"softcap": 30.0},
+            "alibi": {"alibi_slopes": 2.0 ** (-8.0 * heads / self.heads)},
+            "sinks": {"s_aux": torch.sin(heads.float())},
+        }
+        return arguments.get(self.feature, {})
 
     def tensors(self, device: torch.device, copy: int = 0) -> Tensors:
         """Random normal inputs; the seed comes from the name and the number of the copy."""
@@ -453,10 +468,35 @@ HOST = (
     small("host/decode-paged", "decode", (64,), head_dim=128, page_size=16),
 )
 
+FEATURED = ("", "softcap", "alibi", "sinks", "score_mod")
+
+
+def with_features(plain: Workload) -> Iterator[Workload]:
+    """The call with each feature, timed beside the one without."""
+    for feature in FEATURED:
+        name = f"{plain.name}/{feature or 'plain'}"
+        yield replace(plain, name=name, feature=feature, cell=plain.name)
+
+
+FEATURES = tuple(
+    workload
+    for plain in (
+        *(
+            dense_cell("features", TOKENS // s, s, WIDTH // d, d, causal=causal)
+            for d, (s, causal) in product(
+                (64, 128, 256), ((4096, False), (4096, True), (16384, True))
+            )
+        ),
+        *(replace(w, name=f"features/{w.name}") for w in decode_cell(16, 32, 8, 4096, (16,))),
+    )
+    for workload in with_features(plain)
+)
+
 SUITES: dict[str, tuple[Workload, ...]] = {
     "portable": PORTABLE,
     "decode": DECODE,
     "prefill": PREFILL,
     "varlen": VARLEN,
+    "features": FEATURES,
     "smoke": SMOKE,
 }
