@@ -13,6 +13,8 @@ from mini_flash_attention import dispatch, plan, reference
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+from examples.score_mods import alibi, draft_tree, same_document, soft_distance  # noqa: E402
+
 GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 NHEADS, NHEADS_K, BATCH = 4, 2, 3
@@ -24,34 +26,6 @@ def distance_bias(score, batch, head, q_idx, kv_idx):
     """ALiBi with a slope of its own for each head, and a soft preference for a sequence."""
     far = tl.abs(q_idx - kv_idx).to(tl.float32)
     return score - 0.05 * far * (head + 1).to(tl.float32) + 0.1 * batch
-
-
-@triton.jit
-def same_document(score, batch, head, q_idx, kv_idx, args):
-    """Tokens see their own document; args[0] holds each position's, 2048 in all."""
-    mine = tl.load(args[0] + tl.maximum(q_idx, 0), mask=q_idx < 2048, other=-1)
-    theirs = tl.load(args[0] + kv_idx, mask=kv_idx < 2048, other=-1)
-    return tl.where(mine == theirs, score, float("-inf"))
-
-
-@triton.jit
-def soft_distance(score, batch, head, q_idx, kv_idx):
-    """Fades with the logarithm of the distance."""
-    return score - 0.3 * tl.log(1.0 + tl.abs(q_idx - kv_idx).to(tl.float32))
-
-
-@triton.jit
-def draft_tree(score, batch, head, q_idx, kv_idx, args):
-    """Queries are nodes of a tree of drafts behind a context: each sees that and its ancestors.
-
-    args: tokens of the context (batch,), and (batch, 32) ancestors of each node as bits.
-    """
-    context = tl.load(args[0] + batch)
-    node = tl.minimum(tl.maximum(q_idx - context, 0), 31)
-    ancestors = tl.load(args[1] + batch * 32 + node)
-    of_tree = tl.minimum(tl.maximum(kv_idx - context, 0), 31)
-    seen = (kv_idx < context) | (((ancestors >> of_tree) & 1) == 1)
-    return tl.where(seen, score, float("-inf"))
 
 
 def slopes(device):
@@ -233,12 +207,6 @@ def test_alibi_as_a_score_mod_is_alibi(place):
     own = case.run(score_mod=alibi, score_mod_args=args)
     assert (built_in[0].float() - own[0].float()).abs().max() < 0.01
     torch.testing.assert_close(built_in[1], own[1], rtol=0, atol=1e-3)
-
-
-@triton.jit
-def alibi(score, batch, head, q_idx, kv_idx, args):
-    """arXiv:2108.12409: a penalty in proportion to the distance."""
-    return score - tl.load(args[0] + head) * tl.abs(q_idx - kv_idx).to(tl.float32)
 
 
 def test_functions_of_one_name_are_told_apart(place):
