@@ -55,7 +55,8 @@ def flash_attn_func(
             softmax's sum (and in the LSE) and has no value. `learnable_sink` is another name.
         score_mod: a `@triton.jit` function `(score, batch, head, q_idx, kv_idx) -> score`, compiled
             into the kernel and applied after softcap and ALiBi, before the mask. q_idx and kv_idx
-            are positions in the sequence: the last query has that of the last key. All arguments
+            are positions in the sequence: the last query has that of the last key, queries before
+            the first key have 0, and kv_idx may be up to 127 past the last key. All arguments
             broadcast against one another. It may return -inf, but nothing else that is not finite.
             On the CPU it runs on tensors, with PyTorch's functions for those of `tl`.
         score_mod_args: tensors that score_mod gets as a tuple, a sixth argument, and reads with

@@ -92,9 +92,11 @@ def _key_lengths(p: Problem, new: list[int]) -> list[int]:
 
 def _pages(p: Problem, block_table: torch.Tensor, lengths: list[int]) -> None:
     num_pages = p.k.shape[0]
+    pads = [0] * p.batch if p.cache_leftpad is None else p.cache_leftpad.tolist()
     for b, (row, length) in enumerate(zip(block_table.tolist(), lengths, strict=True)):
+        unused = max(pads[b], 0) // p.page_size  # before the first key in use
         for column, page in enumerate(row[: -(-length // p.page_size)]):
-            if not 0 <= page < num_pages:
+            if column >= unused and not 0 <= page < num_pages:
                 wanted = f"pages from 0 to {num_pages - 1} for the {length} keys of row {b}"
                 got = f"{page} in column {column}"
                 refuse(ValueError, p.function, "block_table", wanted, got)

@@ -111,7 +111,7 @@ def _changed(p: Problem, s: torch.Tensor, b: int, diagonal: int, skipped: int) -
         slopes = slopes if slopes.dim() == 1 else slopes[b : b + batch, :]
         s = s - slopes[..., None, None] * (i - j).abs()
     if score_mod is not None:
-        s = language.call(score_mod, s, numbers, heads, i, j, *([aux] if aux else []))
+        s = language.call(score_mod, s, numbers, heads, i.clamp(min=0), j, *([aux] if aux else []))
     return s
 
 

@@ -92,7 +92,11 @@ def check(describe: Callable[..., Problem], arguments: Arguments) -> Problem:
     p = describe(**arguments)
     _keep_apart(p.function, arguments)
     if p.q.is_cuda:
-        plan.gpu(p.q.device)
+        try:
+            plan.gpu(p.q.device)
+        except (AssertionError, RuntimeError) as error:
+            if isinstance(error, NotImplementedError):
+                raise  # else it is a tensor without memory, where there is no GPU
     return p
 
 
@@ -123,7 +127,9 @@ def _signature(describe: Callable[..., Problem], arguments: Arguments) -> Hashab
             elif kind is tuple:
                 for y in x:
                     if isinstance(y, torch.Tensor):
-                        key += (type(y), y.dtype, y.device)
+                        if (grad and y.requires_grad) or y.is_neg():
+                            return None
+                        key += (type(y), y.dtype, y.device, y.layout)
                     elif type(y) in PLAIN:
                         key += (type(y), y)
                     else:

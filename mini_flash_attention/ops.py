@@ -1,7 +1,8 @@
 """The functions as operators of torch.library, for whoever looks at a call before it is made.
 
 torch.compile, torch.export and modes such as the FLOP counter see `torch.ops.mini_flash_attention`.
-A plain eager call does without them, which saves the CPU some microseconds.
+A plain eager call does without them, which saves the CPU some microseconds. They exist once this
+module is imported: a FLOP counter made before counts none of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,13 +49,16 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _score_mods: dict[str, Any] = {}
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def name_of(score_mod: Any) -> str:
     """A name by which `score_mod` is found again in this process."""
     inner = getattr(score_mod, "fn", score_mod)
     name = f"{inner.__module__}.{inner.__qualname__}:{id(score_mod):x}"
     _score_mods[name] = score_mod
     return name
+
+
+# What torch.compiler.assume_constant_result does, without the second that importing Dynamo takes.
+name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(describe: Callable[..., Problem], arguments: Mapping[str, Any]) -> dispatch.Result:
@@ -66,12 +70,18 @@ def run(describe: Callable[..., Problem], arguments: Mapping[str, Any]) -> dispa
     if torch.compiler.is_compiling():
         others = (x for name, x in given.items() if name != "score_mod")
         tensors = [x for x in others if isinstance(x, torch.Tensor)]
+        tensors += given["score_mod_args"]
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             raise NotImplementedError(
                 f"{NAMESPACE}: backward: not implemented yet; call it under torch.no_grad()"
             )
         if given.get("dropout_p"):
             raise NotImplementedError(f"{NAMESPACE}: dropout_p: not implemented yet; pass 0.0")
+        if given["out"] is not None:
+            v = given["v_cache" if "v_cache" in given else "v"]
+            shape = (*given["q"].shape[:-1], v.shape[-1])
+            if given["out"].shape != shape or given["out"].dtype != v.dtype:
+                raise ValueError(f"{NAMESPACE}: out: expected shape {shape} in q's dtype")
     else:
         dispatch.check(describe, arguments)
     out = given.pop("out")
@@ -162,7 +172,9 @@ def _flops(name: str, given: dict[str, Any]) -> int:
         keys = used.tolist()
     elif keys is None:
         number = given.get("cache_seqlen")
-        keys = [k.shape[1] if number is None else number] * batch
+        table = given.get("block_table")
+        room = k.shape[1] * (1 if table is None else table.shape[1])
+        keys = [room if number is None else number] * batch
     if name == "kvcache_append" and (used is not None or given.get("cache_seqlen") is not None):
         packed = given["cu_seqlens_q"] is not None
         new = queries if packed else [given["k"].shape[1]] * batch

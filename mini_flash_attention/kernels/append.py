@@ -19,7 +19,7 @@ def append_kernel(
     new, cache, cu_seqlens_q, seqused, block_table, cache_batch_idx, cos, sin,
     stride_n_b, stride_n_t, stride_n_h,
     stride_c_b, stride_c_t, stride_c_h, stride_table,
-    nheads, seqlen_k, appended, total_q, num_pages, rows_cos,
+    batch, nheads, seqlen_k, appended, total_q, num_pages, rows_cos,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, STILL: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -28,17 +28,21 @@ def append_kernel(
 
     QUERIES: they are queries, and go to where they come from. STILL: all stand at the first's.
     """
-    blocks = tl.cdiv(appended, BLOCK)
-    unit = tl.program_id(0) // blocks
-    head = (unit % nheads).to(tl.int64)
-    b = (unit // nheads).to(tl.int64)
-    t = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, D)
+    head = (tl.program_id(0) % nheads).to(tl.int64)
+    tile = tl.program_id(0) // nheads
     tokens = appended
     first = 0
-    if cu_seqlens_q is not None:
+    if cu_seqlens_q is None:
+        blocks = tl.cdiv(appended, BLOCK)
+        b = (tile // blocks).to(tl.int64)
+        t = tile % blocks * BLOCK + tl.arange(0, BLOCK)
+    else:
+        b, mine = sequence.find(tile, cu_seqlens_q, batch, total_q, BLOCK)
+        b = b.to(tl.int64)
+        t = mine * BLOCK + tl.arange(0, BLOCK)
         first, tokens = sequence.query_span(b, cu_seqlens_q, total_q)
         tokens = tl.minimum(tokens, appended)
+    d = tl.arange(0, D)
     used = seqlen_k - appended
     if seqused is not None:
         used = sequence.used_length(b, seqused, 0, seqlen_k)
@@ -50,7 +54,7 @@ def append_kernel(
     position = j
     if STILL:
         position = used + tl.zeros_like(t)
-    tile = rotary.load(
+    x = rotary.load(
         new, from_row, fits, position, cos, sin, rows_cos,
         HEAD_DIM, D, ROTARY_DIM, INTERLEAVED,
     )  # fmt: skip
@@ -69,7 +73,7 @@ def append_kernel(
         row = tl.cast(row_c, tl.int64) * stride_c_b + j.to(tl.int64) * stride_c_t
     tl.store(
         cache + head * stride_c_h + row[:, None] + d[None, :],
-        tile.to(cache.dtype.element_ty),
+        x.to(cache.dtype.element_ty),
         mask=real[:, None] & (d < HEAD_DIM)[None, :],
     )
 
@@ -105,7 +109,7 @@ def _launch(
     constants: tuple[Any, ...] = (
         *strides(new), *strides(cache),
         p.block_table.stride(0) if p.block_table is not None else 0,
-        nheads, seqlen_k, appended, p.q.shape[0], p.k.shape[0],
+        p.batch, nheads, seqlen_k, appended, p.q.shape[0], p.k.shape[0],
         p.rotary.cos.shape[0] if p.rotary else 0,
         p.page_size, head_dim, triton.next_power_of_2(head_dim), block,
         rotary_dim, interleaved, still, queries,
@@ -114,5 +118,7 @@ def _launch(
         new_name, cache_name, "cu_seqlens_q", "seqused_k", "block_table", "cache_batch_idx",
         *(("rotary_cos", "rotary_sin") if rotated else ("nothing", "nothing")),
     )  # fmt: skip
-    programs = p.batch * nheads * -(-appended // block)
-    return Launch(append_kernel, programs, pointers, constants, 1)
+    tiles = p.batch * -(-appended // block)
+    if p.cu_seqlens_q is not None:  # rules/sequence.py counts them through all sequences
+        tiles = p.q.shape[0] // block + p.batch
+    return Launch(append_kernel, tiles * nheads, pointers, constants, 1)

@@ -48,6 +48,7 @@ def modified(s, b, head, i, start, n, given, SOFTCAP: tl.constexpr, SCORE_MOD: t
         distance = tl.cast(n, tl.float32) - tl.cast(i - start, tl.float32)
         s = s - slope * tl.abs(distance)
     if SCORE_MOD is not None:
+        i = tl.maximum(i, 0)  # before the first key stand queries without any; it may read by i
         if aux is None:
             s = SCORE_MOD(s, b, head, i, start + n)
         else:
