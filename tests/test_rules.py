@@ -570,7 +570,8 @@ def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start
         wanted = wanted - slope * (i - j).abs()
     if score_mod is not None:
         wanted = score_mod(wanted, 2, 3, i.clamp(min=0), j, aux)  # none before the first key
-    torch.testing.assert_close(modified * (scale / LOG2E), wanted, rtol=1e-10, atol=1e-10)
+    close = 1e-10 if slope is None else 1e-5  # slopes and distances are fp32
+    torch.testing.assert_close(modified * (scale / LOG2E), wanted, rtol=close, atol=close)
 
 
 # -- softmax --------------------------------------------------------------------------------------
