@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .refusals import kind_of, plain, refuse
+from .refusals import kind_of, plain, refuse, rows
 
 
 def score_mod(function: str, score_mod: Any, extra: Any, q: torch.Tensor) -> None:
@@ -21,9 +21,7 @@ def score_mod(function: str, score_mod: Any, extra: Any, q: torch.Tensor) -> Non
             refuse(ValueError, function, "score_mod_args", "() without a score_mod", len(extra))
         if not isinstance(x, torch.Tensor):
             refuse(TypeError, function, "score_mod_args", "tensors", f"{kind_of(x)} at {n}")
-        plain(function, "score_mod_args", x)
-        if x.device != q.device:
-            refuse(ValueError, function, "score_mod_args", f"tensors on {q.device}", x.device)
+        plain(function, "score_mod_args", x, q)
 
 
 def per_head(
@@ -31,18 +29,14 @@ def per_head(
     dtypes: tuple[torch.dtype, ...],
 ) -> None:  # fmt: skip
     """x has a contiguous row of numbers, one for each head."""
-    plain(function, name, x)
+    plain(function, name, x, q)
     if x.dtype not in dtypes:
         wanted = " or ".join(dict.fromkeys(map(str, dtypes)))
         refuse(TypeError, function, name, f"dtype {wanted}", x.dtype, "cast it")
-    if x.device != q.device:
-        refuse(ValueError, function, name, f"a tensor on {q.device}, as q", x.device)
     if tuple(x.shape) not in shapes:
         wanted = " or ".join(map(str, shapes))
         refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape))
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        got, hint = f"strides {x.stride()}", "call .contiguous()"
-        refuse(ValueError, function, name, "contiguous rows", got, hint)
+    rows(function, name, x)
 
 
 def rotary(function: str, name: str, x: Any, q: torch.Tensor, cos: Any) -> None:
@@ -50,11 +44,9 @@ def rotary(function: str, name: str, x: Any, q: torch.Tensor, cos: Any) -> None:
     if not isinstance(x, torch.Tensor) or not isinstance(cos, torch.Tensor):
         hint = "rotary_cos and rotary_sin go together"
         refuse(TypeError, function, name, "a torch.Tensor", kind_of(x), hint)
-    plain(function, name, x)
+    plain(function, name, x, q)
     if x.dtype not in (q.dtype, torch.float32) or x.dtype is not cos.dtype:
         refuse(TypeError, function, name, f"dtype {q.dtype} or torch.float32", x.dtype, "cast it")
-    if x.device != q.device:
-        refuse(ValueError, function, name, f"a tensor on {q.device}, as q", x.device)
     fits = x.dim() == 2 and x.shape == cos.shape and 0 < 2 * x.shape[1] <= q.shape[-1]
     if not fits or not x.shape[0]:
         wanted = f"shape (positions, rotary_dim / 2), rotary_dim at most {q.shape[-1]}"

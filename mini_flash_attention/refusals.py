@@ -52,10 +52,12 @@ def kind_of(x: object) -> str:
     return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__name__}"
 
 
-def plain(function: str, name: str, x: Any) -> None:
-    """x is a tensor whose memory holds what it says."""
+def plain(
+    function: str, name: str, x: Any, q: torch.Tensor | None = None, wanted: str = "a torch.Tensor"
+) -> None:
+    """x is a tensor whose memory holds what it says, on q's device."""
     if not isinstance(x, torch.Tensor):
-        refuse(TypeError, function, name, "a torch.Tensor", kind_of(x))
+        refuse(TypeError, function, name, wanted, kind_of(x))
     if x.is_nested:
         hint = "flash_attn_varlen_func takes .values() and .offsets() of a jagged one"
         refuse(TypeError, function, name, "a dense tensor", "a nested one", hint)
@@ -63,6 +65,15 @@ def plain(function: str, name: str, x: Any) -> None:
         refuse(TypeError, function, name, "a dense tensor", f"{x.layout}", "use .to_dense()")
     if x.is_neg():
         refuse(TypeError, function, name, "plain memory", "a lazy negation", "call .resolve_neg()")
+    if q is not None and x.device != q.device:
+        refuse(ValueError, function, name, f"a tensor on {q.device}, as q", x.device)
+
+
+def rows(function: str, name: str, x: torch.Tensor, wanted: str = "contiguous rows") -> None:
+    """What lies side by side in x's last dimension does so in memory."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
+        got, hint = f"strides {x.stride()}", "call .contiguous()"
+        refuse(ValueError, function, name, wanted, got, hint)
 
 
 def tensor(
@@ -70,44 +81,29 @@ def tensor(
     paged: bool = False,
 ) -> None:  # fmt: skip
     """x is a plain strided tensor of this rank; dtype, device and last stride that kernels take."""
-    plain(function, name, x)
+    plain(function, name, x, like)
     if x.dim() != rank:
         shape, hint = SHAPES[0 if paged else rank]
         refuse(ValueError, function, name, f"{rank} dimensions {shape}", tuple(x.shape), hint)
-    if like is not None:
-        if x.device != like.device:
-            refuse(ValueError, function, name, f"a tensor on {like.device}, as q", x.device)
-        if x.dtype is not like.dtype:
-            refuse(TypeError, function, name, f"dtype {like.dtype}, as q", x.dtype, "cast it")
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        refuse(
-            ValueError, function, name, "a contiguous last dimension", f"strides {x.stride()}",
-            "call .contiguous()",
-        )  # fmt: skip
+    if like is not None and x.dtype is not like.dtype:
+        refuse(TypeError, function, name, f"dtype {like.dtype}, as q", x.dtype, "cast it")
+    rows(function, name, x, "a contiguous last dimension")
 
 
 def index_tensor(
     function: str, name: str, x: Any, q: torch.Tensor, shape: tuple[int | None, ...]
 ) -> None:
     """x holds int32 numbers on q's device in this shape (None: any size), rows contiguous."""
-    if not isinstance(x, torch.Tensor):
-        refuse(TypeError, function, name, "an int32 torch.Tensor", kind_of(x))
-    plain(function, name, x)
+    plain(function, name, x, q, "an int32 torch.Tensor")
     if x.dtype is not torch.int32:
         refuse(TypeError, function, name, "dtype torch.int32", x.dtype, "call .int()")
-    if x.device != q.device:
-        refuse(ValueError, function, name, f"a tensor on {q.device}, as q", x.device)
     fits = x.dim() == len(shape) and all(
         s in (None, n) for s, n in zip(shape, x.shape, strict=True)
     )
     if not fits:
         wanted = tuple("any" if n is None else n for n in shape)
         refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape))
-    if x.numel() > 1 and x.stride(-1) != 1 and x.shape[-1] > 1:
-        refuse(
-            ValueError, function, name, "contiguous rows", f"strides {x.stride()}",
-            "call .contiguous()",
-        )  # fmt: skip
+    rows(function, name, x)
 
 
 def integer(x: Any) -> int | None:

@@ -78,6 +78,7 @@ def test_equal_shares(multiprocessors, seqlen_q, window_size, monkeypatch):
     """Sequences that end inside shares, span several or have no key; more shares than tiles."""
     monkeypatch.setattr(plan, "gpu", lambda device: plan.Gpu("few", 80, multiprocessors))
     monkeypatch.setattr(plan, "SHARED_WORK", 0)
+    monkeypatch.setattr(plan, "WAVES_WORK", 0)
     monkeypatch.setattr(dispatch, "_recipes", {})
     case = kvcache(
         7, seqlen_q, [128, 0, 1, 70, 0, 100], 0, 16, 8, 1, 64, torch.float16, "cpu", causal=True,
