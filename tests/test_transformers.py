@@ -364,6 +364,25 @@ def test_continuous_batching_takes_no_other_name():
         model.set_attn_implementation("mini_flash")
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_a_decoding_step_compiles_without_a_break(family):
+    """With a static cache, as generate() makes it: one graph for every length."""
+    model = build(family, "mini")
+    ids, _ = batch("none")
+
+    @torch.no_grad()
+    def decode(step):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=40)
+        answers = [model(ids, past_key_values=cache).logits[:, -1]]
+        for n in range(ids.shape[1], ids.shape[1] + 12):  # past the window too
+            token, place = answers[-1].argmax(-1, keepdim=True), torch.full((1, 1), n)
+            answers.append(step(token, past_key_values=cache, position_ids=place).logits[:, -1])
+        return torch.stack(answers)
+
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    assert_close(decode(step), decode(model))
+
+
 # -- on a GPU -----------------------------------------------------------------------------------
 
 

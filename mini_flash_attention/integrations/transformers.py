@@ -23,7 +23,6 @@ Keys and values are then gathered from the pages by transformers. Its shorter wa
 `flash_attn_with_kvcache`, is open to the packages flash-attn 2 and 3 alone.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,7 +121,7 @@ def attention_mask_of(
     return None
 
 
-def _attention(
+def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -182,8 +181,8 @@ def _attention(
     if attention_mask is not None:
         return _padded(q, k, v, attention_mask, options), None
     starts = kwargs.get("cu_seq_lens_q")
-    if starts is None:
-        starts = _restarts(position_ids, q, k)
+    if starts is None and position_ids is not None and q.shape[1] == k.shape[1] > 1:
+        starts = _restarts(position_ids, *q.shape[:2])
     if starts is None:
         return flash_attn_func(q, k, v, **options), None
     starts_k = kwargs.get("cu_seq_lens_k")
@@ -196,18 +195,10 @@ def _attention(
     return out.view(*q.shape[:2], *out.shape[1:]), None
 
 
-# A compiled model breaks its graph once around this, not at every check within.
-attention: Callable[..., tuple[torch.Tensor, None]] = torch.compiler.disable(_attention)
-
-
-def _restarts(
-    position_ids: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
-) -> torch.Tensor | None:
+@torch.compiler.disable  # what it returns depends on what it reads
+def _restarts(position_ids: torch.Tensor, batch: int, seqlen: int) -> torch.Tensor | None:
     """(sequences + 1,): where those of a packed batch start in it, None if no row holds two."""
-    batch, seqlen = q.shape[:2]
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != seqlen:
-        return None
-    if seqlen == 1 or k.shape[1] != seqlen:
+    if position_ids.dim() != 2 or position_ids.shape[1] != seqlen:
         return None
     jumps = position_ids.diff(dim=1) != 1  # [B, S - 1]
     if not jumps.any():
@@ -216,6 +207,7 @@ def _restarts(
     return pad(first.nonzero().squeeze(1), (0, 1), value=batch * seqlen)
 
 
+@torch.compiler.disable  # shapes depend on the mask
 def _padded(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, options: dict[str, Any]
 ) -> torch.Tensor:
