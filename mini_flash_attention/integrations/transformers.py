@@ -195,7 +195,8 @@ def attention(
     return out.view(*q.shape[:2], *out.shape[1:]), None
 
 
-@torch.compiler.disable  # what it returns depends on what it reads
+# A compiled model breaks its graph around these two: what they return depends on what they read.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _restarts(position_ids: torch.Tensor, batch: int, seqlen: int) -> torch.Tensor | None:
     """(sequences + 1,): where those of a packed batch start in it, None if no row holds two."""
     if position_ids.dim() != 2 or position_ids.shape[1] != seqlen:
@@ -207,7 +208,7 @@ def _restarts(position_ids: torch.Tensor, batch: int, seqlen: int) -> torch.Tens
     return pad(first.nonzero().squeeze(1), (0, 1), value=batch * seqlen)
 
 
-@torch.compiler.disable  # shapes depend on the mask
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _padded(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, options: dict[str, Any]
 ) -> torch.Tensor:
