@@ -10,6 +10,8 @@ batches, windows, soft-capped scores, sinks, `generate()` with dynamic and stati
 encoders work; models whose mask is made of anything else, or that add a bias to their scores, are
 refused. Attention weights are not returned. On a GPU the model must be in fp16 or bf16. A padded
 batch costs a copy of its real keys and values in every layer, and waits for the GPU there.
+A compiled model is one graph where it decodes with a static cache; in prefill the graph breaks in
+each layer, where padding or positions have to be read.
 
 Continuous batching (`model.generate_batch`, transformers 5.23) accepts "sdpa", "paged|eager" and
 names with "flash" in them, and has no other list to be on; `set_attn_implementation` in turn takes
