@@ -75,7 +75,7 @@ def flash_attn_func(
         ValueError, TypeError: an argument does not fit; the message says which and what to do.
         NotImplementedError: dropout and gradients.
     """
-    s_aux = either("flash_attn_func", s_aux=s_aux, learnable_sink=learnable_sink)
+    s_aux = either("flash_attn_func", "s_aux", s_aux, "learnable_sink", learnable_sink)
     arguments = {
         "q": q, "k": k, "v": v, "dropout_p": dropout_p, "softmax_scale": softmax_scale,
         "causal": causal, "window_size": window_size, "softcap": softcap,
@@ -143,8 +143,8 @@ def flash_attn_varlen_func(
     wrong answer, never an access outside the tensors. Nothing is read back to the host.
     """
     name = "flash_attn_varlen_func"
-    s_aux = either(name, s_aux=s_aux, learnable_sink=learnable_sink)
-    block_table = either(name, block_table=block_table, page_table=page_table)
+    s_aux = either(name, "s_aux", s_aux, "learnable_sink", learnable_sink)
+    block_table = either(name, "block_table", block_table, "page_table", page_table)
     arguments = {
         "q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
         "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "dropout_p": dropout_p,
@@ -232,8 +232,8 @@ def flash_attn_with_kvcache(
     and replayed after `cache_seqlens` and `block_table` changed in place.
     """
     name = "flash_attn_with_kvcache"
-    s_aux = either(name, s_aux=s_aux, learnable_sink=learnable_sink)
-    block_table = either(name, block_table=block_table, page_table=page_table)
+    s_aux = either(name, "s_aux", s_aux, "learnable_sink", learnable_sink)
+    block_table = either(name, "block_table", block_table, "page_table", page_table)
     arguments = {
         "q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "rotary_cos": rotary_cos,
         "rotary_sin": rotary_sin, "cache_seqlens": cache_seqlens,

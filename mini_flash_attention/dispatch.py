@@ -39,7 +39,7 @@ class Recipe(NamedTuple):
     lse_shape: tuple[int, ...] | None
     temporaries: tuple[int, int]  # elements of what split keys leave: parts, owners
     draws: bool = False  # programs draw their work from a counter
-    head_dim: int = 0  # of the result
+    head_dim: int = 0  # of the result, 0 where it is q's
     rotates: bool = False  # the queries, to a tensor of their own
     clears: bool = False  # rows that no program writes
 
@@ -126,14 +126,14 @@ def _signature(describe: Callable[..., Problem], arguments: Arguments) -> Hashab
                 add(x)
             elif kind is tuple:
                 for y in x:
-                    if isinstance(y, torch.Tensor):
-                        if (grad and y.requires_grad) or y.is_neg():
-                            return None
-                        key += (type(y), y.dtype, y.device, y.layout)
-                    elif type(y) in PLAIN:
-                        key += (type(y), y)
-                    else:
+                    kind = type(y)
+                    add(kind)
+                    if kind in PLAIN:
+                        add(y)
+                        continue
+                    if not isinstance(y, torch.Tensor) or (grad and y.requires_grad) or y.is_neg():
                         return None
+                    key += (y.dtype, y.device, y.layout)
             elif isinstance(x, torch.Tensor):
                 shape = x.shape
                 if not shape or (grad and x.requires_grad) or x.is_neg():
@@ -165,7 +165,7 @@ def _recipe(p: Problem) -> Recipe:
     lse = None if p.lse_shape is None else torch.empty(p.lse_shape, device="meta")
     launches = append.launches(p)
     if p.rotary is not None:
-        p = p._replace(q=empty_out(p.q, p.q.shape[-1]))
+        p = p._replace(q=empty_out(p.q))
     temporaries, draws, clears = (0, 0), False, False
     if not out.numel():
         pass
@@ -184,10 +184,9 @@ def _recipe(p: Problem) -> Recipe:
 
             launches[-1] = forward_hopper.launch(p, out, lse, hopper, otherwise=launches[-1])
             draws = True
-    return Recipe(
-        p.function, launches, p.lse_shape, temporaries, draws, p.v.shape[-1],
-        p.rotary is not None, clears,
-    )  # fmt: skip
+    head_dim = 0 if p.v.shape[-1] == p.q.shape[-1] else p.v.shape[-1]
+    rotates = p.rotary is not None
+    return Recipe(p.function, launches, p.lse_shape, temporaries, draws, head_dim, rotates, clears)
 
 
 def _follow(recipe: Recipe, arguments: Arguments, names: Arguments) -> Result:
@@ -219,7 +218,7 @@ def _follow(recipe: Recipe, arguments: Arguments, names: Arguments) -> Result:
     if recipe.draws:
         tensors["counter"] = _counter(q.device)
     if recipe.rotates:
-        tensors["given_q"], tensors["q"] = q, empty_out(q, q.shape[-1])
+        tensors["given_q"], tensors["q"] = q, empty_out(q)
     for launch in recipe.launches:
         launch(tensors)
     return out, lse

@@ -86,9 +86,12 @@ class Problem(NamedTuple):
         return (nheads, self.q.shape[0]) if packed else (self.batch, nheads, self.seqlen_q)
 
 
-def empty_out(q: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """A new output for q: its layout, but head_dim contiguous even if q overlaps itself."""
-    if head_dim != q.shape[-1]:
+def empty_out(q: torch.Tensor, head_dim: int = 0) -> torch.Tensor:
+    """A new output for q: its layout, but head_dim contiguous even if q overlaps itself.
+
+    head_dim: another than q's.
+    """
+    if head_dim and head_dim != q.shape[-1]:
         return q.new_empty((*q.shape[:-1], head_dim))
     out = torch.empty_like(q)
     if out.stride(-1) != 1:

@@ -139,9 +139,8 @@ def flags(function: str, **arguments: Any) -> None:
             refuse(TypeError, function, name, "a bool", kind_of(x))
 
 
-def either(function: str, **arguments: Any) -> Any:
+def either(function: str, name: str, x: Any, other: str, y: Any) -> Any:
     """The value of an argument that has two names."""
-    (name, x), (other, y) = arguments.items()
     if x is not None and y is not None:
         refuse(TypeError, function, other, f"None beside {name}", "both", "they are one argument")
     return y if x is None else x

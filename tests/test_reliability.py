@@ -916,15 +916,16 @@ def test_49_another_device(device):
 
 
 @gpu_only
-def test_52_few_variants_for_many_shapes(device):
-    code = """
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), (128, "bfloat16")])
+def test_52_few_variants_for_many_shapes(device, head_dim, dtype):
+    code = f"""
 import random, torch, mini_flash_attention as mfa
 from mini_flash_attention.kernels import combine, decode, forward
 random.seed(0)
 for _ in range(200):
     b, sq, sk = random.randint(1, 5), random.randint(1, 700), random.randint(1, 700)
-    q = torch.randn(b, sq, 4, 128, device="cuda", dtype=torch.bfloat16)
-    k = torch.randn(b, sk, 2, 128, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(b, sq, 4, {head_dim}, device="cuda", dtype=torch.{dtype})
+    k = torch.randn(b, sk, 2, {head_dim}, device="cuda", dtype=torch.{dtype})
     mfa.flash_attn_func(q, k, k, causal=True)
     mfa.flash_attn_with_kvcache(q[:, :1].contiguous(), k, k)
 for kernel in (forward.forward_kernel, decode.decode_kernel, combine.combine_kernel):

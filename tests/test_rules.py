@@ -309,6 +309,14 @@ def test_used_length(used, appended, capacity):
         assert length == min(max(n, 0) + appended, capacity)
 
 
+@given(pads=GARBAGE, length=st.integers(0, 99))
+@searched
+def test_first_key(pads, length):
+    """What the device says, kept between the first key and one after the last."""
+    for b, pad in enumerate(pads):
+        assert int(sequence.first_key(b, Pointer(pads), length)) == min(max(pad, 0), length)
+
+
 @given(table=GARBAGE, rows=st.integers(0, 9))
 @searched
 def test_cache_row(table, rows):

@@ -88,7 +88,7 @@ def launches(p: Problem) -> list[Launch]:
     if p.v_new.numel():
         made.append(_launch(p, "v_new", p.v_new, "v", p.v, False))
     if p.rotary is not None and p.q.numel():
-        q = empty_out(p.q, p.q.shape[-1])
+        q = empty_out(p.q)
         made.append(_launch(p, "given_q", p.q, "q", q, True, queries=True))
     return made
 

@@ -54,7 +54,7 @@ def decode_tiles(
     )
     pad = lengths[3]
     if lengths[3] is not None:
-        pad = sequence.clamp(tl.load(lengths[3] + b), 0, length_k)
+        pad = sequence.first_key(b, lengths[3], length_k)
     rows = rows_q * group
     local = tl.arange(0, BLOCK_M)
     row = block * BLOCK_M + local

@@ -51,7 +51,7 @@ def forward_kernel(
         length_k = tl.where(there, length_k, 0)
     pad = cache_leftpad
     if cache_leftpad is not None:
-        pad = sequence.clamp(tl.load(cache_leftpad + b), 0, length_k)
+        pad = sequence.first_key(b, cache_leftpad, length_k)
     changes = (factor, softcap, alibi_slopes, aux)
     if alibi_slopes is not None:
         slope = tl.load(alibi_slopes + b * stride_slopes + head)

@@ -34,7 +34,7 @@ def key_range(
         length_k = tl.where(sequence.cache_row(b, cache_batch_idx, cache_rows)[1], length_k, 0)
     pad = leftpad
     if leftpad is not None:
-        pad = sequence.clamp(tl.load(leftpad + b), 0, length_k)
+        pad = sequence.first_key(b, leftpad, length_k)
     begin, _, _, end = mask.key_tiles(
         0, rows_q - 1, length_k - rows_q, left, right, pad, length_k, BLOCK_N, LEFT, RIGHT
     )

@@ -67,6 +67,12 @@ def cache_row(b, cache_batch_idx, rows):
 
 
 @triton.jit
+def first_key(b, leftpad, length):
+    """The first key of entry b that is in use, `length` if none is."""
+    return clamp(tl.load(leftpad + b), 0, length)
+
+
+@triton.jit
 def used_length(b, seqused, appended, capacity):
     """Keys in use: `seqused[b]` (negative counts as 0) and those just appended, within capacity."""
     return tl.minimum(clamp(tl.load(seqused + b), 0, capacity), capacity - appended) + appended
