@@ -169,7 +169,7 @@ def _recipe(p: Problem) -> Recipe:
     temporaries, draws, clears = (0, 0), False, False
     if not out.numel():
         pass
-    elif plan.decodes(p):
+    elif plan.decodes(p, gpu):
         decoding = plan.decode(p, gpu)
         clears = p.cu_seqlens_q is not None
         temporaries = decode.temporaries(p, decoding)

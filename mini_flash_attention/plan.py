@@ -184,9 +184,11 @@ def tma(x: torch.Tensor) -> bool:
 
 # Up to here all query tokens of a KV head fit in a tile or two, and reading keys is the cost.
 DECODE_SEQLEN_Q = 16
+# What splitting keys costs once, in keys that a tile of the forward kernel sees meanwhile.
+SPLIT_KEYS = 1500
 
 
-def decodes(p: Problem) -> bool:
+def decodes(p: Problem, gpu: Gpu) -> bool:
     """Whether a call is the decode kernel's: few queries or parts asked for.
 
     Packed queries can be few by chance: with num_splits=1, which promises the same bits in any
@@ -195,14 +197,37 @@ def decodes(p: Problem) -> bool:
     few = p.seqlen_q <= DECODE_SEQLEN_Q
     if p.cu_seqlens_q is not None:
         few = few and p.num_splits == 0 and (p.cu_seqlens_k is None or p.page_size > 0)
+    elif not few and p.num_splits == 0:
+        few = _splits_pay(p, gpu)
     return p.seqlen_q > 0 and (few or p.num_splits > 1 or p.split_size > 0)
 
 
-def decode_tiles(arch: int, head_dim: int, rows: int) -> tuple[Tiles, Tiles]:
-    """Wide and narrow tiles for `rows` query rows of a KV head."""
+def _splits_pay(p: Problem, gpu: Gpu) -> bool:
+    """Whether the forward kernel's tiles would leave so much of the GPU idle, or be so empty, that
+    packing the heads of a group and splitting keys is faster, although a tile takes longer.
+    """
+    nheads, head_dim = p.q.shape[-2:]
+    group = nheads // p.k.shape[-2]
+    hopper = gpu.arch == 90 and head_dim > 64 and not PORTABLE
+    slower = 2.5 if hopper or gpu.arch not in SHARED_KB else 1.25  # the first measured
+    visible = p.seqlen_k if p.left < 0 else min(p.seqlen_k, p.left + p.seqlen_q)
+    waves = -(-p.batch * nheads * -(-p.seqlen_q // 128) // gpu.multiprocessors)
+    packed = p.batch * p.k.shape[-2] * -(-p.seqlen_q * group // 128) / gpu.multiprocessors
+    return not p.scores.changed and packed * slower * visible + SPLIT_KEYS < waves * visible
+
+
+def decode_tiles(
+    arch: int, head_dim: int, rows: int, changed: bool = False
+) -> tuple[Tiles, Tiles]:
+    """Wide and narrow tiles for `rows` query rows of a KV head; what changes scores takes registers."""
     size = size_class(head_dim)
     choice = (LARGE_DECODE if arch in SHARED_KB else SMALL_DECODE)[size]
     most = 32 if size == 256 or arch not in SHARED_KB else 64
+    if rows > 32 and not changed:
+        many = choice.many
+        if rows <= 64 < many.block_m:
+            many = many._replace(block_m=64, num_warps=many.num_warps // 2)
+        return many, many
     block_m = min(most, 16 if rows <= 16 else 32 if rows <= 32 else 64)
     narrow = choice.narrow if block_m == 16 else choice.rows
     # Registers end: wide tiles of 32 rows fit at head_dim 128 alone, of 64 rows nowhere.
@@ -215,7 +240,7 @@ def programs_at_a_time(arch: int, tiles: Tiles, head_dim: int) -> int:
     """Decode programs on a multiprocessor: registers allow two, if shared memory does."""
     tile = 2 * tiles.block_n * max(16, 1 << (head_dim - 1).bit_length()) * 2
     needed = (tiles.num_stages - 1) * tile + (12 << 10)
-    return 2 if 2 * needed <= SHARED_KB.get(arch, 100) << 10 else 1
+    return 2 if 2 * needed <= SHARED_KB.get(arch, 100) << 10 and tiles.block_m < 128 else 1
 
 
 @lru_cache(maxsize=4096)
@@ -249,7 +274,7 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     nheads, head_dim = p.q.shape[-2], max(p.q.shape[-1], p.v.shape[-1])
     nheads_k = p.k.shape[-2]
     rows = p.seqlen_q * (nheads // nheads_k)
-    wide, narrow = decode_tiles(gpu.arch, head_dim, rows)
+    wide, narrow = decode_tiles(gpu.arch, head_dim, rows, p.scores.changed)
     blocks = nheads_k * -(-rows // narrow.block_m)  # row blocks of a sequence
     units = p.batch * blocks
     visible = p.seqlen_k

@@ -60,17 +60,30 @@ class DecodeChoice(NamedTuple):
     wide: Tiles
     narrow: Tiles
     rows: Tiles  # narrow, for more than 16 rows
+    many: Tiles  # for more than 32, which wait for products; block_m is the largest
 
 
 # Shared memory of 160 KB and more, and the 99 KB of SM 86, 89 and 120. Measured at head_dim 128.
 LARGE_DECODE = {
-    64: DecodeChoice(Tiles(0, 128, 8, 4), Tiles(0, 64, 4, 4), Tiles(0, 32, 4, 4)),
-    128: DecodeChoice(Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3), Tiles(0, 32, 8, 4)),
-    256: DecodeChoice(Tiles(0, 64, 8, 3), Tiles(0, 32, 4, 3), Tiles(0, 32, 8, 3)),
+    64: DecodeChoice(
+        Tiles(0, 128, 8, 4), Tiles(0, 64, 4, 4), Tiles(0, 32, 4, 4), Tiles(64, 64, 4, 3)
+    ),
+    128: DecodeChoice(
+        Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3), Tiles(0, 32, 8, 4), Tiles(128, 64, 8, 3)
+    ),
+    256: DecodeChoice(
+        Tiles(0, 64, 8, 3), Tiles(0, 32, 4, 3), Tiles(0, 32, 8, 3), Tiles(64, 32, 8, 3)
+    ),
 }
 SMALL_DECODE = {
-    64: DecodeChoice(Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3), Tiles(0, 32, 4, 4)),
-    128: DecodeChoice(Tiles(0, 64, 8, 3), Tiles(0, 32, 4, 3), Tiles(0, 32, 8, 3)),
-    256: DecodeChoice(Tiles(0, 32, 8, 3), Tiles(0, 16, 4, 3), Tiles(0, 16, 4, 3)),
+    64: DecodeChoice(
+        Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3), Tiles(0, 32, 4, 4), Tiles(32, 32, 4, 4)
+    ),
+    128: DecodeChoice(
+        Tiles(0, 64, 8, 3), Tiles(0, 32, 4, 3), Tiles(0, 32, 8, 3), Tiles(32, 32, 8, 3)
+    ),
+    256: DecodeChoice(
+        Tiles(0, 32, 8, 3), Tiles(0, 16, 4, 3), Tiles(0, 16, 4, 3), Tiles(32, 16, 4, 3)
+    ),
 }
 SHARED_KB = {80: 164, 90: 228, 100: 228, 103: 228}  # of a multiprocessor; 100 where not listed

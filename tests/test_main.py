@@ -88,7 +88,7 @@ def described(check):
 @pytest.mark.parametrize("check", [*cli.CHECKS, cli.HOPPER], ids=lambda c: f"{c.name}-{c.kernels}")
 def test_checks_reach_the_kernels_that_they_name(check):
     p = described(check)
-    decodes = plan.decodes(p)
+    decodes = plan.decodes(p, H200)
     assert decodes == ("decode" in check.kernels)
     assert (p.appended > 0) == ("append" in check.kernels)
     if not decodes:

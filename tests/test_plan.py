@@ -107,7 +107,6 @@ OFFSETS = torch.tensor([0, 1, 2]).int()
     [
         ({}, True),
         ({"seqlen_q": 16}, True),
-        ({"seqlen_q": 17}, False),
         ({"seqlen_q": 0}, False),
         ({"seqlen_q": 0, "num_splits": 2}, False),
         ({"seqlen_q": 0, "split_size": 64}, False),
@@ -134,7 +133,41 @@ OFFSETS = torch.tensor([0, 1, 2]).int()
     ],
 )
 def test_what_decodes(changes, decodes):
-    assert plan.decodes(call(2, 32, 8, 4096)._replace(**changes)) is decodes
+    assert plan.decodes(call(2, 32, 8, 4096)._replace(**changes), H200) is decodes
+
+
+@pytest.mark.parametrize(
+    ("gpu", "batch", "seqlen_q", "seqlen_k", "more", "decodes"),
+    [
+        # a few dozen query tokens of a long cache: the forward kernel would leave the GPU idle
+        (H200, 1, 17, 4096, {}, True),
+        (H200, 1, 32, 32768, {}, True),
+        (H200, 1, 128, 32768, {}, True),
+        (H200, 4, 32, 8192, {}, True),
+        (L4, 1, 32, 32768, {}, True),
+        # or fill its tiles to a quarter
+        (H200, 16, 32, 4096, {}, True),
+        (H200, 64, 32, 1024, {}, True),
+        # too short to be worth the folding
+        (H200, 1, 64, 2048, {}, False),
+        (H200, 1, 17, 1024, {}, False),
+        (H200, 1, 64, 64, {}, False),
+        # the forward kernel's tiles are as many as multiprocessors, or nearly
+        (H200, 4, 64, 8192, {}, False),
+        (H200, 1, 256, 32768, {}, False),
+        (H200, 4, 128, 8192, {}, False),
+        (H200, 1, 4096, 8192, {}, False),
+        # a window's keys are few
+        (H200, 1, 32, 32768, {"left": 500}, False),
+        # what changes scores takes the registers that the larger tiles need
+        (H200, 1, 32, 32768, {"scores": problem.Scores(softcap=30.0)}, False),
+        # asked for the same bits in every batch
+        (H200, 1, 17, 32768, {"num_splits": 1}, False),
+    ],
+)
+def test_what_decodes_with_many_queries(gpu, batch, seqlen_q, seqlen_k, more, decodes):
+    p = call(batch, 32, 8, seqlen_k, seqlen_q=seqlen_q)._replace(**more)
+    assert plan.decodes(p, gpu) is decodes
 
 
 def test_a_window_counts_as_far_as_it_reaches():
