@@ -53,7 +53,7 @@ def chosen(gpu: plan.Gpu | None) -> tuple[str, ...]:
         return ("portable kernels in Triton's interpreter (TRITON_INTERPRET=1)",) * 2
     if gpu is None:
         return ("PyTorch's own attention (no GPU)",) * 2
-    few = f"decode kernel, for up to {plan.DECODE_SEQLEN_Q} queries, more if that pays, or num_splits"
+    few = f"decode kernel, to {plan.DECODE_SEQLEN_Q} queries, more where it pays, or num_splits"
     if plan.PORTABLE:
         return "portable kernel (MINI_FLASH_ATTENTION_PORTABLE=1)", few
     if gpu.arch != 90:

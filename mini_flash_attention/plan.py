@@ -216,10 +216,11 @@ def _splits_pay(p: Problem, gpu: Gpu) -> bool:
     return not p.scores.changed and packed * slower * visible + SPLIT_KEYS < waves * visible
 
 
-def decode_tiles(
-    arch: int, head_dim: int, rows: int, changed: bool = False
-) -> tuple[Tiles, Tiles]:
-    """Wide and narrow tiles for `rows` query rows of a KV head; what changes scores takes registers."""
+def decode_tiles(arch: int, head_dim: int, rows: int, changed: bool = False) -> tuple[Tiles, Tiles]:
+    """Wide and narrow tiles for `rows` query rows of a KV head.
+
+    changed: whether scores are more than scaled, which takes registers.
+    """
     size = size_class(head_dim)
     choice = (LARGE_DECODE if arch in SHARED_KB else SMALL_DECODE)[size]
     most = 32 if size == 256 or arch not in SHARED_KB else 64

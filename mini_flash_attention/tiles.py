@@ -21,31 +21,27 @@ class Choice(NamedTuple):
     large_pages: Tiles  # pages of whole tiles
 
 
+def _choice(*tiles: tuple[int, int, int, int]) -> Choice:
+    return Choice(*map(Tiles._make, tiles))
+
+
 # Tiles of the forward kernel by head_dim. HOPPER is measured on an H200 (bench/NOTES.md); SMALL
 # fits the 99 KB of shared memory of SM 86, 89 and 120. tests/test_compile.py looks for spills on
 # every architecture.
 HOPPER = {
-    64: Choice(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
-    128: Choice(
-        Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3)
-    ),
-    256: Choice(
-        Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(128, 32, 8, 3), Tiles(128, 32, 8, 3)
-    ),
+    64: _choice((128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    128: _choice((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 4, 3)),
+    256: _choice((128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3)),
 }
 BLACKWELL = {
-    64: Choice(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    128: Choice(
-        Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)
-    ),
-    256: Choice(Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
+    64: _choice((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    128: _choice((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+    256: _choice((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
 }
 SMALL = {
-    64: Choice(Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    128: Choice(
-        Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)
-    ),
-    256: Choice(Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2), Tiles(64, 16, 8, 2), Tiles(64, 16, 8, 2)),
+    64: _choice((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    128: _choice((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    256: _choice((64, 32, 8, 2), (64, 16, 8, 2), (64, 16, 8, 2), (64, 16, 8, 2)),
 }
 TILES = {90: HOPPER, 100: BLACKWELL, 103: BLACKWELL}
 
@@ -63,27 +59,19 @@ class DecodeChoice(NamedTuple):
     many: Tiles  # for more than 32, which wait for products; block_m is the largest
 
 
+def _decode(*tiles: tuple[int, int, int, int]) -> DecodeChoice:
+    return DecodeChoice(*map(Tiles._make, tiles))
+
+
 # Shared memory of 160 KB and more, and the 99 KB of SM 86, 89 and 120. Measured at head_dim 128.
 LARGE_DECODE = {
-    64: DecodeChoice(
-        Tiles(0, 128, 8, 4), Tiles(0, 64, 4, 4), Tiles(0, 32, 4, 4), Tiles(64, 64, 4, 3)
-    ),
-    128: DecodeChoice(
-        Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3), Tiles(0, 32, 8, 4), Tiles(128, 64, 8, 3)
-    ),
-    256: DecodeChoice(
-        Tiles(0, 64, 8, 3), Tiles(0, 32, 4, 3), Tiles(0, 32, 8, 3), Tiles(64, 32, 8, 3)
-    ),
+    64: _decode((0, 128, 8, 4), (0, 64, 4, 4), (0, 32, 4, 4), (64, 64, 4, 3)),
+    128: _decode((0, 128, 8, 3), (0, 64, 4, 3), (0, 32, 8, 4), (128, 64, 8, 3)),
+    256: _decode((0, 64, 8, 3), (0, 32, 4, 3), (0, 32, 8, 3), (64, 32, 8, 3)),
 }
 SMALL_DECODE = {
-    64: DecodeChoice(
-        Tiles(0, 128, 8, 3), Tiles(0, 64, 4, 3), Tiles(0, 32, 4, 4), Tiles(32, 32, 4, 4)
-    ),
-    128: DecodeChoice(
-        Tiles(0, 64, 8, 3), Tiles(0, 32, 4, 3), Tiles(0, 32, 8, 3), Tiles(32, 32, 8, 3)
-    ),
-    256: DecodeChoice(
-        Tiles(0, 32, 8, 3), Tiles(0, 16, 4, 3), Tiles(0, 16, 4, 3), Tiles(32, 16, 4, 3)
-    ),
+    64: _decode((0, 128, 8, 3), (0, 64, 4, 3), (0, 32, 4, 4), (32, 32, 4, 4)),
+    128: _decode((0, 64, 8, 3), (0, 32, 4, 3), (0, 32, 8, 3), (32, 32, 8, 3)),
+    256: _decode((0, 32, 8, 3), (0, 16, 4, 3), (0, 16, 4, 3), (32, 16, 4, 3)),
 }
 SHARED_KB = {80: 164, 90: 228, 100: 228, 103: 228}  # of a multiprocessor; 100 where not listed

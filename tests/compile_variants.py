@@ -119,6 +119,11 @@ ALSO_HOPPER = [  # with one of them:
     ("forward_hopper", (64,), "none", "dense", "many"),
     ("forward_hopper", (64,), "causal", "packed", "lse many"),
     ("forward_hopper", (128,), "causal", "dense", "softcap alibi sinks"),
+    ("forward_hopper", POWERS, "causal", "dense", "softcap"),
+    ("forward_hopper", POWERS, "causal", "dense", "alibi"),
+    ("forward_hopper", (64,), "causal", "packed", "softcap lse many"),
+    ("forward_hopper", (64,), "window", "pages 256", "alibi many"),
+    ("forward_hopper", (128,), "window", "pages 16", "softcap"),
     ("forward_hopper", (256,), "causal", "packed", "mod lse"),
     ("forward_hopper", (64,), "causal", "dense", "softcap alibi sinks many"),
     ("forward_hopper", (128,), "causal", "pages 16", "mod"),
@@ -339,10 +344,11 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
             seen.add(compiled.hash)
             row = {"variant": str(variant), "kernel": name, **launch.options, **measured(compiled)}
             if name == "forward_hopper":
-                keys, consumers, _, _, early, _ = launch.constants[-8:-2]
-                # Exponentials of a thread; products before, in and after the loop.
+                keys, consumers, _, _, early, _, scores, _ = launch.constants[-8:]
+                # Exponentials of a thread, one of four a polynomial where there is tanh too;
+                # products before, in and after the loop.
                 row |= schedule(compiled) | {
-                    "to_hide": early * keys // 2,
+                    "to_hide": early * keys // 2 * (3 if scores == "bounded" else 4) // 4,
                     "to_issue": 4 * consumers,
                 }
             results.append({**row, "seconds": round(seconds, 2)})

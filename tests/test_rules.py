@@ -10,6 +10,7 @@ import math
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -551,25 +552,28 @@ def asks_for_all(score, b, head, q_idx, kv_idx, aux=None):
     softcap=st.sampled_from([0.0, 0.5, 30.0]), slope=st.none() | st.floats(-2, 2),
     score_mod=st.sampled_from([None, asks_for_all]), handed=st.booleans(),
     first=st.integers(-9, 90), start=st.integers(0, 3).map(lambda n: 16 * n),
-    seed=st.integers(0, 99),
+    own=st.sampled_from([(), ("bounded",), ("bounded", "folded")]), seed=st.integers(0, 99),
 )  # fmt: skip
 @searched
-def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start, seed):
+def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start, own, seed):
     """What the softmax scales is the definition's score, whichever steps are left to it."""
     launch = pytest.importorskip("mini_flash_attention.kernels.launch")
     aux = (torch.tensor(7.0),) if handed and score_mod else None
     slopes = None if slope is None else torch.tensor([slope])
     asked = types.SimpleNamespace(softcap=softcap, alibi_slopes=slopes, score_mod=score_mod)
-    call = types.SimpleNamespace(scores=asked, softmax_scale=softmax_scale)
-    scale, (_, factor, cap), flags = launch.changes(call)
+    q = torch.empty(0, dtype=torch.bfloat16)
+    call = types.SimpleNamespace(scores=asked, softmax_scale=softmax_scale, q=q, right=0)
+    scale, (_, factor, cap), flags = launch.changes(call, *own)
 
     generator = torch.Generator().manual_seed(seed)
     raw = 20 * torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    folded = factor if flags[0] == "folded" else 1.0
+    assert folded in (1.0, 0.125)
     i, n = torch.arange(first, first + 5)[:, None], torch.arange(16)[None, :]
     given_as = (factor, cap, slope, aux)
-    modified = scores.modified(raw, 2, 3, i, start, n, given_as, *flags)
+    modified = scores.modified(raw * folded, 2, 3, i, start, n, given_as, *flags)
     if not softcap and slope is None and score_mod is None:
-        assert modified is raw
+        assert torch.equal(modified, raw)
 
     wanted, j = raw * softmax_scale, start + n
     if softcap:
@@ -580,6 +584,38 @@ def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start
         wanted = score_mod(wanted, 2, 3, i.clamp(min=0), j, aux)  # none before the first key
     close = 1e-10 if slope is None else 1e-5  # slopes and distances are fp32
     torch.testing.assert_close(modified * (scale / LOG2E), wanted, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "right", "way"),
+    [
+        ({}, torch.bfloat16, 0, ""),
+        ({"softcap": 50.0}, torch.bfloat16, 0, "bounded"),
+        ({"softcap": 50.0}, torch.float16, 0, "softcap"),  # no room for the weights
+        ({"softcap": 60.0}, torch.bfloat16, 0, "softcap"),
+        ({"softcap": 50.0, "alibi_slopes": torch.ones(1)}, torch.bfloat16, 0, "softcap"),
+        ({"softcap": 50.0, "score_mod": asks_for_all}, torch.bfloat16, 0, "softcap"),
+        ({"alibi_slopes": torch.ones(1)}, torch.bfloat16, 0, "linear"),
+        ({"alibi_slopes": torch.ones(1)}, torch.float16, 0, "linear"),
+        ({"alibi_slopes": torch.ones(1)}, torch.bfloat16, -1, ""),  # keys on both sides
+        ({"alibi_slopes": torch.ones(1)}, torch.bfloat16, 3, ""),
+        ({"alibi_slopes": torch.ones(1), "score_mod": asks_for_all}, torch.bfloat16, 0, ""),
+        ({"score_mod": asks_for_all}, torch.bfloat16, 0, "folded"),
+        ({"score_mod": asks_for_all}, torch.float16, 0, ""),
+    ],
+)
+def test_ways_of_a_kernels_own(asked, dtype, right, way):
+    launch = pytest.importorskip("mini_flash_attention.kernels.launch")
+    given = {"softcap": 0.0, "alibi_slopes": None, "score_mod": None} | asked
+    call = types.SimpleNamespace(
+        scores=types.SimpleNamespace(**given), softmax_scale=0.125, right=right,
+        q=torch.empty(0, dtype=dtype),
+    )  # fmt: skip
+    score_mod = asked.get("score_mod")
+    assert launch.changes(call, "bounded", "linear", "folded").flags == (way, score_mod)
+    assert launch.changes(call).flags == ("softcap" if "softcap" in asked else "", score_mod)
+    call.softmax_scale = 128**-0.5
+    assert launch.changes(call, "folded").flags[0] == ("softcap" if "softcap" in asked else "")
 
 
 # -- softmax --------------------------------------------------------------------------------------
@@ -689,6 +725,8 @@ def test_softmax_is_exact_for_equal_scores_in_fp32(score):
 class Words(torch.Tensor):
     """A tensor that Triton's cast of bits works on."""
 
+    type = types.SimpleNamespace(layout=None)
+
     def to(self, dtype, bitcast):
         assert bitcast and dtype.itemsize == self.dtype.itemsize
         return self.view(dtype)
@@ -712,7 +750,8 @@ def test_the_hopper_kernels_own_softmax(size, scale, widths, steps, sign, ones, 
     v, factor = torch.linspace(-1, 1, 12)[:, None], 2.0**scale * 1.4426950408889634
     m, l, o = torch.tensor([attend_hopper.LOWEST.value]), torch.zeros(1), torch.zeros(1, 1)  # noqa: E741
     for s_tile, v_tile in zip(s.split(widths, 1), v.split(widths), strict=True):
-        arguments = m.as_subclass(Words), s_tile.as_subclass(Words), torch.tensor(factor), lazy
+        scores = s_tile.as_subclass(Words)
+        arguments = m.as_subclass(Words), scores, None, torch.tensor(factor), lazy
         m, alpha, p = (x.as_subclass(torch.Tensor) for x in twin(*arguments))
         assert ((p >= 0) & (p <= 2**14)).all(), "weights that fp16 holds"
         l, o = l * alpha + p.sum(1), o * alpha[:, None] + p @ v_tile  # noqa: E741
@@ -720,6 +759,94 @@ def test_the_hopper_kernels_own_softmax(size, scale, widths, steps, sign, ones, 
     wanted, wanted_lse = online(s, v, torch.tensor(factor / LOG2E), widths)
     torch.testing.assert_close(out, wanted, rtol=0, atol=2e-3)
     torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("steep", [0.0, 0.3, 40.0, 3e4])
+def test_the_hopper_kernels_softmax_of_tilted_scores(steep, lazy):
+    """Like the rule's of scores that the tilt was added to, also where it dwarfs them."""
+    pytest.importorskip("triton.experimental.gluon")
+    attend_hopper = importlib.import_module("mini_flash_attention.kernels.attend_hopper")
+    gl = types.SimpleNamespace(**vars(language), int32=torch.int32, reshape=torch.reshape)
+    gl.convert_layout = lambda x, *_, **__: x
+    scope = {"gl": gl} | {n: getattr(attend_hopper, n).value for n in ("LARGE", "SLACK")}
+    scope |= {"by_row": lambda x, _: x[:, None], "as_before": lambda x, s: x.reshape(s.shape)}
+    twin = types.FunctionType(attend_hopper.rescale.fn.__code__, scope)
+    generator = torch.Generator().manual_seed(1)
+    s = 4 * torch.randn(64, 48, generator=generator)
+    s[3, :20], s[5] = -math.inf, -math.inf
+    tilts = -steep * torch.rand(3, 64, 4, generator=generator)
+    v, scale = torch.linspace(-1, 1, 48)[:, None], torch.tensor(0.125 * LOG2E)
+    m = torch.full([64], attend_hopper.LOWEST.value)
+    l, o, whole = torch.zeros(64), torch.zeros(64, 1), []  # noqa: E741
+    for s_tile, v_tile, tilt in zip(s.split(16, 1), v.split(16), tilts, strict=True):
+        arguments = (x.as_subclass(Words) for x in (m, s_tile, tilt))
+        m, alpha, p = (x.as_subclass(torch.Tensor) for x in twin(*arguments, scale, lazy))
+        assert ((p >= 0) & (p <= 2**14)).all(), "weights that fp16 holds"
+        l, o = l * alpha + p.sum(1), o * alpha[:, None] + p @ v_tile  # noqa: E741
+        whole.append((s_tile.view(64, 2, 4, 2) + tilt[:, None, :, None]).view(64, 16))
+    out, lse = softmax.finish(m, l, o, scale, None)
+    wanted, wanted_lse = online(torch.cat(whole, 1), v, 0.125, [16, 16, 16])
+    torch.testing.assert_close(out, wanted, rtol=0, atol=2e-3)
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=1e-4)
+
+
+@given(scale=st.floats(1e-3, 75), seed=st.integers(0, 99), ends=st.booleans())
+@searched
+def test_bounded_scores_need_no_maximum(scale, seed, ends):
+    """Scores of a soft cap against `origin`: weights fit in fp32, and their sums are the rule's."""
+    generator = torch.Generator().manual_seed(seed)
+    s = 2 * torch.rand(3, 12, generator=generator, dtype=torch.float64) - 1
+    s = s.sign() if ends else s
+    s[1, :7], s[2] = -math.inf, -math.inf
+    v, scale = torch.linspace(-1, 1, 12, dtype=torch.float64)[:, None], torch.tensor(scale)
+    m = softmax.origin(scale)
+    p = torch.exp2((s - m) * scale)
+    seen = p[s > -math.inf]
+    assert (seen >= 2.0**-110.001).all() and (seen <= 2.0**40.001).all()
+    out, lse = softmax.finish(m.expand(3), p.sum(1), p @ v, scale, None)
+    wanted, wanted_lse = online(s, v, scale.item() / LOG2E, [12])
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=1e-5)
+
+
+def machine(text, inputs):
+    """The first exponential of `hopper.EXP2`, its instructions carried out one by one on fp32."""
+    to_float = lambda n: (n & 0xFFFFFFFF).astype(np.uint32).view(np.float32)  # noqa: E731
+    to_int = lambda x: x.view(np.uint32).astype(np.int64)  # noqa: E731
+    registers = {"$4": inputs}
+
+    def value(word):
+        if word.startswith("0f"):
+            return to_float(np.array([int(word[2:], 16)]))
+        return registers[word] if word in registers else int(word)
+
+    steps = {
+        "max.NaN.f32": np.maximum,
+        "add.rn.f32": np.add,
+        "sub.rn.f32": np.subtract,
+        "fma.rn.f32": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
+        "mov.b32": lambda a: a,
+        "shl.b32": lambda a, n: to_float(to_int(a) << n),
+        "add.s32": lambda a, b: to_float(to_int(a) + to_int(b)),
+    }
+    for line in text[text.index("{") + 1 : text.index("}")].split(";"):
+        name, *words = line.replace(",", " ").split() or [".reg"]
+        if name != ".reg":
+            registers[words[0]] = steps[name](*map(value, words[1:]))
+    return registers["$0"]
+
+
+def test_the_hopper_kernels_own_exponential():
+    """Right to a fraction of a bf16 for all that a bounded score can be, exactly 0 for -inf."""
+    pytest.importorskip("triton.experimental.gluon")
+    hopper = importlib.import_module("mini_flash_attention.kernels.hopper")
+    x = np.linspace(-126, 60, 400_001, dtype=np.float32)
+    found = machine(hopper.EXP2.value, x).astype(np.float64)
+    assert np.abs(found / np.exp2(x.astype(np.float64)) - 1).max() < 1.1e-4
+    ends = machine(hopper.EXP2.value, np.array([-np.inf, -1e30, 0, 40, np.nan], np.float32))
+    assert ends[:4].tolist() == [0, 0, 1, 2.0**40]
+    assert not ends[4] < 2.0**126, "what is no number stays visible"
 
 
 def test_nan_reaches_its_own_row_only():

@@ -71,7 +71,7 @@ def attend(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCORE_MOD: tl.constexpr,
+    SCORES: tl.constexpr, SCORE_MOD: tl.constexpr,
 ):  # fmt: skip
     """Lines 7 to 11 of Algorithm 1 over the keys begin..end.
 
@@ -110,18 +110,23 @@ def attend(
         s = tl.dot(q, k_tile.T)  # [M, N]
         s = scores.modified(
             s, b, head, i[:, None] + diagonal, start, tl.arange(0, BLOCK_N)[None, :], changes,
-            SOFTCAP, SCORE_MOD,
+            SCORES, SCORE_MOD,
         )  # fmt: skip
         if CUT:
             if (start < clear_begin) | (start >= clear_end):
                 i_, j_ = i[:, None], j[None, :]
                 seen = mask.sees(i_, j_, diagonal, left, right, pad, seqlen_k, LEFT, RIGHT)
                 s = tl.where(seen, s, float("-inf"))
-        m, alpha, p = softmax.rescale(m, s, scale)
-        if len(l.shape) == 1:
-            l = l * alpha + tl.sum(p, 1)
+        if SCORES == "bounded":
+            p = tl.exp2(s * scale - softmax.origin(scale) * scale)
+            l += tl.sum(p, 1)
         else:
-            l = l * alpha[:, None] + p
+            m, alpha, p = softmax.rescale(m, s, scale)
+            if len(l.shape) == 1:
+                l = l * alpha + tl.sum(p, 1)
+            else:
+                l = l * alpha[:, None] + p
+            o = o * alpha[:, None]
         v_tile = load_rows(v, offset_v, real, WHOLE, HEAD_DIM_V, D_V)  # [N, D]
-        o = tl.dot(p.to(v_tile.dtype), v_tile, o * alpha[:, None])
+        o = tl.dot(p.to(v_tile.dtype), v_tile, o)
     return m, l, o

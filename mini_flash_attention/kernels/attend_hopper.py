@@ -5,10 +5,10 @@ exponentials are worked out while the tensor cores are at it. With PINGPONG cons
 turn, so that one's exponentials meet another's products.
 """
 
-from ..rules import mask
+from ..rules import mask, softmax
 from ..rules.scores import modified
 from . import hopper
-from .hopper import gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from .hopper import fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 
 @gluon.jit
@@ -53,49 +53,18 @@ def as_before(pieces, s):
     return gl.convert_layout(gl.reshape(pieces, s.shape), s.type.layout, assert_trivial=True)
 
 
-@gluon.jit
-def masked(
-    s, which: gl.constexpr, turns, turn, start, left, right,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_N: gl.constexpr,
-):  # fmt: skip
-    """Scores with -inf where the query of a row does not see the key; keys from `start`."""
-    # Read again where they are needed, instead of held in registers all along.
-    length_k = hopper.word(turns, turn, hopper.LENGTH_K)
-    diagonal = length_k - hopper.word(turns, turn, hopper.ROWS_Q)
-    first = hopper.word(turns, turn, hopper.FIRST) + 64 * which
-    pieces, i, shift, n = by_place(s, start, BLOCK_N)
-    seen = mask.sees(
-        first + i - shift, n, diagonal, left, right, None, length_k - shift, LEFT, RIGHT
-    )
-    return as_before(gl.where(seen, pieces, float("-inf")), s)
-
-
-@gluon.jit
-def changed(
-    s, first, b, head, start, changes,
-    SOFTCAP: gl.constexpr, SCORE_MOD: gl.constexpr, BLOCK_N: gl.constexpr,
-):  # fmt: skip
-    """`scores.modified` of the scores of queries from `first`, for the keys from `start`."""
-    if SCORE_MOD is not None or changes[2] is not None:
-        pieces, i, shift, n = by_place(s, start, BLOCK_N)
-        pieces = modified(pieces, b, head, first + i, shift, n, changes, SOFTCAP, SCORE_MOD)
-        s = as_before(pieces, s)
-    elif SOFTCAP:
-        s = modified(s, 0, 0, 0, 0, 0, changes, SOFTCAP, SCORE_MOD)
-    return s
-
-
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # of fp32: no score lies below
 SLACK = gl.constexpr(8.0)  # powers of 2 by which a weight may exceed 1 where sums are moved lazily
 LARGE = gl.constexpr(2.0**27)  # from here on rounding m * scale is off by more than 2^4
 
 
 @gluon.jit
-def rescale(m, s, scale, LAZY: gl.constexpr):
+def rescale(m, s, tilt, scale, LAZY: gl.constexpr):
     """`softmax.rescale` with one instruction an element fewer: scale and subtract in one.
 
     LAZY: m follows a row's maximum only where it has grown by more than SLACK, so that most tiles
     leave what was summed before as it is (an idea of FlashAttention-4).
+    tilt: None, or what `tilted` says is still to be added to the scores.
 
     A row begins with m = LOWEST, so that m is a number. What is subtracted, m times a factor, is
     rounded. Inside a tile all weights share that, and it cancels; between tiles with different
@@ -105,15 +74,77 @@ def rescale(m, s, scale, LAZY: gl.constexpr):
     with which nothing is rounded, and m * factor lies between 2^26 and 2^27. A score one rounding
     below the maximum weighs 2^-8 or less there.
     """
-    m_new = gl.maximum(m, gl.max(s, 1))
+    pieces = s
+    if tilt is None:
+        top = gl.max(s, 1)
+    else:
+        pieces = gl.reshape(s, [64, s.shape[1] // 8, 4, 2])
+        top = gl.max(gl.max(gl.max(pieces, 3), 1) + tilt, 1)
+        top = gl.convert_layout(top, m.type.layout, assert_trivial=True)
+    m_new = gl.maximum(m, top)
     if LAZY:
         m_new = gl.where((m_new - m) * scale > SLACK, m_new, m)
-    exponent = m_new.to(gl.int32, bitcast=True) & 0x7F800000
+    reference = m_new
+    if tilt is not None:  # lower, instead of higher scores
+        reference = by_row(m_new, tilt) - tilt
+    exponent = reference.to(gl.int32, bitcast=True) & 0x7F800000
     power = (((127 + 26 + 127 << 23) - 2**32) - exponent).to(gl.float32, bitcast=True)
-    factor = gl.where(gl.maximum(m_new, -m_new) * scale > LARGE, power, scale)
+    factor = gl.where(gl.maximum(reference, -reference) * scale > LARGE, power, scale)
     alpha = gl.exp2((m - m_new) * scale)
-    p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(m_new * factor, 1))
+    reference = gl.expand_dims(reference * factor, 1)
+    factor = gl.expand_dims(factor, 1)
+    if tilt is None:
+        p = gl.exp2(s * factor - reference)
+    else:
+        p = gl.exp2(pieces * gl.expand_dims(factor, 3) - gl.expand_dims(reference, 3))
+        p = as_before(p, s)
     return m_new, alpha, p
+
+
+@gluon.jit
+def tilted(s, first, start, slope, BLOCK_N: gl.constexpr):
+    """ALiBi under a causal mask, which is linear: scores with slope * key inside the tile, and what
+    is the same for all that a thread holds of a row, [64, 4], left to the maximum.
+    """
+    pieces, _, _, n = by_place(s, start, BLOCK_N)
+    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, pieces.type.layout))
+    i = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    b = gl.arange(0, 4, gl.SliceLayout(0, layout))
+    distance = (start + 2 * b)[None, :] - (first + i)[:, None]
+    return as_before(pieces + slope * n.to(gl.float32), s), slope * distance.to(gl.float32)
+
+
+@gluon.jit
+def weighed(
+    m, s, first, b, head, start, scale, changes, cut, which: gl.constexpr, turns, turn, left, right,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LAZY: gl.constexpr,
+    SCORES: gl.constexpr, SCORE_MOD: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """`rescale` of what becomes of scores of queries from `first` and keys from `start`, with the
+    mask where it is `cut`.
+    """
+    tilt = None
+    if SCORES == "linear":
+        s, tilt = tilted(s, first, start, changes[2] * changes[0], BLOCK_N)
+    elif SCORE_MOD is not None or changes[2] is not None:
+        pieces, i, shift, n = by_place(s, start, BLOCK_N)
+        pieces = modified(pieces, b, head, first + i, shift, n, changes, SCORES, SCORE_MOD)
+        s = as_before(pieces, s)
+    elif SCORES != "":
+        s = modified(s, 0, 0, 0, 0, 0, changes, SCORES, SCORE_MOD)
+    if cut:  # read again where they are needed, instead of held in registers all along
+        length_k = hopper.word(turns, turn, hopper.LENGTH_K)
+        diagonal = length_k - hopper.word(turns, turn, hopper.ROWS_Q)
+        pieces, i, shift, n = by_place(s, start, BLOCK_N)
+        i += hopper.word(turns, turn, hopper.FIRST) + 64 * which - shift
+        seen = mask.sees(i, n, diagonal, left, right, None, length_k - shift, LEFT, RIGHT)
+        s = as_before(gl.where(seen, pieces, float("-inf")), s)
+    if SCORES == "bounded":
+        alpha = m
+        p = hopper.exp2(s * scale - softmax.origin(scale) * scale)
+    else:
+        m, alpha, p = rescale(m, s, tilt, scale, LAZY)
+    return m, alpha, p
 
 
 @gluon.jit
@@ -122,7 +153,7 @@ def attend(
     queries, worked, keys, values, done, turns, turn, left, right, scale, changes,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
     CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
-    LAZY: gl.constexpr, SOFTCAP: gl.constexpr, SCORE_MOD: gl.constexpr,
+    LAZY: gl.constexpr, SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     """Lines 6 to 12 of Algorithm 1 for 64 rows of a tile of work: (m, l, o).
 
@@ -130,10 +161,15 @@ def attend(
     """
     O: gl.constexpr = hopper.accumulator(D)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    BOUNDED: gl.constexpr = SCORES == "bounded"
     slot = worked % SLOTS * CONSUMERS + which
     mbarrier.wait(queries.full.index(slot), worked // SLOTS & 1)
     q = queries.tiles.index(slot).reshape([64, D])
     dtype: gl.constexpr = q.dtype
+    if SCORES == "folded":  # the scale
+        x = q.load(hopper.FOUR_ROWS)
+        q.store((x.to(gl.float32) * changes[0]).to(dtype))
+        fence_async_shared()
     begin = hopper.word(turns, turn, hopper.BEGIN)
     end = hopper.word(turns, turn, hopper.END)
     clear_begin = hopper.word(turns, turn, hopper.CLEAR_BEGIN) if LEFT else 0
@@ -157,10 +193,13 @@ def attend(
             mbarrier.arrive(queries.free.index(before))
     s = warpgroup_mma_wait(0, deps=[s])
     hopper.free(keys, done, CONSUMERS)
-    s = changed(s, first, b, head, start, changes, SOFTCAP, SCORE_MOD, BLOCK_N)
-    s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N)
     m = gl.full([64], LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout))
-    m, alpha, p = rescale(m, s, scale, LAZY)
+    if BOUNDED:
+        m = gl.zeros_like(m) + softmax.origin(scale)
+    m, alpha, p = weighed(
+        m, s, first, b, head, start, scale, changes, True, which, turns, turn, left, right,
+        LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N,
+    )  # fmt: skip
     l = sums(p, BLOCK_N)
     o = gl.zeros([64, D], gl.float32, O)
     p = gl.convert_layout(p.to(dtype), P)
@@ -181,12 +220,17 @@ def attend(
             hopper.your_turn(which, CONSUMERS)
         s = warpgroup_mma_wait(1, deps=[s])
         hopper.free(keys, n, CONSUMERS)
-        s = changed(s, first, b, head, start, changes, SOFTCAP, SCORE_MOD, BLOCK_N)
-        if (start >= clear_end) | (start < clear_begin if LEFT else False):
-            s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N)
-        m, alpha, p_next = rescale(m, s, scale, LAZY)
-        l = l * by_row(alpha, l) + sums(p_next, BLOCK_N)
-        moved = gl.max((alpha < 1.0).to(gl.int32), 0) > 0 if LAZY else True
+        cut = (start >= clear_end) | (start < clear_begin if LEFT else False)
+        m, alpha, p_next = weighed(
+            m, s, first, b, head, start, scale, changes, cut, which, turns, turn, left, right,
+            LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N,
+        )  # fmt: skip
+        if BOUNDED:
+            moved = False
+            l += sums(p_next, BLOCK_N)
+        else:
+            moved = gl.max((alpha < 1.0).to(gl.int32), 0) > 0 if LAZY else True
+            l = l * by_row(alpha, l) + sums(p_next, BLOCK_N)
         if EARLY:  # a branch: else ptxas moves the next wait to before the exponentials
             hopper.filled(keys, n + 1, n + 1 < stop)
         o, p = warpgroup_mma_wait(0, deps=[o, p])

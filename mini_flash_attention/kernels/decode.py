@@ -31,7 +31,7 @@ def decode_tiles(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCORE_MOD: tl.constexpr,
+    SCORES: tl.constexpr, SCORE_MOD: tl.constexpr,
 ):  # fmt: skip
     """A block of rows of one KV head against the tiles low..high of what its sequence sees.
 
@@ -122,7 +122,7 @@ def decode_tiles(
         k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
         diagonal, left, right, pad, length_k, scale, entry, head[:, None], changes,
         LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V, D_V, WIDE, TWINS,
-        SOFTCAP, SCORE_MOD,
+        SCORES, SCORE_MOD,
     )  # fmt: skip
     if not MANY:
         l = tl.sum(l, 1)
@@ -161,7 +161,7 @@ def decode_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCORE_MOD: tl.constexpr, SHARES: tl.constexpr, PDL: tl.constexpr,
+    SCORES: tl.constexpr, SCORE_MOD: tl.constexpr, SHARES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:  # `combine` may take its place as soon as there is room, and waits there
         gdc_launch_dependents()
@@ -204,7 +204,7 @@ def decode_kernel(
                 b, head_k, block, low, high, begins & (high == tiles),
                 2 * program + begins.to(tl.int32), given,
                 LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, D, HEAD_DIM_V, D_V, BLOCK_M, BLOCK_N, WIDE, TWINS,
-                SOFTCAP, SCORE_MOD,
+                SCORES, SCORE_MOD,
             )  # fmt: skip
             before += tiles
             tile += high - low
@@ -223,7 +223,7 @@ def decode_kernel(
         decode_tiles(
             b, head_k, block, low, high, splits == 1, program, given,
             LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, D, HEAD_DIM_V, D_V, BLOCK_M, BLOCK_N, WIDE, TWINS,
-            SOFTCAP, SCORE_MOD,
+            SCORES, SCORE_MOD,
         )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def forward_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCORE_MOD: tl.constexpr,
+    SCORES: tl.constexpr, SCORE_MOD: tl.constexpr,
 ):  # fmt: skip
     # Which rows are mine?
     b, head, first_q, rows_q, writable, first = work.queries(
@@ -77,6 +77,8 @@ def forward_kernel(
         block_table += b * stride_table
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if SCORES == "bounded":
+        m = tl.zeros([BLOCK_M], tl.float32) + softmax.origin(scale)
     l = tl.zeros([BLOCK_M], tl.float32)
     o = tl.zeros([BLOCK_M, D_V], tl.float32)
     diagonal = length_k - rows_q
@@ -89,7 +91,7 @@ def forward_kernel(
             k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
             diagonal, left, right, pad, length_k, scale, entry, head, changes,
             LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V, D_V, WIDE, TWINS,
-            SOFTCAP, SCORE_MOD,
+            SCORES, SCORE_MOD,
         )  # fmt: skip
     else:
         m, l, o = attend(
@@ -97,14 +99,14 @@ def forward_kernel(
             k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
             diagonal, left, right, pad, length_k, scale, entry, head, changes,
             LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V, D_V, WIDE, TWINS,
-            SOFTCAP, SCORE_MOD,
+            SCORES, SCORE_MOD,
         )  # fmt: skip
         m, l, o = attend(
             m, l, o, q_tile, i, clear_end, 0, 0, end, True,
             k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
             diagonal, left, right, pad, length_k, scale, entry, head, changes,
             LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V, D_V, WIDE, TWINS,
-            SOFTCAP, SCORE_MOD,
+            SCORES, SCORE_MOD,
         )  # fmt: skip
 
     o, lse_tile = softmax.finish(m, l, o, scale, sink)
@@ -134,7 +136,7 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forwar
     tiles = plan.tiles
     nheads, head_dim, head_dim_v = *p.q.shape[-2:], p.v.shape[-1]
     paged = p.block_table is not None
-    change = changes(p)
+    change = changes(p, "bounded")
     constants = (
         *strides(p.q), *strides(p.k), *strides(p.v), *where(p, out, lse),
         p.batch, nheads, nheads // p.k.shape[-2], plan.rows, plan.per_group,

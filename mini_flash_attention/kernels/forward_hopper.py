@@ -99,7 +99,7 @@ def consume(
     which: gl.constexpr, job,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, HEAD_DIM: gl.constexpr, CONSUMERS: gl.constexpr,
     SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr, LAZY: gl.constexpr,
-    SOFTCAP: gl.constexpr, SCORE_MOD: gl.constexpr,
+    SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each tile of work: attention to their keys, and the rows written out."""
     o_desc, out, lse, cu_seqlens_q, queries, keys, values, turns = job[:8]
@@ -132,7 +132,7 @@ def consume(
             m, l, o = attend(
                 which, queries, worked, keys, values, done, turns, turn, left, right, scale,
                 changes, LEFT, RIGHT, D, BLOCK_N, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
-                SOFTCAP, SCORE_MOD,
+                SCORES, SCORE_MOD,
             )  # fmt: skip
             sink = s_aux
             if s_aux is not None:
@@ -189,7 +189,7 @@ def forward_hopper_kernel(
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
     PINGPONG: gl.constexpr, EARLY: gl.constexpr, LAZY: gl.constexpr,
-    SOFTCAP: gl.constexpr, SCORE_MOD: gl.constexpr,
+    SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = k_desc.block_shape[3]
     Q_TILES: gl.constexpr = SLOTS * CONSUMERS
@@ -222,19 +222,19 @@ def forward_hopper_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
-                       SOFTCAP, SCORE_MOD)),
+                       SCORES, SCORE_MOD)),
             (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
-                       SOFTCAP, SCORE_MOD)),
+                       SCORES, SCORE_MOD)),
             (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
         ], [4, 1], [224, 56] if SMALL_PAGES else [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
-                       SOFTCAP, SCORE_MOD)),
+                       SCORES, SCORE_MOD)),
             (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
-                       SOFTCAP, SCORE_MOD)),
+                       SCORES, SCORE_MOD)),
             (consume, (2, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
-                       SOFTCAP, SCORE_MOD)),
+                       SCORES, SCORE_MOD)),
             (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
@@ -263,7 +263,7 @@ def launch(
     crowded = hopper.NEWER and plans.size_class(p.q.shape[-1]) == 256
     if crowded and p.scores.score_mod is not None:
         return otherwise
-    tiles, change = plan.tiles, changes(p)
+    tiles, change = plan.tiles, changes(p, "bounded", "linear", "folded")
     nheads, head_dim = p.q.shape[-2:]
     packed = p.cu_seqlens_q is not None
     total_q, total_k = p.q.shape[0], p.k.shape[0]

@@ -27,6 +27,7 @@ K_FREED, V_FREED = gl.constexpr(8), gl.constexpr(10)  # and the next: a place in
 TURN = gl.constexpr(12)  # and those after: a consumer's turn to issue
 ONE = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 FOUR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+FOUR_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))
 
 
@@ -156,6 +157,23 @@ def here(x):
     """The integer x, of which nothing is worked out before: that would take registers all along."""
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [gl.to_tensor(x)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+# 2^t for |t| < 127 and -inf: 1.5 * 2^23 rounds t to a whole number i, in the last bits of r. Of the rest,
+# within 1/2, 2^f is a polynomial with a relative error of 1e-4, and i goes to its exponent.
+EXP2 = gl.constexpr("""{ .reg .f32 t, r, f, p; .reg .b32 i;
+max.NaN.f32 t, $4, 0fC2FE0000; add.rn.f32 r, t, 0f4B400000; sub.rn.f32 f, r, 0f4B400000;
+sub.rn.f32 f, t, f; fma.rn.f32 p, f, 0f3D61510C, 0f3E780627; fma.rn.f32 p, p, f, 0f3F317AFD;
+fma.rn.f32 p, p, f, 0f3F800000; mov.b32 i, r; shl.b32 i, i, 23; mov.b32 $0, p; add.s32 $0, $0, i;
+} ex2.approx.ftz.f32 $1, $5; ex2.approx.ftz.f32 $2, $6; ex2.approx.ftz.f32 $3, $7;""")
+
+
+@gluon.jit
+def exp2(x):
+    """2^x, one of four by the units of products: where those of functions have tanh to do too."""
+    return gl.inline_asm_elementwise(
+        EXP2, "=r,=f,=f,=f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=4
     )
 
 

@@ -45,27 +45,41 @@ def padded(head_dim: int) -> int:
 
 
 class Changes(NamedTuple):
-    """How `rules/scores.py` is told what becomes of scores."""
+    """How `rules/scores.py` is told what becomes of scores.
+
+    SCORES is "", "softcap", or what a kernel does in a way of its own:
+    "bounded", a soft cap small enough that weights need no running maximum (`softmax.origin`);
+    "linear", ALiBi where no key stands after its query; "folded", beside a score_mod, a scale that
+    is a power of two, multiplied into Q.
+    """
 
     scale: float  # of the softmax, in powers of two
     numbers: tuple[int, float, float]  # stride of the slopes' batch, factor, softcap
-    flags: tuple[bool, Any]  # SOFTCAP, SCORE_MOD
+    flags: tuple[str, Any]  # SCORES, SCORE_MOD
 
 
-def changes(p: Problem) -> Changes:
-    """What becomes of p's scores."""
-    slopes, softcap = p.scores.alibi_slopes, p.scores.softcap
+def changes(p: Problem, *own: str) -> Changes:
+    """What becomes of p's scores, for a kernel that has these ways of its own."""
+    slopes, softcap, score_mod = p.scores.alibi_slopes, p.scores.softcap, p.scores.score_mod
     stride = slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
     scale, factor = p.softmax_scale * LOG2E, p.softmax_scale
+    way = ""
     if softcap:
         factor /= softcap
-    if p.scores.score_mod is not None or (softcap and slopes is not None):
+    if score_mod is not None or (softcap and slopes is not None):
         scale = LOG2E  # all is done by then
+        # In bf16, which has the range for it.
+        if not softcap and slopes is None and math.frexp(factor)[0] == 0.5:
+            way = "folded" if p.q.dtype is torch.bfloat16 else ""
     elif softcap:
         scale = softcap * LOG2E
+        # fp16 does not hold such weights.
+        way = "bounded" if scale <= 75 and p.q.dtype is not torch.float16 else ""
     elif slopes is not None:  # what is subtracted is scaled with the score
         factor = 1 / p.softmax_scale
-    return Changes(scale, (stride, factor, softcap), (softcap > 0, p.scores.score_mod))
+        way = "linear" if p.right == 0 else ""
+    scores = way if way in own else "softcap" if softcap else ""
+    return Changes(scale, (stride, factor, softcap), (scores, score_mod))
 
 
 def wide(p: Problem, block_n: int) -> bool:

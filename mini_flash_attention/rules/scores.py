@@ -27,23 +27,25 @@ def tanh(x):
 
 
 @triton.jit
-def modified(s, b, head, i, start, n, given, SOFTCAP: tl.constexpr, SCORE_MOD: tl.constexpr):
+def modified(s, b, head, i, start, n, given, SCORES: tl.constexpr, SCORE_MOD: tl.constexpr):
     """Scores s of batch entry b: queries i of `head` against the keys start + n.
 
     given: factor, softcap, ALiBi slopes or None, what SCORE_MOD is handed beside the score or None.
+    SCORES: what else is asked for, and what the kernel does itself (`launch.Changes`).
     Without anything to do, s stays as it is and the softmax scales it. With a soft cap alone, the
     softmax multiplies by it. With ALiBi alone scores are not scaled either, but the slope is by
     their factor's inverse: one multiplication less a score.
     """
     factor, softcap, slope, aux = given
-    if SOFTCAP:
+    CAPPED: tl.constexpr = SCORES == "softcap" or SCORES == "bounded"
+    if CAPPED:
         s = tanh(s * factor)
         if SCORE_MOD is not None or slope is not None:
             s = s * softcap
-    elif SCORE_MOD is not None:
+    elif SCORE_MOD is not None and SCORES != "folded":
         s = s * factor
     if slope is not None:
-        if not SOFTCAP and SCORE_MOD is None:
+        if not CAPPED and SCORE_MOD is None:
             slope = slope * factor
         distance = tl.cast(n, tl.float32) - tl.cast(i - start, tl.float32)
         s = s - slope * tl.abs(distance)
