@@ -160,8 +160,8 @@ def here(x):
     )
 
 
-# 2^t for |t| < 127 and -inf: 1.5 * 2^23 rounds t to a whole number i, in the last bits of r. Of the rest,
-# within 1/2, 2^f is a polynomial with a relative error of 1e-4, and i goes to its exponent.
+# 2^t for |t| < 127 and -inf: 1.5 * 2^23 rounds t to a whole number i, in the last bits of r. Of the
+# rest, within 1/2, 2^f is a polynomial with a relative error of 1e-4, and i goes to its exponent.
 EXP2 = gl.constexpr("""{ .reg .f32 t, r, f, p; .reg .b32 i;
 max.NaN.f32 t, $4, 0fC2FE0000; add.rn.f32 r, t, 0f4B400000; sub.rn.f32 f, r, 0f4B400000;
 sub.rn.f32 f, t, f; fma.rn.f32 p, f, 0f3D61510C, 0f3E780627; fma.rn.f32 p, p, f, 0f3F317AFD;
