@@ -838,12 +838,12 @@ def machine(text, inputs):
 
 
 def test_the_hopper_kernels_own_exponential():
-    """Right to a fraction of a bf16 for all that a bounded score can be, exactly 0 for -inf."""
+    """Right to a third of the LSE's promise for all that a bounded score can be, 0 for -inf."""
     pytest.importorskip("triton.experimental.gluon")
     hopper = importlib.import_module("mini_flash_attention.kernels.hopper")
     x = np.linspace(-126, 60, 400_001, dtype=np.float32)
     found = machine(hopper.EXP2.value, x).astype(np.float64)
-    assert np.abs(found / np.exp2(x.astype(np.float64)) - 1).max() < 1.1e-4
+    assert np.abs(found / np.exp2(x.astype(np.float64)) - 1).max() < 4e-6
     ends = machine(hopper.EXP2.value, np.array([-np.inf, -1e30, 0, 40, np.nan], np.float32))
     assert ends[:4].tolist() == [0, 0, 1, 2.0**40]
     assert not ends[4] < 2.0**126, "what is no number stays visible"

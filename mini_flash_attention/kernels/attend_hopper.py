@@ -53,6 +53,23 @@ def as_before(pieces, s):
     return gl.convert_layout(gl.reshape(pieces, s.shape), s.type.layout, assert_trivial=True)
 
 
+@gluon.jit
+def masked(
+    s, which: gl.constexpr, turns, turn, start, left, right,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Scores with -inf where the query of a row does not see the key; keys from `start`."""
+    # Read again where they are needed, instead of held in registers all along.
+    length_k = hopper.word(turns, turn, hopper.LENGTH_K)
+    diagonal = length_k - hopper.word(turns, turn, hopper.ROWS_Q)
+    first = hopper.word(turns, turn, hopper.FIRST) + 64 * which
+    pieces, i, shift, n = by_place(s, start, BLOCK_N)
+    seen = mask.sees(
+        first + i - shift, n, diagonal, left, right, None, length_k - shift, LEFT, RIGHT
+    )
+    return as_before(gl.where(seen, pieces, float("-inf")), s)
+
+
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # of fp32: no score lies below
 SLACK = gl.constexpr(8.0)  # powers of 2 by which a weight may exceed 1 where sums are moved lazily
 LARGE = gl.constexpr(2.0**27)  # from here on rounding m * scale is off by more than 2^4
@@ -132,13 +149,8 @@ def weighed(
         s = as_before(pieces, s)
     elif SCORES != "":
         s = modified(s, 0, 0, 0, 0, 0, changes, SCORES, SCORE_MOD)
-    if cut:  # read again where they are needed, instead of held in registers all along
-        length_k = hopper.word(turns, turn, hopper.LENGTH_K)
-        diagonal = length_k - hopper.word(turns, turn, hopper.ROWS_Q)
-        pieces, i, shift, n = by_place(s, start, BLOCK_N)
-        i += hopper.word(turns, turn, hopper.FIRST) + 64 * which - shift
-        seen = mask.sees(i, n, diagonal, left, right, None, length_k - shift, LEFT, RIGHT)
-        s = as_before(gl.where(seen, pieces, float("-inf")), s)
+    if cut:
+        s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N)
     if SCORES == "bounded":
         alpha = m
         p = hopper.exp2(s * scale - softmax.origin(scale) * scale)

@@ -161,11 +161,12 @@ def here(x):
 
 
 # 2^t for |t| < 127 and -inf: 1.5 * 2^23 rounds t to a whole number i, in the last bits of r. Of the
-# rest, within 1/2, 2^f is a polynomial with a relative error of 1e-4, and i goes to its exponent.
+# rest, within 1/2, 2^f is a polynomial with a relative error of 3e-6, and i goes to its exponent.
 EXP2 = gl.constexpr("""{ .reg .f32 t, r, f, p; .reg .b32 i;
 max.NaN.f32 t, $4, 0fC2FE0000; add.rn.f32 r, t, 0f4B400000; sub.rn.f32 f, r, 0f4B400000;
-sub.rn.f32 f, t, f; fma.rn.f32 p, f, 0f3D61510C, 0f3E780627; fma.rn.f32 p, p, f, 0f3F317AFD;
-fma.rn.f32 p, p, f, 0f3F800000; mov.b32 i, r; shl.b32 i, i, 23; mov.b32 $0, p; add.s32 $0, $0, i;
+sub.rn.f32 f, t, f; fma.rn.f32 p, f, 0f3C1D0166, 0f3D64FE23; fma.rn.f32 p, p, f, 0f3E7601BC;
+fma.rn.f32 p, p, f, 0f3F317096; fma.rn.f32 p, p, f, 0f3F800000;
+mov.b32 i, r; shl.b32 i, i, 23; mov.b32 $0, p; add.s32 $0, $0, i;
 } ex2.approx.ftz.f32 $1, $5; ex2.approx.ftz.f32 $2, $6; ex2.approx.ftz.f32 $3, $7;""")
 
 
