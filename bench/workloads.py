@@ -366,6 +366,16 @@ DECODE = tuple(
     for workload in cell
 )
 
+# More query tokens of a long cache than decoding has: a prompt in chunks, a tree of drafts.
+CHUNKED = tuple(
+    workload
+    for batch, seqlen_q, seqlen in (
+        *((1, 32, 4096), (1, 32, 32768), (1, 128, 32768), (1, 512, 32768)),
+        *((4, 16, 8192), (4, 64, 8192), (16, 32, 4096), (64, 32, 1024)),
+    )
+    for workload in decode_cell(batch, 32, 8, seqlen, (16,), seqlen_q=seqlen_q)
+)
+
 
 def dense_cell(
     name: str, batch: int, seqlen: int, heads: int, head_dim: int, *, causal: bool,
@@ -498,5 +508,6 @@ SUITES: dict[str, tuple[Workload, ...]] = {
     "prefill": PREFILL,
     "varlen": VARLEN,
     "features": FEATURES,
+    "chunked": CHUNKED,
     "smoke": SMOKE,
 }

@@ -94,6 +94,17 @@ def test_dense(name, mask, place):
         check(dense(1, BATCH, 33 * n, 17 * n, NHEADS, NHEADS_K, d, dtype, device, **meaning))
 
 
+@pytest.mark.parametrize("softcap", [0.5, 20.0, 51.0, 53.0])
+def test_soft_caps_with_and_without_running_maxima(softcap, place):
+    """Up to 52 weights need none in bf16, also where all scores lie at the cap's two ends."""
+    device, dtype, head_dim, n = place
+    dtype = torch.float32 if device == "cpu" else dtype  # of which fp16 is no part
+    for scale in (0.1, 30.0):
+        meaning = {"softcap": softcap, "causal": True, "softmax_scale": scale}
+        lengths = (17 * n, 33 * n, NHEADS, NHEADS_K)
+        check(dense(3, BATCH, *lengths, head_dim, dtype, device, **meaning))
+
+
 @pytest.mark.parametrize("splits", [0, 1, 3])
 @pytest.mark.parametrize("page_size", [0, 16, 128])
 @pytest.mark.parametrize("mask", MASKS, ids=str)

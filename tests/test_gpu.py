@@ -5,6 +5,7 @@ import torch
 from cases import Case, dense, kvcache, margined, margins_intact, varlen
 
 import mini_flash_attention as mfa
+from mini_flash_attention import plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,6 +105,24 @@ def test_kvcache(meaning, head_dim, page_size):
                 dtype, "cuda", **meaning,
             )
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("page_size", [0, 16, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("meaning", [{}, {"causal": True}, {"window_size": (4000, 0)}], ids=str)
+def test_many_queries_of_a_long_cache(meaning, head_dim, page_size, monkeypatch):
+    """More than a few, and still the decode kernel's: heads packed, keys split."""
+    decides, decided = plan.decodes, []
+    monkeypatch.setattr(plan, "decodes", lambda *x: decided.append(decides(*x)) or decided[-1])
+    for seed, (seqlen_q, nheads, nheads_k) in enumerate([(20, 8, 2), (40, 8, 1), (100, 4, 4)]):
+        lengths, dtype = [5000, 0, 33, 4097], DTYPES[seed % 2]
+        check(
+            kvcache(
+                seed, seqlen_q, lengths, 0, page_size, nheads, nheads_k, head_dim, dtype, "cuda",
+                **meaning,
+            )
+        )  # fmt: skip
+    assert len(decided) == 3 and all(decided)
 
 
 def test_strides_give_the_same_bits():

@@ -562,7 +562,7 @@ def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start
     slopes = None if slope is None else torch.tensor([slope])
     asked = types.SimpleNamespace(softcap=softcap, alibi_slopes=slopes, score_mod=score_mod)
     q = torch.empty(0, dtype=torch.bfloat16)
-    call = types.SimpleNamespace(scores=asked, softmax_scale=softmax_scale, q=q, right=0)
+    call = types.SimpleNamespace(scores=asked, softmax_scale=softmax_scale, q=q)
     scale, (_, factor, cap), flags = launch.changes(call, *own)
 
     generator = torch.Generator().manual_seed(seed)
@@ -587,30 +587,27 @@ def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start
 
 
 @pytest.mark.parametrize(
-    ("asked", "dtype", "right", "way"),
+    ("asked", "dtype", "way"),
     [
-        ({}, torch.bfloat16, 0, ""),
-        ({"softcap": 50.0}, torch.bfloat16, 0, "bounded"),
-        ({"softcap": 50.0}, torch.float16, 0, "softcap"),  # no room for the weights
-        ({"softcap": 60.0}, torch.bfloat16, 0, "softcap"),
-        ({"softcap": 50.0, "alibi_slopes": torch.ones(1)}, torch.bfloat16, 0, "softcap"),
-        ({"softcap": 50.0, "score_mod": asks_for_all}, torch.bfloat16, 0, "softcap"),
-        ({"alibi_slopes": torch.ones(1)}, torch.bfloat16, 0, "linear"),
-        ({"alibi_slopes": torch.ones(1)}, torch.float16, 0, "linear"),
-        ({"alibi_slopes": torch.ones(1)}, torch.bfloat16, -1, ""),  # keys on both sides
-        ({"alibi_slopes": torch.ones(1)}, torch.bfloat16, 3, ""),
-        ({"alibi_slopes": torch.ones(1), "score_mod": asks_for_all}, torch.bfloat16, 0, ""),
-        ({"score_mod": asks_for_all}, torch.bfloat16, 0, "folded"),
-        ({"score_mod": asks_for_all}, torch.float16, 0, ""),
+        ({}, torch.bfloat16, ""),
+        ({"softcap": 50.0}, torch.bfloat16, "bounded"),
+        ({"softcap": 50.0}, torch.float16, "softcap"),  # no room for the weights
+        ({"softcap": 60.0}, torch.bfloat16, "softcap"),
+        ({"softcap": 50.0, "alibi_slopes": torch.ones(1)}, torch.bfloat16, "softcap"),
+        ({"softcap": 50.0, "score_mod": asks_for_all}, torch.bfloat16, "softcap"),
+        ({"alibi_slopes": torch.ones(1)}, torch.bfloat16, "linear"),
+        ({"alibi_slopes": torch.ones(1)}, torch.float16, "linear"),
+        ({"alibi_slopes": torch.ones(1), "score_mod": asks_for_all}, torch.bfloat16, ""),
+        ({"score_mod": asks_for_all}, torch.bfloat16, "folded"),
+        ({"score_mod": asks_for_all}, torch.float16, ""),
     ],
 )
-def test_ways_of_a_kernels_own(asked, dtype, right, way):
+def test_ways_of_a_kernels_own(asked, dtype, way):
     launch = pytest.importorskip("mini_flash_attention.kernels.launch")
     given = {"softcap": 0.0, "alibi_slopes": None, "score_mod": None} | asked
     call = types.SimpleNamespace(
-        scores=types.SimpleNamespace(**given), softmax_scale=0.125, right=right,
-        q=torch.empty(0, dtype=dtype),
-    )  # fmt: skip
+        scores=types.SimpleNamespace(**given), softmax_scale=0.125, q=torch.empty(0, dtype=dtype)
+    )
     score_mod = asked.get("score_mod")
     assert launch.changes(call, "bounded", "linear", "folded").flags == (way, score_mod)
     assert launch.changes(call).flags == ("softcap" if "softcap" in asked else "", score_mod)

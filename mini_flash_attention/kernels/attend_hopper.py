@@ -120,15 +120,25 @@ def rescale(m, s, tilt, scale, LAZY: gl.constexpr):
 
 @gluon.jit
 def tilted(s, first, start, slope, BLOCK_N: gl.constexpr):
-    """ALiBi under a causal mask, which is linear: scores with slope * key inside the tile, and what
-    is the same for all that a thread holds of a row, [64, 4], left to the maximum.
+    """ALiBi of queries from `first`: scores, and what `rescale` is still to add to them, [64, 4].
+
+    Before all of the queries, or after them, it is linear in the key: of a thread's part of a row
+    all but slope * key inside the tile is the same, and left to the maximum.
     """
-    pieces, _, _, n = by_place(s, start, BLOCK_N)
+    pieces, i, shift, n = by_place(s, start, BLOCK_N)
     layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, pieces.type.layout))
-    i = gl.arange(0, 64, gl.SliceLayout(1, layout))
-    b = gl.arange(0, 4, gl.SliceLayout(0, layout))
-    distance = (start + 2 * b)[None, :] - (first + i)[:, None]
-    return as_before(pieces + slope * n.to(gl.float32), s), slope * distance.to(gl.float32)
+    row = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
+    column = gl.expand_dims(2 * gl.arange(0, 4, gl.SliceLayout(0, layout)), 0)
+    tilt = slope * (start - first + column - row).to(gl.float32)
+    if (start < first + 64) & (start + BLOCK_N > first):
+        distance = n.to(gl.float32) - (first + i - shift).to(gl.float32)
+        pieces = pieces - slope * gl.abs(distance)
+        tilt = gl.zeros_like(tilt)
+    else:
+        side = gl.where(start < first, 1.0, -1.0)
+        pieces = pieces + slope * side * n.to(gl.float32)
+        tilt = tilt * side
+    return as_before(pieces, s), tilt
 
 
 @gluon.jit

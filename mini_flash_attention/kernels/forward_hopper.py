@@ -263,8 +263,9 @@ def launch(
     crowded = hopper.NEWER and plans.size_class(p.q.shape[-1]) == 256
     if crowded and p.scores.score_mod is not None:
         return otherwise
-    tiles, change = plan.tiles, changes(p, "bounded", "linear", "folded")
-    nheads, head_dim = p.q.shape[-2:]
+    tiles, (nheads, head_dim) = plan.tiles, p.q.shape[-2:]
+    # At 256 one tile's way out of two is no faster, and some exponentials come late.
+    change = changes(p, "bounded", "folded", "linear" if head_dim <= 128 else "")
     packed = p.cu_seqlens_q is not None
     total_q, total_k = p.q.shape[0], p.k.shape[0]
     tokens_q = total_q if packed else p.seqlen_q

@@ -49,8 +49,8 @@ class Changes(NamedTuple):
 
     SCORES is "", "softcap", or what a kernel does in a way of its own:
     "bounded", a soft cap small enough that weights need no running maximum (`softmax.origin`);
-    "linear", ALiBi where no key stands after its query; "folded", beside a score_mod, a scale that
-    is a power of two, multiplied into Q.
+    "linear", ALiBi as what it is on either side of a query; "folded", beside a score_mod, a scale
+    that is a power of two, multiplied into Q.
     """
 
     scale: float  # of the softmax, in powers of two
@@ -77,7 +77,7 @@ def changes(p: Problem, *own: str) -> Changes:
         way = "bounded" if scale <= 75 and p.q.dtype is not torch.float16 else ""
     elif slopes is not None:  # what is subtracted is scaled with the score
         factor = 1 / p.softmax_scale
-        way = "linear" if p.right == 0 else ""
+        way = "linear"
     scores = way if way in own else "softcap" if softcap else ""
     return Changes(scale, (stride, factor, softcap), (scores, score_mod))
 
