@@ -118,7 +118,7 @@ def attend(
                 seen = mask.sees(i_, j_, diagonal, left, right, pad, seqlen_k, LEFT, RIGHT)
                 s = tl.where(seen, s, float("-inf"))
         if SCORES == "bounded":
-            p = tl.exp2(s * scale - softmax.origin(scale) * scale)
+            p = tl.exp2(s * scale)
             l += tl.sum(p, 1)
         else:
             m, alpha, p = softmax.rescale(m, s, scale)

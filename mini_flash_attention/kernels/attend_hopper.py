@@ -5,7 +5,7 @@ exponentials are worked out while the tensor cores are at it. With PINGPONG cons
 turn, so that one's exponentials meet another's products.
 """
 
-from ..rules import mask, softmax
+from ..rules import mask
 from ..rules.scores import modified
 from . import hopper
 from .hopper import fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -163,7 +163,7 @@ def weighed(
         s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N)
     if SCORES == "bounded":
         alpha = m
-        p = hopper.exp2(s * scale - softmax.origin(scale) * scale)
+        p = hopper.exp2(s * scale)
     else:
         m, alpha, p = rescale(m, s, tilt, scale, LAZY)
     return m, alpha, p
@@ -215,9 +215,7 @@ def attend(
             mbarrier.arrive(queries.free.index(before))
     s = warpgroup_mma_wait(0, deps=[s])
     hopper.free(keys, done, CONSUMERS)
-    m = gl.full([64], LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout))
-    if BOUNDED:
-        m = gl.zeros_like(m) + softmax.origin(scale)
+    m = gl.full([64], 0.0 if BOUNDED else LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout))
     m, alpha, p = weighed(
         m, s, first, b, head, start, scale, changes, True, which, turns, turn, left, right,
         LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N,

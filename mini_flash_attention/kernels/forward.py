@@ -76,9 +76,7 @@ def forward_kernel(
     else:
         block_table += b * stride_table
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if SCORES == "bounded":
-        m = tl.zeros([BLOCK_M], tl.float32) + softmax.origin(scale)
+    m = tl.full([BLOCK_M], 0.0 if SCORES == "bounded" else float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     o = tl.zeros([BLOCK_M, D_V], tl.float32)
     diagonal = length_k - rows_q

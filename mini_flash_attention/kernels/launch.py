@@ -48,7 +48,7 @@ class Changes(NamedTuple):
     """How `rules/scores.py` is told what becomes of scores.
 
     SCORES is "", "softcap", or what a kernel does in a way of its own:
-    "bounded", a soft cap small enough that weights need no running maximum (`softmax.origin`);
+    "bounded", a soft cap that keeps weights within 2^-75 and 2^75, so that m = 0 serves all along;
     "linear", ALiBi as what it is on either side of a query; "folded", beside a score_mod, a scale
     that is a power of two, multiplied into Q.
     """
@@ -73,7 +73,7 @@ def changes(p: Problem, *own: str) -> Changes:
             way = "folded" if p.q.dtype is torch.bfloat16 else ""
     elif softcap:
         scale = softcap * LOG2E
-        # fp16 does not hold such weights.
+        # fp16 does not hold such weights. Times values from 1e-15 to 1e10 they are safe in fp32.
         way = "bounded" if scale <= 75 and p.q.dtype is not torch.float16 else ""
     elif slopes is not None:  # what is subtracted is scaled with the score
         factor = 1 / p.softmax_scale

@@ -26,16 +26,6 @@ def rescale(m, s, scale):
 
 
 @triton.jit
-def origin(scale):
-    """m once and for all, where a soft cap keeps scores within -1 and 1, and scale is at most 75.
-
-    Weights then lie between 2^-110 and 2^40: no maximum has to be found, and no sum moved. What
-    is weighed must stay below some 1e20.
-    """
-    return tl.maximum(scale - 40.0, 0.0) / scale
-
-
-@triton.jit
 def finish(m, l, o, scale, sink):
     """Normalised output and LSE (natural logarithm); 0 and -inf for a row that saw no key.
 
