@@ -54,14 +54,14 @@ def _attention(
     if overlaps_itself(q):  # SDPA lays its output out like q, which then overwrites itself
         q = q.contiguous()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if not seqlen_k or not q.numel():
-        empty = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device="cpu")
-        return q.new_zeros((*q.shape[:3], v.shape[3])).transpose(1, 2), empty
     skipped = max(pad, seqlen_k - seqlen_q - p.left) if p.left >= 0 else 0
     k, v = k[:, :, skipped:], v[:, :, skipped:]  # what lies before every window
+    if not k.shape[2] or not q.numel():
+        empty = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device="cpu")
+        return q.new_zeros((*q.shape[:3], v.shape[3])).transpose(1, 2), empty
     seen = _seen(p, seqlen_q, seqlen_k, skipped)
     plain = not p.scores.changed and p.scores.s_aux is None
-    if plain and k.shape[2]:
+    if plain:
         result = F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, scale=p.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -73,8 +73,8 @@ def _attention(
     scores = _changed(p, scores, b, seqlen_k - seqlen_q, skipped)
     if seen is not None:
         scores = scores.masked_fill(~seen, float("-inf"))
-    lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(q.shape[:3], float("-inf"))
-    if plain and k.shape[2]:
+    lse = scores.logsumexp(-1)
+    if plain:
         return result.transpose(1, 2), lse
     empty = lse == float("-inf")
     if p.scores.s_aux is not None:
