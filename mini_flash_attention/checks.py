@@ -126,17 +126,12 @@ def _positions(
 @cache
 def require_triton() -> None:
     """Say what is missing before a kernel is imported: there is no Triton, or one too old."""
-    oldest = ".".join(map(str, OLDEST_TRITON))
+    wanted = ".".join(map(str, OLDEST_TRITON)) + " or newer"
     hint = "pip install --upgrade triton; tensors on the CPU need none"
     try:
         import triton
-
-        found = triton.__version__
-    except ImportError as error:
-        raise ImportError(
-            f"mini_flash_attention: triton: expected {oldest} or newer, got none ({hint})"
-        ) from error
+    except ImportError:
+        refuse(ImportError, "mini_flash_attention", "triton", wanted, "none", hint)
+    found = triton.__version__
     if tuple(int(n) for n in found.split(".")[:2]) < OLDEST_TRITON:
-        raise ImportError(
-            f"mini_flash_attention: triton: expected {oldest} or newer, got {found} ({hint})"
-        )
+        refuse(ImportError, "mini_flash_attention", "triton", wanted, found, hint)
