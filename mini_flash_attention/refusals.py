@@ -116,14 +116,21 @@ def integer(x: Any) -> int | None:
         return None
 
 
-def length(function: str, name: str, x: Any, wanted: str = "an int") -> int:
-    """A length as int."""
+def whole(
+    function: str, name: str, x: Any, least: int, most: int, bounds: str, wanted: str = "an int"
+) -> int:
+    """x as int, from least to most."""
     n = integer(x)
     if n is None:
         refuse(TypeError, function, name, wanted, kind_of(x))
-    if not 0 <= n < 2**31:
-        refuse(ValueError, function, name, "0 <= length < 2**31", n)
+    if not least <= n <= most:
+        refuse(ValueError, function, name, bounds, n)
     return n
+
+
+def length(function: str, name: str, x: Any, wanted: str = "an int") -> int:
+    """A length as int."""
+    return whole(function, name, x, 0, 2**31 - 1, "0 <= length < 2**31", wanted)
 
 
 def bounded(function: str, name: str, n: int) -> int:
@@ -214,25 +221,18 @@ def window(
 
 
 def splits(function: str, num_splits: Any) -> int:
-    number = integer(num_splits)
-    if number is None:
-        refuse(TypeError, function, "num_splits", "an int", kind_of(num_splits))
-    if not 0 <= number <= MAX_SPLITS:
-        refuse(ValueError, function, "num_splits", f"0 (automatic) to {MAX_SPLITS}", num_splits)
-    return number
+    bounds = f"0 (automatic) to {MAX_SPLITS}"
+    return whole(function, "num_splits", num_splits, 0, MAX_SPLITS, bounds)
 
 
 def split_size(function: str, size: Any, num_splits: int) -> int:
     """Keys of a part, 0 if nobody asked for parts of a fixed size."""
     if size is None:
         return 0
-    number = integer(size)
-    if number is None:
-        refuse(TypeError, function, "fixed_split_size", "an int or None", kind_of(size))
-    if not 1 <= number <= MAX_LENGTH:
-        refuse(ValueError, function, "fixed_split_size", "1 or more keys", size)
+    name = "fixed_split_size"
+    number = whole(function, name, size, 1, MAX_LENGTH, "1 or more keys", "an int or None")
     if num_splits:
-        refuse(ValueError, function, "fixed_split_size", "None with num_splits", "both", "drop one")
+        refuse(ValueError, function, name, "None with num_splits", "both", "drop one")
     return number
 
 
