@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .api import flash_attn_func, flash_attn_varlen_func
-from .refusals import plain, refuse
+from .refusals import plain, refuse, shape
 
 
 def flash_attn_qkvpacked_func(
@@ -103,15 +103,11 @@ def merge_attention_states(
         if x.device != out_a.device:
             refuse(ValueError, function, name, f"a tensor on {out_a.device}", x.device)
     if out_a.dim() not in (3, 4):
-        wanted = "3 or 4 dimensions"
-        refuse(ValueError, function, "out_a", wanted, tuple(out_a.shape))
+        refuse(ValueError, function, "out_a", "3 or 4 dimensions", tuple(out_a.shape))
     *outer, nheads, _ = out_a.shape
-    shape = (*outer[:-1], nheads, outer[-1])
-    if out_b.shape != out_a.shape:
-        refuse(ValueError, function, "out_b", f"shape {tuple(out_a.shape)}", tuple(out_b.shape))
+    shape(function, "out_b", out_b, tuple(out_a.shape))
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
-        if tuple(lse.shape) != shape:
-            refuse(ValueError, function, name, f"shape {shape}", tuple(lse.shape))
+        shape(function, name, lse, (*outer[:-1], nheads, outer[-1]))
     lse = torch.logaddexp(lse_a.float(), lse_b.float())
     least = lse.masked_fill(lse == float("-inf"), 0.0)
     weight_a, weight_b = (

@@ -309,10 +309,8 @@ def _append(
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         check.tensor(function, name, x, 3 if packed else 4, q)
         tokens = () if packed else (k.shape[1],)
-        wanted = (q.shape[0], *tokens, *cache.shape[-2:])
-        if tuple(x.shape) != wanted:
-            hint = "a packed sequence brings a key for each query" if packed else ""
-            refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape), hint)
+        hint = "a packed sequence brings a key for each query" if packed else ""
+        check.shape(function, name, x, (q.shape[0], *tokens, *cache.shape[-2:]), hint=hint)
     if cache_seqlens is None:
         hint = "it says where the new keys go"
         refuse(ValueError, function, "cache_seqlens", "lengths when k, v are given", "None", hint)

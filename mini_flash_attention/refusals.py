@@ -76,6 +76,15 @@ def rows(function: str, name: str, x: torch.Tensor, wanted: str = "contiguous ro
         refuse(ValueError, function, name, wanted, got, hint)
 
 
+def shape(
+    function: str, name: str, x: torch.Tensor, *allowed: tuple[int, ...], hint: str = ""
+) -> None:
+    """x has one of these shapes."""
+    if tuple(x.shape) not in allowed:
+        wanted = " or ".join(map(str, allowed))
+        refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape), hint)
+
+
 def tensor(
     function: str, name: str, x: Any, rank: int, like: torch.Tensor | None = None,
     paged: bool = False,
@@ -83,8 +92,8 @@ def tensor(
     """x is a plain strided tensor of this rank; dtype, device and last stride that kernels take."""
     plain(function, name, x, like)
     if x.dim() != rank:
-        shape, hint = SHAPES[0 if paged else rank]
-        refuse(ValueError, function, name, f"{rank} dimensions {shape}", tuple(x.shape), hint)
+        names, hint = SHAPES[0 if paged else rank]
+        refuse(ValueError, function, name, f"{rank} dimensions {names}", tuple(x.shape), hint)
     if like is not None and x.dtype is not like.dtype:
         refuse(TypeError, function, name, f"dtype {like.dtype}, as q", x.dtype, "cast it")
     rows(function, name, x, "a contiguous last dimension")
@@ -315,13 +324,10 @@ def out(function: str, out: Any, q: torch.Tensor, head_dim: int) -> None:
     if out is None:
         return
     tensor(function, "out", out, q.dim(), q)
-    wanted = (*q.shape[:-1], head_dim)
-    if tuple(out.shape) != wanted:
-        refuse(ValueError, function, "out", f"shape {wanted}", tuple(out.shape))
+    shape(function, "out", out, (*q.shape[:-1], head_dim))
     if overlaps_itself(out):
-        refuse(
-            ValueError, function, "out", "elements that don't overlap", f"strides {out.stride()}"
-        )
+        wanted = "elements that don't overlap"
+        refuse(ValueError, function, "out", wanted, f"strides {out.stride()}")
 
 
 def apart(function: str, out: torch.Tensor, *inputs: torch.Tensor) -> None:
