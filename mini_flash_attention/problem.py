@@ -249,7 +249,7 @@ def kvcache(
 
 def _packed(function: str, cu_seqlens_q: Any, q: torch.Tensor) -> int:
     """The batch that cu_seqlens_q describes."""
-    check.index_tensor(function, "cu_seqlens_q", cu_seqlens_q, q, (None,))
+    check.index_tensor(function, "cu_seqlens_q", cu_seqlens_q, q, ("any",))
     batch = cu_seqlens_q.shape[0] - 1
     if batch < 0 or (batch == 0 and q.shape[0] > 0):
         wanted = "batch + 1 entries, starting at 0"
@@ -289,7 +289,7 @@ def _pages(
     function: str, table: Any, batch: int, q: torch.Tensor, k: torch.Tensor
 ) -> tuple[int, int]:
     """(page_size, tokens that one row of the block table can reach)."""
-    check.index_tensor(function, "block_table", table, q, (batch, None))
+    check.index_tensor(function, "block_table", table, q, (batch, "any"))
     page_size = k.shape[1]
     if page_size < 1:
         refuse(ValueError, function, "block_table", "pages of at least one token", page_size)

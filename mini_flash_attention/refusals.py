@@ -100,18 +100,15 @@ def tensor(
 
 
 def index_tensor(
-    function: str, name: str, x: Any, q: torch.Tensor, shape: tuple[int | None, ...]
+    function: str, name: str, x: Any, q: torch.Tensor, sizes: tuple[int | str, ...]
 ) -> None:
-    """x holds int32 numbers on q's device in this shape (None: any size), rows contiguous."""
+    """x holds int32 numbers on q's device in these sizes, "any" among them, rows contiguous."""
     plain(function, name, x, q, "an int32 torch.Tensor")
     if x.dtype is not torch.int32:
         refuse(TypeError, function, name, "dtype torch.int32", x.dtype, "call .int()")
-    fits = x.dim() == len(shape) and all(
-        s in (None, n) for s, n in zip(shape, x.shape, strict=True)
-    )
-    if not fits:
-        wanted = tuple("any" if n is None else n for n in shape)
-        refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape))
+    pairs = zip(sizes, x.shape, strict=False)
+    if x.dim() != len(sizes) or any(size not in ("any", n) for size, n in pairs):
+        refuse(ValueError, function, name, f"shape {sizes}", tuple(x.shape))
     rows(function, name, x)
 
 
