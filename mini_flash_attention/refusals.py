@@ -10,14 +10,15 @@ import operator
 from typing import Any, NoReturn
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 128
 MAX_LENGTH = 2**31 - 2**16
 MAX_REAL = 1e30  # kernels compute in fp32
-GPU_DTYPES = (torch.float16, torch.bfloat16)
-CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = {"cuda": HALVES, "cpu": (*HALVES, torch.float32)}
 
 
 def refuse(
@@ -253,11 +254,10 @@ def qkv(
     k_name, v_name = names.split()
     tensor(function, "q", q, rank)
     kind = q.device.type
-    if kind not in ("cuda", "cpu"):
+    if kind not in DTYPES:
         refuse(ValueError, function, "q", "a tensor on a CUDA device or the CPU", q.device)
-    dtypes = CPU_DTYPES if kind == "cpu" else GPU_DTYPES
-    if q.dtype not in dtypes:
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    if q.dtype not in DTYPES[kind]:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in DTYPES[kind])
         refuse(TypeError, function, "q", f"dtype {wanted} on {kind}", q.dtype, "cast q, k and v")
     tensor(function, k_name, k, rank_k, q, paged)
     tensor(function, v_name, v, rank_k, q, paged)
@@ -280,9 +280,8 @@ def qkv(
 
 def differentiable(function: str, *tensors: torch.Tensor | None) -> None:
     """Refuse whoever expects a gradient, a tangent or a vmap: it would be lost in silence."""
-    if torch.is_grad_enabled() and any(
-        isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
-    ):
+    given = (t for t in tensors if isinstance(t, torch.Tensor))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         raise NotImplementedError(
             f"{function}: backward: not implemented yet; "
             "call it under torch.no_grad() or detach its tensors"
@@ -295,9 +294,7 @@ def differentiable(function: str, *tensors: torch.Tensor | None) -> None:
 
 def transformed() -> bool:
     """Whether the caller runs under torch.func (vmap, grad, ...) or forward-mode AD."""
-    return (
-        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 def overlaps_itself(x: torch.Tensor) -> bool:
