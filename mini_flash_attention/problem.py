@@ -200,8 +200,8 @@ def kvcache(
     if cache_batch_idx is not None:
         check.index_tensor(function, "cache_batch_idx", cache_batch_idx, q, (batch,))
         if block_table is not None:
-            name, wanted = "cache_batch_idx", "None with a block_table"
-            refuse(ValueError, function, name, wanted, "both", "drop one")
+            wanted = "None with a block_table"
+            refuse(ValueError, function, "cache_batch_idx", wanted, "both", "drop one")
     if cache_leftpad is not None:
         check.index_tensor(function, "cache_leftpad", cache_leftpad, q, (batch,))
     if block_table is not None:
@@ -233,10 +233,8 @@ def kvcache(
     check.differentiable(function, q, k_cache, v_cache, k, v, out, *more)
     check.out(function, out, q, v_cache.shape[-1])
     left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
-    rotary = _rotary(function, q, rotary_cos, rotary_sin, rotary_interleaved, k is not None)
-    if rotary is not None:
-        windows = any(w not in (None, -1) for w in window_size)
-        rotary = rotary._replace(moving=causal or windows)
+    moving = causal or any(w not in (None, -1) for w in window_size)
+    rotary = _rotary(function, q, rotary_cos, rotary_sin, rotary_interleaved, moving, k)
     if cache_leftpad is not None:  # what stands before it lies outside of a window
         left, asked = seqlen_k if left < 0 else left, True
     scale = check.scale(function, softmax_scale, head_dim, alibi_slopes is not None)
@@ -274,15 +272,15 @@ def _scores(
 
 
 def _rotary(
-    function: str, q: torch.Tensor, cos: Any, sin: Any, interleaved: bool, appends: bool
+    function: str, q: torch.Tensor, cos: Any, sin: Any, interleaved: bool, moving: bool, k: Any
 ) -> Rotary | None:
     if cos is None and sin is None:
         return None
-    if not appends:
+    if k is None:
         refuse(ValueError, function, "rotary_cos", "k and v to append", "none", "rotate q yourself")
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
         features.rotary(function, name, x, q, cos)
-    return Rotary(cos, sin, interleaved, False)
+    return Rotary(cos, sin, interleaved, moving)
 
 
 def _pages(
