@@ -145,14 +145,9 @@ def varlen(
         check.index_tensor(function, "seqused_k", seqused_k, q, (batch,))
     seqlen_q = min(check.length(function, "max_seqlen_q", max_seqlen_q), q.shape[0])
     seqlen_k = check.length(function, "max_seqlen_k", max_seqlen_k)
-    page_size = 0
     check.bounded(function, "q", q.shape[0])
-    if block_table is None:
-        check.bounded(function, "k", k.shape[0])
-        seqlen_k = min(seqlen_k, k.shape[0])
-    else:
-        page_size, capacity = _pages(function, block_table, batch, q, k)
-        seqlen_k = min(seqlen_k, capacity)
+    page_size, capacity = _pages(function, "k", k, block_table, batch, q)
+    seqlen_k = min(seqlen_k, capacity)
     check.dropout(function, dropout_p)
     check.flags(function, deterministic=deterministic, return_attn_probs=return_attn_probs)
     scores = _scores(function, q, batch, softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
@@ -204,13 +199,10 @@ def kvcache(
             refuse(ValueError, function, "cache_batch_idx", wanted, "both", "drop one")
     if cache_leftpad is not None:
         check.index_tensor(function, "cache_leftpad", cache_leftpad, q, (batch,))
-    if block_table is not None:
-        page_size, capacity = _pages(function, block_table, batch, q, k_cache)
-    else:
-        page_size, capacity = 0, check.bounded(function, "k_cache", k_cache.shape[1])
-        if k_cache.shape[0] != batch and cache_batch_idx is None:
-            hint = "cache_batch_idx says which rows of a larger cache to use"
-            refuse(ValueError, function, "k_cache", f"batch {batch}", k_cache.shape[0], hint)
+    page_size, capacity = _pages(function, "k_cache", k_cache, block_table, batch, q)
+    if k_cache.shape[0] != batch and block_table is None and cache_batch_idx is None:
+        hint = "cache_batch_idx says which rows of a larger cache to use"
+        refuse(ValueError, function, "k_cache", f"batch {batch}", k_cache.shape[0], hint)
     appended = _append(function, q, k_cache, v_cache, k, v, cache_seqlens, packed)
     if appended > capacity:
         refuse(ValueError, function, "k", f"at most the cache's {capacity} tokens", appended)
@@ -284,9 +276,11 @@ def _rotary(
 
 
 def _pages(
-    function: str, table: Any, batch: int, q: torch.Tensor, k: torch.Tensor
+    function: str, name: str, k: torch.Tensor, table: Any, batch: int, q: torch.Tensor
 ) -> tuple[int, int]:
-    """(page_size, tokens that one row of the block table can reach)."""
+    """(page_size, tokens that one row of the block table can reach); (0, tokens of k) without."""
+    if table is None:
+        return 0, check.bounded(function, name, k.shape[-3])
     check.index_tensor(function, "block_table", table, q, (batch, "any"))
     page_size = k.shape[1]
     if page_size < 1:
