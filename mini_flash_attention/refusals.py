@@ -37,13 +37,11 @@ def later(function: str, argument: str, value: str) -> NoReturn:
 
 # -- one argument at a time -------------------------------------------------------------------
 
+PAGED = "with a block_table k and v are pages"
 SHAPES = {
-    3: (
-        "(total, heads, head_dim)",
-        "batched tensors go to flash_attn_func; with a block_table k and v are pages",
-    ),
+    3: ("(total, heads, head_dim)", f"batched tensors go to flash_attn_func; {PAGED}"),
     4: ("(batch, seqlen, heads, head_dim)", "packed tensors go to flash_attn_varlen_func"),
-    0: ("(num_blocks, page_size, heads, head_dim)", "with a block_table k and v are pages"),
+    0: ("(num_blocks, page_size, heads, head_dim)", PAGED),
 }
 
 
