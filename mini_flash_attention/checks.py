@@ -46,9 +46,10 @@ def values(p: Problem) -> None:
             refuse(ValueError, p.function, "cache_seqlens", wanted, longest, hint)
         refuse(ValueError, p.function, "max_seqlen_k", f"at least {longest}", p.seqlen_k)
     if p.cache_batch_idx is not None:
-        _rows(p, p.cache_batch_idx)
+        last = p.k.shape[0] - 1
+        _up_to(p, "cache_batch_idx", p.cache_batch_idx, [last] * p.batch, "rows from 0 to {end}")
     if p.cache_leftpad is not None:
-        _leftpad(p, p.cache_leftpad, keys)
+        _up_to(p, "cache_leftpad", p.cache_leftpad, keys, "0 to the {end} keys of sequence {b}")
     if p.rotary is not None:
         _positions(p, p.rotary, queries, new, keys)
 
@@ -102,19 +103,11 @@ def _pages(p: Problem, block_table: torch.Tensor, lengths: list[int]) -> None:
                 refuse(ValueError, p.function, "block_table", wanted, got)
 
 
-def _rows(p: Problem, cache_batch_idx: torch.Tensor) -> None:
-    rows = p.k.shape[0]
-    for b, row in enumerate(cache_batch_idx.tolist()):
-        if not 0 <= row < rows:
-            got = f"{row} in entry {b}"
-            refuse(ValueError, p.function, "cache_batch_idx", f"rows from 0 to {rows - 1}", got)
-
-
-def _leftpad(p: Problem, cache_leftpad: torch.Tensor, lengths: list[int]) -> None:
-    for b, (pad, length) in enumerate(zip(cache_leftpad.tolist(), lengths, strict=True)):
-        if not 0 <= pad <= length:
-            wanted, got = f"0 to the {length} keys of sequence {b}", f"{pad} in entry {b}"
-            refuse(ValueError, p.function, "cache_leftpad", wanted, got)
+def _up_to(p: Problem, name: str, x: torch.Tensor, ends: list[int], wanted: str) -> None:
+    """Every number of x is one from 0 to its end."""
+    for b, (n, end) in enumerate(zip(x.tolist(), ends, strict=True)):
+        if not 0 <= n <= end:
+            refuse(ValueError, p.function, name, wanted.format(end=end, b=b), f"{n} in entry {b}")
 
 
 def _positions(
@@ -133,17 +126,12 @@ def _positions(
 @cache
 def require_triton() -> None:
     """Say what is missing before a kernel is imported: there is no Triton, or one too old."""
-    oldest = ".".join(map(str, OLDEST_TRITON))
+    wanted = ".".join(map(str, OLDEST_TRITON)) + " or newer"
     hint = "pip install --upgrade triton; tensors on the CPU need none"
     try:
         import triton
-
-        found = triton.__version__
-    except ImportError as error:
-        raise ImportError(
-            f"mini_flash_attention: triton: expected {oldest} or newer, got none ({hint})"
-        ) from error
+    except ImportError:
+        refuse(ImportError, "mini_flash_attention", "triton", wanted, "none", hint)
+    found = triton.__version__
     if tuple(int(n) for n in found.split(".")[:2]) < OLDEST_TRITON:
-        raise ImportError(
-            f"mini_flash_attention: triton: expected {oldest} or newer, got {found} ({hint})"
-        )
+        refuse(ImportError, "mini_flash_attention", "triton", wanted, found, hint)

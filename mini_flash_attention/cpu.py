@@ -15,18 +15,14 @@ from .refusals import overlaps_itself
 def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Append p's new keys; (out, softmax_lse or None) of attention then."""
     out = p.new_out()
-    lse = (
-        None if p.lse_shape is None else torch.empty(p.lse_shape, dtype=torch.float32, device="cpu")
-    )
+    shape = p.lse_shape
+    lse = None if shape is None else torch.empty(shape, dtype=torch.float32, device="cpu")
     if p.k_new is not None:
         _append(p)
     if p.rotary is not None:
         p = p._replace(q=_rotated_queries(p))
-    lengths = (
-        p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_k, p.block_table, p.cache_batch_idx,
-        p.cache_leftpad,
-    )  # fmt: skip
-    if all(x is None for x in lengths):
+    own = (p.cu_seqlens_q, p.seqused_k, p.block_table, p.cache_batch_idx, p.cache_leftpad)
+    if all(x is None for x in own):  # nothing that is a sequence's own
         k, v = p.k[:, : p.seqlen_k], p.v[:, : p.seqlen_k]
         result, result_lse = _attention(p, p.q, k, v, 0)
         out.copy_(result)
@@ -37,17 +33,13 @@ def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
     if lse is not None:
         lse.fill_(float("-inf"))
     for b in range(p.batch):
-        rows = _rows(b, p.cu_seqlens_q, p.q)
-        if p.cu_seqlens_q is None:
-            q, out_b, lse_b = p.q[b], out[b], None if lse is None else lse[b]
-        else:
-            rows = slice(rows.start, min(rows.stop, rows.start + p.seqlen_q))
-            q, out_b, lse_b = p.q[rows], out[rows], None if lse is None else lse[:, rows]
-        k, v, pad = _keys(p, b)
-        result, result_lse = _attention(p, q[None], k[None], v[None], b, pad)
-        out_b.copy_(result[0])
-        if lse_b is not None:
-            lse_b.copy_(result_lse[0])
+        at = _queries(p, b)
+        k, v = _keys(p, b)
+        pad = 0 if p.cache_leftpad is None else min(max(int(p.cache_leftpad[b]), 0), k.shape[0])
+        result, result_lse = _attention(p, p.q[at][None], k[None], v[None], b, pad)
+        out[at] = result[0]
+        if lse is not None:
+            lse[at if p.cu_seqlens_q is None else (..., at)] = result_lse[0]
     return out, lse
 
 
@@ -62,14 +54,14 @@ def _attention(
     if overlaps_itself(q):  # SDPA lays its output out like q, which then overwrites itself
         q = q.contiguous()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if not seqlen_k or not q.numel():
-        empty = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device="cpu")
-        return q.new_zeros((*q.shape[:3], v.shape[3])).transpose(1, 2), empty
     skipped = max(pad, seqlen_k - seqlen_q - p.left) if p.left >= 0 else 0
     k, v = k[:, :, skipped:], v[:, :, skipped:]  # what lies before every window
+    if not k.shape[2] or not q.numel():
+        empty = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device="cpu")
+        return q.new_zeros((*q.shape[:3], v.shape[3])).transpose(1, 2), empty
     seen = _seen(p, seqlen_q, seqlen_k, skipped)
     plain = not p.scores.changed and p.scores.s_aux is None
-    if plain and k.shape[2]:
+    if plain:
         result = F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, scale=p.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -81,8 +73,8 @@ def _attention(
     scores = _changed(p, scores, b, seqlen_k - seqlen_q, skipped)
     if seen is not None:
         scores = scores.masked_fill(~seen, float("-inf"))
-    lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(q.shape[:3], float("-inf"))
-    if plain and k.shape[2]:
+    lse = scores.logsumexp(-1)
+    if plain:
         return result.transpose(1, 2), lse
     empty = lse == float("-inf")
     if p.scores.s_aux is not None:
@@ -129,70 +121,58 @@ def _seen(p: Problem, seqlen_q: int, seqlen_k: int, skipped: int) -> torch.Tenso
     return seen
 
 
-def _rows(b: int, cu_seqlens: torch.Tensor | None, x: torch.Tensor) -> slice:
+def _queries(p: Problem, b: int) -> int | slice:
+    """Where in q those of sequence b are."""
+    if p.cu_seqlens_q is None:
+        return b
+    rows = _rows(b, p.cu_seqlens_q, p.q)
+    return slice(rows.start, min(rows.stop, rows.start + p.seqlen_q))
+
+
+def _rows(b: int, cu_seqlens: torch.Tensor, x: torch.Tensor) -> slice:
     """Rows of packed x that are sequence b, whatever cu_seqlens holds."""
-    if cu_seqlens is None:
-        return slice(0, 0)
     total = x.shape[0]
     start = min(max(int(cu_seqlens[b]), 0), total)
     return slice(start, min(max(int(cu_seqlens[b + 1]), start), total))
 
 
-def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """k, v (length, nheads_k, head_dim) of sequence b in use; zeros on a page that isn't there.
-    The third is the first of them that is there.
+def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """k, v (length, nheads_k, head_dim) of sequence b, from the first of its cache; zeros on a page
+    that isn't there.
     """
-    k, v = _keys_in_use(p, b)
-    pad = 0
-    if p.cache_leftpad is not None:
-        pad = min(max(int(p.cache_leftpad[b]), 0), k.shape[0])
-    return k, v, pad
-
-
-def _keys_in_use(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """All keys of sequence b, from the first of its cache."""
-    length, row = p.seqlen_k, b
+    length = p.seqlen_k
     if p.cu_seqlens_k is not None:
-        start, end = int(p.cu_seqlens_k[b]), int(p.cu_seqlens_k[b + 1])
-        if not p.page_size:
-            rows = _rows(b, p.cu_seqlens_k, p.k)
-            start, end = rows.start, rows.stop
+        start, end = p.cu_seqlens_k[b : b + 2].tolist()
         length = min(max(end - start, 0), length)
     if p.seqused_k is not None:
-        appended = _tokens(p, b) if p.appended < 0 else p.appended
+        appended = p.q[_queries(p, b)].shape[0] if p.appended < 0 else p.appended
         length = min(min(max(int(p.seqused_k[b]), 0), length) + appended, length)
-    if p.cache_batch_idx is not None:
-        row = int(p.cache_batch_idx[b])
-        if not 0 <= row < p.k.shape[0]:
-            row, length = 0, 0
-    if not p.page_size:
-        if p.cu_seqlens_k is not None:
-            return p.k[start : start + length], p.v[start : start + length]
-        return p.k[row, :length], p.v[row, :length]
-    if not p.k.shape[0]:  # no page at all
-        return p.k.new_zeros(length, *p.k.shape[2:]), p.v.new_zeros(length, *p.v.shape[2:])
-    j = torch.arange(length, device="cpu")
-    page, slot, real = _locate(p, torch.full_like(j, b), j)
-    missing = ~real[:, None, None]
-    return p.k[page, slot].masked_fill(missing, 0.0), p.v[page, slot].masked_fill(missing, 0.0)
+    if p.page_size:
+        if not p.k.shape[0]:  # no page at all
+            return p.k.new_zeros(length, *p.k.shape[2:]), p.v.new_zeros(length, *p.v.shape[2:])
+        page, slot, real = _locate(p, b, torch.arange(length, device="cpu"))
+        missing = ~real[:, None, None]
+        return p.k[page, slot].masked_fill(missing, 0.0), p.v[page, slot].masked_fill(missing, 0.0)
+    if p.cu_seqlens_k is not None:
+        rows = _rows(b, p.cu_seqlens_k, p.k)
+        return p.k[rows][:length], p.v[rows][:length]
+    row = b if p.cache_batch_idx is None else int(p.cache_batch_idx[b])
+    if not 0 <= row < p.k.shape[0]:
+        row, length = 0, 0
+    return p.k[row, :length], p.v[row, :length]
 
 
-def _locate(
-    p: Problem, b: torch.Tensor, j: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pages and slots of keys j of sequences b; a page that does not exist becomes page 0."""
-    assert p.block_table is not None
-    page = p.block_table[b, j // p.page_size].long()
+def _locate(p: Problem, b: int, j: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pages, or rows of the cache, and slots of keys j of sequence b; whether they exist: one that
+    does not becomes 0.
+    """
+    page, slot = torch.full_like(j, b), j
+    if p.block_table is not None:
+        page, slot = p.block_table[b, j // p.page_size].long(), j % p.page_size
+    elif p.cache_batch_idx is not None:
+        page = p.cache_batch_idx[page].long()
     real = (page >= 0) & (page < p.k.shape[0])
-    return page.where(real, 0), j % p.page_size, real
-
-
-def _tokens(p: Problem, b: int) -> int:
-    """Queries of sequence b."""
-    if p.cu_seqlens_q is None:
-        return p.seqlen_q
-    rows = _rows(b, p.cu_seqlens_q, p.q)
-    return min(rows.stop - rows.start, p.seqlen_q)
+    return page.where(real, 0), slot, real
 
 
 def _starts(p: Problem) -> torch.Tensor:
@@ -206,19 +186,12 @@ def _append(p: Problem) -> None:
     """Write k_new and v_new into the caches, where they fit."""
     assert p.k_new is not None and p.v_new is not None
     for b, start in enumerate(_starts(p).tolist()):
-        packed = p.cu_seqlens_q is not None
-        first = _rows(b, p.cu_seqlens_q, p.q).start if packed else 0
-        count = min(_tokens(p, b) if packed else p.appended, p.seqlen_k - start)
-        k, v = (x[first : first + count] if packed else x[b, :count] for x in (p.k_new, p.v_new))
-        j = torch.arange(start, start + count, device="cpu")
+        at = _queries(p, b)
+        k, v = (x[at][: p.seqlen_k - start] for x in (p.k_new, p.v_new))
+        j = torch.arange(start, start + k.shape[0], device="cpu")
         if p.rotary is not None:
             k = _rotated(p.rotary, k, j)
-        page, slot, real = torch.full_like(j, b), j, torch.ones_like(j, dtype=torch.bool)
-        if p.page_size:
-            page, slot, real = _locate(p, page, j)
-        elif p.cache_batch_idx is not None:
-            page = p.cache_batch_idx[page].long()
-            real = (page >= 0) & (page < p.k.shape[0])
+        page, slot, real = _locate(p, b, j)
         p.k[page[real], slot[real]] = k[real]
         p.v[page[real], slot[real]] = v[real]
 
@@ -227,7 +200,7 @@ def _rotated_queries(p: Problem) -> torch.Tensor:
     assert p.rotary is not None
     q = p.q.clone()
     for b, start in enumerate(_starts(p).tolist()):
-        mine = q[b] if p.cu_seqlens_q is None else q[_rows(b, p.cu_seqlens_q, q)]
+        mine = q[_queries(p, b)]
         t = torch.arange(mine.shape[0], device="cpu") * p.rotary.moving
         mine.copy_(_rotated(p.rotary, mine, start + t))
     return q

@@ -154,10 +154,8 @@ def _recipe(p: Problem) -> Recipe:
     """Plan a call and decide its launches."""
     checks.require_triton()
     if INTERPRETED and p.q.dtype is torch.bfloat16:
-        refusals.refuse(
-            TypeError, p.function, "q", "float16 or float32 in Triton's interpreter", p.q.dtype,
-            "its bf16 products are wrong",
-        )  # fmt: skip
+        wanted, hint = "float16 or float32 in Triton's interpreter", "its bf16 products are wrong"
+        refusals.refuse(TypeError, p.function, "q", wanted, p.q.dtype, hint)
     from .kernels import append, combine, decode, forward
 
     gpu = plan.gpu(p.q.device)

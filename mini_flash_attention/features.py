@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .refusals import kind_of, plain, refuse, rows
+from .refusals import kind_of, plain, refuse, rows, shape
 
 
 def score_mod(function: str, score_mod: Any, extra: Any, q: torch.Tensor) -> None:
@@ -33,9 +33,7 @@ def per_head(
     if x.dtype not in dtypes:
         wanted = " or ".join(dict.fromkeys(map(str, dtypes)))
         refuse(TypeError, function, name, f"dtype {wanted}", x.dtype, "cast it")
-    if tuple(x.shape) not in shapes:
-        wanted = " or ".join(map(str, shapes))
-        refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape))
+    shape(function, name, x, *shapes)
     rows(function, name, x)
 
 

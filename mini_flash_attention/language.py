@@ -13,10 +13,8 @@ import torch
 
 SAME = (
     "abs", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "erf", "floor", "ceil",
-    "sigmoid", "maximum", "minimum", "where",
-)  # fmt: skip
-TYPES = (
-    "float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8",
+    "sigmoid", "where", "float16", "bfloat16", "float32", "float64", "int8", "int16", "int32",
+    "int64", "uint8",
 )  # fmt: skip
 
 
@@ -42,26 +40,19 @@ def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> torch.Tensor:
     return torch.where(there, memory[torch.where(there, index, 0).long()], other)
 
 
-def extreme(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """tl.maximum or tl.minimum: numbers too."""
-    return lambda x, y: choose(torch.as_tensor(x), torch.as_tensor(y))
-
-
 LANGUAGE = types.SimpleNamespace(
-    **{name: getattr(torch, name) for name in SAME + TYPES},
+    **{name: getattr(torch, name) for name in SAME},
     load=load,
+    maximum=lambda x, y: torch.maximum(torch.as_tensor(x), torch.as_tensor(y)),  # numbers too
+    minimum=lambda x, y: torch.minimum(torch.as_tensor(x), torch.as_tensor(y)),
     cast=lambda x, dtype: torch.as_tensor(x).to(dtype),
     constexpr=lambda x: x,
 )
-LANGUAGE.maximum, LANGUAGE.minimum = extreme(torch.maximum), extreme(torch.minimum)
 
 
 def call(score_mod: Any, *arguments: Any) -> torch.Tensor:
     """What score_mod gives for tensors; a tuple of them becomes one of pointers."""
-    given = [
-        tuple(Pointer(x) for x in argument) if isinstance(argument, tuple) else argument
-        for argument in arguments
-    ]
+    given = [tuple(map(Pointer, x)) if isinstance(x, tuple) else x for x in arguments]
     return plain(score_mod)(*given)
 
 

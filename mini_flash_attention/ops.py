@@ -24,26 +24,19 @@ LENGTHS = (
     "Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table, SymInt num_splits, "
     "SymInt? fixed_split_size"
 )
-SCHEMAS = {
-    "dense": f"(Tensor q, Tensor k, Tensor v, {SCORES}) -> (Tensor, Tensor)",
+SCHEMAS = {  # of what comes before SCORES
+    "dense": "Tensor q, Tensor k, Tensor v",
     "varlen": (
-        "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
+        "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
         "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table, Tensor? seqused_k, "
-        f"SymInt num_splits, {SCORES}) -> (Tensor, Tensor)"
+        "SymInt num_splits"
     ),
-    "kvcache": (
-        f"(Tensor q, Tensor k_cache, Tensor v_cache, {LENGTHS}, {SCORES}) -> (Tensor, Tensor)"
-    ),
+    "kvcache": f"Tensor q, Tensor k_cache, Tensor v_cache, {LENGTHS}",
     "kvcache_append": (
-        "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
-        "Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
-        f"{LENGTHS}, {SCORES}) -> (Tensor, Tensor)"
+        "Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
+        f"Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, {LENGTHS}"
     ),
 }
-DESCRIBE: dict[str, Callable[..., Problem]] = {
-    "dense": problem.dense, "varlen": problem.varlen, "kvcache": problem.kvcache,
-    "kvcache_append": problem.kvcache,
-}  # fmt: skip
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # Operators take no functions: a score_mod goes by a name.
 _score_mods: dict[str, Any] = {}
@@ -118,9 +111,7 @@ def _arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
         given["score_mod"] = _score_mods[given["score_mod"]]
     need_lse = given.pop("need_lse")
     if name in ("dense", "varlen"):
-        return given | {
-            "return_attn_probs": need_lse, "dropout_p": 0.0, "deterministic": False
-        }  # fmt: skip
+        return given | {"return_attn_probs": need_lse, "dropout_p": 0.0, "deterministic": False}
     number = given.pop("cache_seqlen")
     if number is not None:
         given["cache_seqlens"] = number
@@ -129,62 +120,50 @@ def _arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _define(name: str, schema: str) -> None:
-    """An operator: its schema, what it does, and what it makes of tensors without memory."""
-    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    """An operator: what it does, what it makes of tensors without memory, and what that costs."""
+    LIBRARY.define(
+        f"{name}({schema}, {SCORES}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
+    )
     operator = getattr(torch.ops.mini_flash_attention, name).default
     order = [argument.name for argument in operator._schema.arguments]
+    describe = getattr(problem, name.removesuffix("_append"))
+    names = problem.CACHE_NAMES if name.startswith("kvcache") else {}
 
     def compute(*values: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         arguments = _arguments(name, {**dict(zip(order, values, strict=False)), **named})
-        names = problem.CACHE_NAMES if name.startswith("kvcache") else {}
-        out, lse = dispatch.compute(DESCRIBE[name], arguments, names)
+        out, lse = dispatch.compute(describe, arguments, names)
         return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse
 
     def fake(*values: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         given = {**dict(zip(order, values, strict=False)), **named}
-        q, v = given["q"], given["v_cache" if name.startswith("kvcache") else "v"]
+        q, v = given["q"], given[names.get("v", "v")]
         shape: tuple[Any, ...] = (0,)
         if given["need_lse"]:
             shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else q.shape[1::-1]
         return empty_out(q, v.shape[-1]), q.new_empty(shape, dtype=torch.float32)
 
+    def flops(*values: Any, out_val: Any = None, **named: Any) -> int:
+        given = {**dict(zip(order, values, strict=False)), **named}
+        return _flops(describe(**_arguments(name, given)))
+
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, compute, key)
     torch.library.register_fake(operator, fake, lib=LIBRARY)
-
-    def flops(*values: Any, **named: Any) -> int:
-        return _flops(name, {**dict(zip(order, values, strict=False)), **named})
-
     register_flop_formula(operator.overloadpacket, get_raw=True)(flops)
 
 
-def _flops(name: str, given: dict[str, Any]) -> int:
+def _flops(p: Problem) -> int:
     """2 q kᵀ and 2 p v for each pair of a query and a key in use, masks left out of account."""
-    q, k = given["q"], given["k_cache" if name.startswith("kvcache") else "k"]
-    v = given["v_cache" if name.startswith("kvcache") else "v"]
-    heads, depth = q.shape[-2], q.shape[-1] + v.shape[-1]
-    queries = _differences(given.get("cu_seqlens_q"))
-    batch = len(queries) if queries is not None else q.shape[0]
-    queries = queries if queries is not None else [q.shape[1]] * batch
-    keys = _differences(given.get("cu_seqlens_k"))
-    used = given.get("seqused_k") if name == "varlen" else given.get("cache_seqlens")
-    if used is not None:
-        keys = used.tolist()
-    elif keys is None:
-        number = given.get("cache_seqlen")
-        table = given.get("block_table")
-        room = k.shape[1] * (1 if table is None else table.shape[1])
-        keys = [room if number is None else number] * batch
-    if name == "kvcache_append" and (used is not None or given.get("cache_seqlen") is not None):
-        packed = given["cu_seqlens_q"] is not None
-        new = queries if packed else [given["k"].shape[1]] * batch
-        keys = [n + more for n, more in zip(keys, new, strict=True)]
+    queries, keys = [p.seqlen_q] * p.batch, [p.seqlen_k] * p.batch
+    if p.cu_seqlens_q is not None:
+        queries = p.cu_seqlens_q.diff().tolist()
+    if p.cu_seqlens_k is not None:
+        keys = p.cu_seqlens_k.diff().tolist()
+    if p.seqused_k is not None:
+        new = queries if p.appended < 0 else [p.appended] * p.batch
+        keys = [n + more for n, more in zip(p.seqused_k.tolist(), new, strict=True)]
     pairs = sum(n * m for n, m in zip(queries, keys, strict=True))
-    return int(2 * heads * pairs * depth)
-
-
-def _differences(cu_seqlens: torch.Tensor | None) -> list[int] | None:
-    return None if cu_seqlens is None else cu_seqlens.diff().tolist()
+    return int(2 * p.q.shape[-2] * pairs * (p.q.shape[-1] + p.v.shape[-1]))
 
 
 for _name, _schema in SCHEMAS.items():

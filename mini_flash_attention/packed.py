@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from .api import flash_attn_func, flash_attn_varlen_func
-from .refusals import plain, refuse
+from .api import Window, flash_attn_func, flash_attn_varlen_func
+from .refusals import plain, refuse, shape
 
 
 def flash_attn_qkvpacked_func(
     qkv: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
-    causal: bool = False, window_size: tuple[int | None, int | None] = (-1, -1),
-    softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
+    causal: bool = False, window_size: Window = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False, **more: Any,
 ) -> Any:  # fmt: skip
     """Attention of qkv (batch, seqlen, 3, nheads, head_dim); more: as flash_attn_func's."""
@@ -28,48 +28,44 @@ def flash_attn_qkvpacked_func(
 
 def flash_attn_kvpacked_func(
     q: torch.Tensor, kv: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
-    causal: bool = False, window_size: tuple[int | None, int | None] = (-1, -1),
-    softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
+    causal: bool = False, window_size: Window = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False, **more: Any,
 ) -> Any:  # fmt: skip
     """Attention of q to kv (batch, seqlen_k, 2, nheads_k, head_dim)."""
     k, v = _parts("flash_attn_kvpacked_func", "kv", kv, 5, 2)
     return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal,
-        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **more,
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs, **more,
     )  # fmt: skip
 
 
 def flash_attn_varlen_qkvpacked_func(
     qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, dropout_p: float = 0.0,
-    softmax_scale: float | None = None, causal: bool = False,
-    window_size: tuple[int | None, int | None] = (-1, -1), softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
+    softmax_scale: float | None = None, causal: bool = False, window_size: Window = (-1, -1),
+    softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False, **more: Any,
 ) -> Any:  # fmt: skip
     """Attention of packed sequences, qkv (total, 3, nheads, head_dim)."""
     q, k, v = _parts("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 4, 3)
     return flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens,
-        max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
-        alibi_slopes, deterministic, return_attn_probs, **more,
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **more,
     )  # fmt: skip
 
 
 def flash_attn_varlen_kvpacked_func(
     q: torch.Tensor, kv: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0,
-    softmax_scale: float | None = None, causal: bool = False,
-    window_size: tuple[int | None, int | None] = (-1, -1), softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
+    softmax_scale: float | None = None, causal: bool = False, window_size: Window = (-1, -1),
+    softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False, **more: Any,
 ) -> Any:  # fmt: skip
     """Attention of packed sequences to kv (total_k, 2, nheads_k, head_dim)."""
     k, v = _parts("flash_attn_varlen_kvpacked_func", "kv", kv, 4, 2)
     return flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap,
-        alibi_slopes, deterministic, return_attn_probs, **more,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **more,
     )  # fmt: skip
 
 
@@ -103,15 +99,11 @@ def merge_attention_states(
         if x.device != out_a.device:
             refuse(ValueError, function, name, f"a tensor on {out_a.device}", x.device)
     if out_a.dim() not in (3, 4):
-        wanted = "3 or 4 dimensions"
-        refuse(ValueError, function, "out_a", wanted, tuple(out_a.shape))
+        refuse(ValueError, function, "out_a", "3 or 4 dimensions", tuple(out_a.shape))
     *outer, nheads, _ = out_a.shape
-    shape = (*outer[:-1], nheads, outer[-1])
-    if out_b.shape != out_a.shape:
-        refuse(ValueError, function, "out_b", f"shape {tuple(out_a.shape)}", tuple(out_b.shape))
+    shape(function, "out_b", out_b, tuple(out_a.shape))
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
-        if tuple(lse.shape) != shape:
-            refuse(ValueError, function, name, f"shape {shape}", tuple(lse.shape))
+        shape(function, name, lse, (*outer[:-1], nheads, outer[-1]))
     lse = torch.logaddexp(lse_a.float(), lse_b.float())
     least = lse.masked_fill(lse == float("-inf"), 0.0)
     weight_a, weight_b = (

@@ -145,14 +145,9 @@ def varlen(
         check.index_tensor(function, "seqused_k", seqused_k, q, (batch,))
     seqlen_q = min(check.length(function, "max_seqlen_q", max_seqlen_q), q.shape[0])
     seqlen_k = check.length(function, "max_seqlen_k", max_seqlen_k)
-    page_size = 0
     check.bounded(function, "q", q.shape[0])
-    if block_table is None:
-        check.bounded(function, "k", k.shape[0])
-        seqlen_k = min(seqlen_k, k.shape[0])
-    else:
-        page_size, capacity = _pages(function, block_table, batch, q, k)
-        seqlen_k = min(seqlen_k, capacity)
+    page_size, capacity = _pages(function, "k", k, block_table, batch, q)
+    seqlen_k = min(seqlen_k, capacity)
     check.dropout(function, dropout_p)
     check.flags(function, deterministic=deterministic, return_attn_probs=return_attn_probs)
     scores = _scores(function, q, batch, softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
@@ -200,17 +195,14 @@ def kvcache(
     if cache_batch_idx is not None:
         check.index_tensor(function, "cache_batch_idx", cache_batch_idx, q, (batch,))
         if block_table is not None:
-            name, wanted = "cache_batch_idx", "None with a block_table"
-            refuse(ValueError, function, name, wanted, "both", "drop one")
+            wanted = "None with a block_table"
+            refuse(ValueError, function, "cache_batch_idx", wanted, "both", "drop one")
     if cache_leftpad is not None:
         check.index_tensor(function, "cache_leftpad", cache_leftpad, q, (batch,))
-    if block_table is not None:
-        page_size, capacity = _pages(function, block_table, batch, q, k_cache)
-    else:
-        page_size, capacity = 0, check.bounded(function, "k_cache", k_cache.shape[1])
-        if k_cache.shape[0] != batch and cache_batch_idx is None:
-            hint = "cache_batch_idx says which rows of a larger cache to use"
-            refuse(ValueError, function, "k_cache", f"batch {batch}", k_cache.shape[0], hint)
+    page_size, capacity = _pages(function, "k_cache", k_cache, block_table, batch, q)
+    if k_cache.shape[0] != batch and block_table is None and cache_batch_idx is None:
+        hint = "cache_batch_idx says which rows of a larger cache to use"
+        refuse(ValueError, function, "k_cache", f"batch {batch}", k_cache.shape[0], hint)
     appended = _append(function, q, k_cache, v_cache, k, v, cache_seqlens, packed)
     if appended > capacity:
         refuse(ValueError, function, "k", f"at most the cache's {capacity} tokens", appended)
@@ -233,10 +225,8 @@ def kvcache(
     check.differentiable(function, q, k_cache, v_cache, k, v, out, *more)
     check.out(function, out, q, v_cache.shape[-1])
     left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
-    rotary = _rotary(function, q, rotary_cos, rotary_sin, rotary_interleaved, k is not None)
-    if rotary is not None:
-        windows = any(w not in (None, -1) for w in window_size)
-        rotary = rotary._replace(moving=causal or windows)
+    moving = causal or any(w not in (None, -1) for w in window_size)
+    rotary = _rotary(function, q, rotary_cos, rotary_sin, rotary_interleaved, moving, k)
     if cache_leftpad is not None:  # what stands before it lies outside of a window
         left, asked = seqlen_k if left < 0 else left, True
     scale = check.scale(function, softmax_scale, head_dim, alibi_slopes is not None)
@@ -249,7 +239,7 @@ def kvcache(
 
 def _packed(function: str, cu_seqlens_q: Any, q: torch.Tensor) -> int:
     """The batch that cu_seqlens_q describes."""
-    check.index_tensor(function, "cu_seqlens_q", cu_seqlens_q, q, (None,))
+    check.index_tensor(function, "cu_seqlens_q", cu_seqlens_q, q, ("any",))
     batch = cu_seqlens_q.shape[0] - 1
     if batch < 0 or (batch == 0 and q.shape[0] > 0):
         wanted = "batch + 1 entries, starting at 0"
@@ -274,22 +264,24 @@ def _scores(
 
 
 def _rotary(
-    function: str, q: torch.Tensor, cos: Any, sin: Any, interleaved: bool, appends: bool
+    function: str, q: torch.Tensor, cos: Any, sin: Any, interleaved: bool, moving: bool, k: Any
 ) -> Rotary | None:
     if cos is None and sin is None:
         return None
-    if not appends:
+    if k is None:
         refuse(ValueError, function, "rotary_cos", "k and v to append", "none", "rotate q yourself")
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
         features.rotary(function, name, x, q, cos)
-    return Rotary(cos, sin, interleaved, False)
+    return Rotary(cos, sin, interleaved, moving)
 
 
 def _pages(
-    function: str, table: Any, batch: int, q: torch.Tensor, k: torch.Tensor
+    function: str, name: str, k: torch.Tensor, table: Any, batch: int, q: torch.Tensor
 ) -> tuple[int, int]:
-    """(page_size, tokens that one row of the block table can reach)."""
-    check.index_tensor(function, "block_table", table, q, (batch, None))
+    """(page_size, tokens that one row of the block table can reach); (0, tokens of k) without."""
+    if table is None:
+        return 0, check.bounded(function, name, k.shape[-3])
+    check.index_tensor(function, "block_table", table, q, (batch, "any"))
     page_size = k.shape[1]
     if page_size < 1:
         refuse(ValueError, function, "block_table", "pages of at least one token", page_size)
@@ -309,10 +301,8 @@ def _append(
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         check.tensor(function, name, x, 3 if packed else 4, q)
         tokens = () if packed else (k.shape[1],)
-        wanted = (q.shape[0], *tokens, *cache.shape[-2:])
-        if tuple(x.shape) != wanted:
-            hint = "a packed sequence brings a key for each query" if packed else ""
-            refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape), hint)
+        hint = "a packed sequence brings a key for each query" if packed else ""
+        check.shape(function, name, x, (q.shape[0], *tokens, *cache.shape[-2:]), hint=hint)
     if cache_seqlens is None:
         hint = "it says where the new keys go"
         refuse(ValueError, function, "cache_seqlens", "lengths when k, v are given", "None", hint)

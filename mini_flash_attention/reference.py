@@ -40,9 +40,8 @@ def attention(
         scores = scores - alibi_slopes.to(dtype)[:, None, None] * (i - j).abs()
     if score_mod is not None:
         heads = torch.arange(nheads, device=q.device)[:, None, None]
-        scores = score_mod(
-            scores, torch.tensor(batch, device=q.device), heads, i.clamp(min=0), j
-        ).to(dtype)
+        number = torch.tensor(batch, device=q.device)
+        scores = score_mod(scores, number, heads, i.clamp(min=0), j).to(dtype)
     scores = scores.masked_fill(~visible, float("-inf"))
     empty = (scores == float("-inf")).all(2)  # softmax would make NaN of what sees nothing
     if s_aux is not None:  # a key more, without a value

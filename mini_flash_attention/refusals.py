@@ -10,14 +10,15 @@ import operator
 from typing import Any, NoReturn
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 128
 MAX_LENGTH = 2**31 - 2**16
 MAX_REAL = 1e30  # kernels compute in fp32
-GPU_DTYPES = (torch.float16, torch.bfloat16)
-CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = {"cuda": HALVES, "cpu": (*HALVES, torch.float32)}
 
 
 def refuse(
@@ -36,13 +37,11 @@ def later(function: str, argument: str, value: str) -> NoReturn:
 
 # -- one argument at a time -------------------------------------------------------------------
 
+PAGED = "with a block_table k and v are pages"
 SHAPES = {
-    3: (
-        "(total, heads, head_dim)",
-        "batched tensors go to flash_attn_func; with a block_table k and v are pages",
-    ),
+    3: ("(total, heads, head_dim)", f"batched tensors go to flash_attn_func; {PAGED}"),
     4: ("(batch, seqlen, heads, head_dim)", "packed tensors go to flash_attn_varlen_func"),
-    0: ("(num_blocks, page_size, heads, head_dim)", "with a block_table k and v are pages"),
+    0: ("(num_blocks, page_size, heads, head_dim)", PAGED),
 }
 
 
@@ -76,6 +75,15 @@ def rows(function: str, name: str, x: torch.Tensor, wanted: str = "contiguous ro
         refuse(ValueError, function, name, wanted, got, hint)
 
 
+def shape(
+    function: str, name: str, x: torch.Tensor, *allowed: tuple[int, ...], hint: str = ""
+) -> None:
+    """x has one of these shapes."""
+    if tuple(x.shape) not in allowed:
+        wanted = " or ".join(map(str, allowed))
+        refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape), hint)
+
+
 def tensor(
     function: str, name: str, x: Any, rank: int, like: torch.Tensor | None = None,
     paged: bool = False,
@@ -83,26 +91,23 @@ def tensor(
     """x is a plain strided tensor of this rank; dtype, device and last stride that kernels take."""
     plain(function, name, x, like)
     if x.dim() != rank:
-        shape, hint = SHAPES[0 if paged else rank]
-        refuse(ValueError, function, name, f"{rank} dimensions {shape}", tuple(x.shape), hint)
+        names, hint = SHAPES[0 if paged else rank]
+        refuse(ValueError, function, name, f"{rank} dimensions {names}", tuple(x.shape), hint)
     if like is not None and x.dtype is not like.dtype:
         refuse(TypeError, function, name, f"dtype {like.dtype}, as q", x.dtype, "cast it")
     rows(function, name, x, "a contiguous last dimension")
 
 
 def index_tensor(
-    function: str, name: str, x: Any, q: torch.Tensor, shape: tuple[int | None, ...]
+    function: str, name: str, x: Any, q: torch.Tensor, sizes: tuple[int | str, ...]
 ) -> None:
-    """x holds int32 numbers on q's device in this shape (None: any size), rows contiguous."""
+    """x holds int32 numbers on q's device in these sizes, "any" among them, rows contiguous."""
     plain(function, name, x, q, "an int32 torch.Tensor")
     if x.dtype is not torch.int32:
         refuse(TypeError, function, name, "dtype torch.int32", x.dtype, "call .int()")
-    fits = x.dim() == len(shape) and all(
-        s in (None, n) for s, n in zip(shape, x.shape, strict=True)
-    )
-    if not fits:
-        wanted = tuple("any" if n is None else n for n in shape)
-        refuse(ValueError, function, name, f"shape {wanted}", tuple(x.shape))
+    pairs = zip(sizes, x.shape, strict=False)
+    if x.dim() != len(sizes) or any(size not in ("any", n) for size, n in pairs):
+        refuse(ValueError, function, name, f"shape {sizes}", tuple(x.shape))
     rows(function, name, x)
 
 
@@ -116,14 +121,21 @@ def integer(x: Any) -> int | None:
         return None
 
 
-def length(function: str, name: str, x: Any, wanted: str = "an int") -> int:
-    """A length as int."""
+def whole(
+    function: str, name: str, x: Any, least: int, most: int, bounds: str, wanted: str = "an int"
+) -> int:
+    """x as int, from least to most."""
     n = integer(x)
     if n is None:
         refuse(TypeError, function, name, wanted, kind_of(x))
-    if not 0 <= n < 2**31:
-        refuse(ValueError, function, name, "0 <= length < 2**31", n)
+    if not least <= n <= most:
+        refuse(ValueError, function, name, bounds, n)
     return n
+
+
+def length(function: str, name: str, x: Any, wanted: str = "an int") -> int:
+    """A length as int."""
+    return whole(function, name, x, 0, 2**31 - 1, "0 <= length < 2**31", wanted)
 
 
 def bounded(function: str, name: str, n: int) -> int:
@@ -214,25 +226,18 @@ def window(
 
 
 def splits(function: str, num_splits: Any) -> int:
-    number = integer(num_splits)
-    if number is None:
-        refuse(TypeError, function, "num_splits", "an int", kind_of(num_splits))
-    if not 0 <= number <= MAX_SPLITS:
-        refuse(ValueError, function, "num_splits", f"0 (automatic) to {MAX_SPLITS}", num_splits)
-    return number
+    bounds = f"0 (automatic) to {MAX_SPLITS}"
+    return whole(function, "num_splits", num_splits, 0, MAX_SPLITS, bounds)
 
 
 def split_size(function: str, size: Any, num_splits: int) -> int:
     """Keys of a part, 0 if nobody asked for parts of a fixed size."""
     if size is None:
         return 0
-    number = integer(size)
-    if number is None:
-        refuse(TypeError, function, "fixed_split_size", "an int or None", kind_of(size))
-    if not 1 <= number <= MAX_LENGTH:
-        refuse(ValueError, function, "fixed_split_size", "1 or more keys", size)
+    name = "fixed_split_size"
+    number = whole(function, name, size, 1, MAX_LENGTH, "1 or more keys", "an int or None")
     if num_splits:
-        refuse(ValueError, function, "fixed_split_size", "None with num_splits", "both", "drop one")
+        refuse(ValueError, function, name, "None with num_splits", "both", "drop one")
     return number
 
 
@@ -247,11 +252,10 @@ def qkv(
     k_name, v_name = names.split()
     tensor(function, "q", q, rank)
     kind = q.device.type
-    if kind not in ("cuda", "cpu"):
+    if kind not in DTYPES:
         refuse(ValueError, function, "q", "a tensor on a CUDA device or the CPU", q.device)
-    dtypes = CPU_DTYPES if kind == "cpu" else GPU_DTYPES
-    if q.dtype not in dtypes:
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    if q.dtype not in DTYPES[kind]:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in DTYPES[kind])
         refuse(TypeError, function, "q", f"dtype {wanted} on {kind}", q.dtype, "cast q, k and v")
     tensor(function, k_name, k, rank_k, q, paged)
     tensor(function, v_name, v, rank_k, q, paged)
@@ -274,9 +278,8 @@ def qkv(
 
 def differentiable(function: str, *tensors: torch.Tensor | None) -> None:
     """Refuse whoever expects a gradient, a tangent or a vmap: it would be lost in silence."""
-    if torch.is_grad_enabled() and any(
-        isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
-    ):
+    given = (t for t in tensors if isinstance(t, torch.Tensor))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         raise NotImplementedError(
             f"{function}: backward: not implemented yet; "
             "call it under torch.no_grad() or detach its tensors"
@@ -289,9 +292,7 @@ def differentiable(function: str, *tensors: torch.Tensor | None) -> None:
 
 def transformed() -> bool:
     """Whether the caller runs under torch.func (vmap, grad, ...) or forward-mode AD."""
-    return (
-        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 def overlaps_itself(x: torch.Tensor) -> bool:
@@ -315,13 +316,10 @@ def out(function: str, out: Any, q: torch.Tensor, head_dim: int) -> None:
     if out is None:
         return
     tensor(function, "out", out, q.dim(), q)
-    wanted = (*q.shape[:-1], head_dim)
-    if tuple(out.shape) != wanted:
-        refuse(ValueError, function, "out", f"shape {wanted}", tuple(out.shape))
+    shape(function, "out", out, (*q.shape[:-1], head_dim))
     if overlaps_itself(out):
-        refuse(
-            ValueError, function, "out", "elements that don't overlap", f"strides {out.stride()}"
-        )
+        wanted = "elements that don't overlap"
+        refuse(ValueError, function, "out", wanted, f"strides {out.stride()}")
 
 
 def apart(function: str, out: torch.Tensor, *inputs: torch.Tensor) -> None:
