@@ -202,17 +202,22 @@ def decodes(p: Problem, gpu: Gpu) -> bool:
     return p.seqlen_q > 0 and (few or p.num_splits > 1 or p.split_size > 0)
 
 
+def _visible(p: Problem) -> int:
+    """Keys of a sequence that any query sees; to the right of the last query there is none."""
+    return p.seqlen_k if p.left < 0 else min(p.seqlen_k, p.left + p.seqlen_q)
+
+
 def _splits_pay(p: Problem, gpu: Gpu) -> bool:
     """Whether the forward kernel's tiles would leave so much of the GPU idle, or be so empty, that
     packing the heads of a group and splitting keys is faster, although a tile takes longer.
     """
     nheads, head_dim = p.q.shape[-2:]
-    group = nheads // p.k.shape[-2]
     hopper = gpu.arch == 90 and head_dim > 64 and not PORTABLE
     slower = 2.5 if hopper or gpu.arch not in SHARED_KB else 1.25  # the first measured
-    visible = p.seqlen_k if p.left < 0 else min(p.seqlen_k, p.left + p.seqlen_q)
+    visible = _visible(p)
     waves = -(-p.batch * nheads * -(-p.seqlen_q // 128) // gpu.multiprocessors)
-    packed = p.batch * p.k.shape[-2] * -(-p.seqlen_q * group // 128) / gpu.multiprocessors
+    rows = p.seqlen_q * nheads // p.k.shape[-2]
+    packed = p.batch * p.k.shape[-2] * -(-rows // 128) / gpu.multiprocessors
     return not p.scores.changed and packed * slower * visible + SPLIT_KEYS < waves * visible
 
 
@@ -278,9 +283,7 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     wide, narrow = decode_tiles(gpu.arch, head_dim, rows, p.scores.changed)
     blocks = nheads_k * -(-rows // narrow.block_m)  # row blocks of a sequence
     units = p.batch * blocks
-    visible = p.seqlen_k
-    if p.left >= 0:  # to the right of the last query there is no key
-        visible = min(visible, p.left + p.seqlen_q)
+    visible = _visible(p)
     key_tiles = -(-visible // narrow.block_n)
     # Asked for: the same tiles in every batch, and so the same bits.
     if p.split_size:

@@ -113,9 +113,8 @@ def decode_tiles(
 
     # One loop with a mask: what the mask costs is hidden behind the loads, and between two loops
     # no load would be on its way.
-    MANY: tl.constexpr = BLOCK_M >= 64
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M] if MANY else [BLOCK_M, BLOCK_N], tl.float32)
+    l = tl.zeros([BLOCK_M] if BLOCK_M >= 64 else [BLOCK_M, BLOCK_N], tl.float32)
     o = tl.zeros([BLOCK_M, D_V], tl.float32)
     m, l, o = attend(
         m, l, o, q_tile, i, begin, clear_begin, clear_end, end, True,
@@ -124,7 +123,7 @@ def decode_tiles(
         LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V, D_V, WIDE, TWINS,
         SCORES, SCORE_MOD,
     )  # fmt: skip
-    if not MANY:
+    if len(l.shape) == 2:
         l = tl.sum(l, 1)
     o, lse_tile = softmax.finish(m, l, o, scale, sink)
     d_v = tl.arange(0, D_V)
