@@ -214,11 +214,10 @@ def _splits_pay(p: Problem, gpu: Gpu) -> bool:
     nheads, head_dim = p.q.shape[-2:]
     hopper = gpu.arch == 90 and head_dim > 64 and not PORTABLE
     slower = 2.5 if hopper or gpu.arch not in SHARED_KB else 1.25  # the first measured
-    visible = _visible(p)
     waves = -(-p.batch * nheads * -(-p.seqlen_q // 128) // gpu.multiprocessors)
     rows = p.seqlen_q * nheads // p.k.shape[-2]
     packed = p.batch * p.k.shape[-2] * -(-rows // 128) / gpu.multiprocessors
-    return not p.scores.changed and packed * slower * visible + SPLIT_KEYS < waves * visible
+    return not p.scores.changed and (waves - packed * slower) * _visible(p) > SPLIT_KEYS
 
 
 def decode_tiles(arch: int, head_dim: int, rows: int, changed: bool = False) -> tuple[Tiles, Tiles]:
