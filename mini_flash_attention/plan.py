@@ -211,13 +211,13 @@ def _splits_pay(p: Problem, gpu: Gpu) -> bool:
     """Whether the forward kernel's tiles would leave so much of the GPU idle, or be so empty, that
     packing the heads of a group and splitting keys is faster, although a tile takes longer.
     """
-    nheads, head_dim = p.q.shape[-2:]
-    hopper = gpu.arch == 90 and head_dim > 64 and not PORTABLE
-    slower = 2.5 if hopper or gpu.arch not in SHARED_KB else 1.25  # the first measured
-    waves = -(-p.batch * nheads * -(-p.seqlen_q // 128) // gpu.multiprocessors)
-    rows = p.seqlen_q * nheads // p.k.shape[-2]
-    packed = p.batch * p.k.shape[-2] * -(-rows // 128) / gpu.multiprocessors
-    return not p.scores.changed and (waves - packed * slower) * _visible(p) > SPLIT_KEYS
+    nheads, nheads_k, most = p.q.shape[-2], p.k.shape[-2], gpu.multiprocessors
+    slower = 2.5 if p.q.shape[-1] > 64 else 1.5  # than the Hopper kernel's tiles, measured
+    waves = -(-p.batch * nheads * -(-p.seqlen_q // 128) // most)
+    units = p.batch * nheads_k * -(-p.seqlen_q * nheads // (128 * nheads_k))
+    packed = units / most if units <= most else -(-units // most)  # more are not split
+    seen = min(p.seqlen_k, p.left + 128) if p.left >= 0 else p.seqlen_k  # by a tile
+    return not p.scores.changed and waves * seen - packed * slower * _visible(p) > SPLIT_KEYS
 
 
 def decode_tiles(arch: int, head_dim: int, rows: int, changed: bool = False) -> tuple[Tiles, Tiles]:
@@ -245,7 +245,8 @@ def programs_at_a_time(arch: int, tiles: Tiles, head_dim: int) -> int:
     """Decode programs on a multiprocessor: registers allow two, if shared memory does."""
     tile = 2 * tiles.block_n * max(16, 1 << (head_dim - 1).bit_length()) * 2
     needed = (tiles.num_stages - 1) * tile + (12 << 10)
-    return 2 if 2 * needed <= SHARED_KB.get(arch, 100) << 10 and tiles.block_m < 128 else 1
+    many = tiles.block_m * tiles.num_warps >= 512  # of which registers allow one
+    return 2 if 2 * needed <= SHARED_KB.get(arch, 100) << 10 and not many else 1
 
 
 @lru_cache(maxsize=4096)

@@ -73,6 +73,8 @@ ALSO_TIGHT = [  # with one of them:
     ("decode", POWERS, "causal", "used", "q=8 wide"),
     ("decode", POWERS, "none", "pages 256", "q=1 wide shares"),
     ("decode", (128,), "causal", "dense", "q=16 lse"),
+    ("decode", (64, 256), "causal", "used", "q=64 splits=2"),  # the tiles for many rows
+    ("decode", (128, 96), "window", "pages 16", "q=64 splits=2 lse"),
     ("combine", (256,), "none", "dense", "q=1 splits=128 lse"),
 ]
 RARE = [

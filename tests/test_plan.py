@@ -157,7 +157,10 @@ def test_what_decodes(changes, decodes):
         (H200, 1, 256, 32768, {}, False),
         (H200, 4, 128, 8192, {}, False),
         (H200, 1, 4096, 8192, {}, False),
-        # a window's keys are few
+        # packed, they are more than multiprocessors, and would not be split
+        (H200, 5, 512, 8192, {}, False),
+        # a window's keys are few, for the other kernel fewer still
+        (H200, 1, 2000, 100000, {"left": 1024}, False),
         (H200, 1, 32, 32768, {"left": 500}, False),
         # what changes scores takes the registers that the larger tiles need
         (H200, 1, 32, 32768, {"scores": problem.Scores(softcap=30.0)}, False),
@@ -392,3 +395,20 @@ def test_programs_of_a_group_find_their_keys_in_the_cache(seqlen):
     chosen = on_hopper(prefill(batch=2**14 // seqlen, seqlen=seqlen))
     assert chosen.programs == 132
     assert chosen.per_group * 2 * seqlen * 128 * 2 <= plan.L2_BYTES
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_what_the_hopper_kernel_is_told_of_scores(head_dim):
+    forward_hopper = pytest.importorskip("mini_flash_attention.kernels.forward_hopper")
+    slopes = torch.empty(16, device="meta")
+    told = {
+        problem.Scores(): "",
+        problem.Scores(softcap=30.0): "bounded",
+        problem.Scores(softcap=60.0): "softcap",
+        problem.Scores(softcap=30.0, alibi_slopes=slopes): "softcap",
+        problem.Scores(alibi_slopes=slopes): "linear" if head_dim <= 128 else "",
+    }
+    for scores, way in told.items():
+        p = prefill(head_dim=head_dim, scores=scores)
+        launch = forward_hopper.launch(p, p.q, None, on_hopper(p), otherwise=None)
+        assert launch.constants[-2:] == (way, None)

@@ -91,7 +91,6 @@ def rescale(m, s, tilt, scale, LAZY: gl.constexpr):
     with which nothing is rounded, and m * factor lies between 2^26 and 2^27. A score one rounding
     below the maximum weighs 2^-8 or less there.
     """
-    pieces = s
     if tilt is None:
         top = gl.max(s, 1)
     else:
@@ -101,9 +100,8 @@ def rescale(m, s, tilt, scale, LAZY: gl.constexpr):
     m_new = gl.maximum(m, top)
     if LAZY:
         m_new = gl.where((m_new - m) * scale > SLACK, m_new, m)
-    reference = m_new
-    if tilt is not None:  # lower, instead of higher scores
-        reference = by_row(m_new, tilt) - tilt
+    # Where scores should be higher, it is lower instead.
+    reference = m_new if tilt is None else by_row(m_new, tilt) - tilt
     exponent = reference.to(gl.int32, bitcast=True) & 0x7F800000
     power = (((127 + 26 + 127 << 23) - 2**32) - exponent).to(gl.float32, bitcast=True)
     factor = gl.where(gl.maximum(reference, -reference) * scale > LARGE, power, scale)
@@ -123,7 +121,8 @@ def tilted(s, first, start, slope, BLOCK_N: gl.constexpr):
     """ALiBi of queries from `first`: scores, and what `rescale` is still to add to them, [64, 4].
 
     Before all of the queries, or after them, it is linear in the key: of a thread's part of a row
-    all but slope * key inside the tile is the same, and left to the maximum.
+    all but slope * key inside the tile is the same, and left to the maximum. Keys are counted from
+    the one next to the queries, where scores are largest and no digit may be lost.
     """
     pieces, i, shift, n = by_place(s, start, BLOCK_N)
     layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, pieces.type.layout))
@@ -134,10 +133,12 @@ def tilted(s, first, start, slope, BLOCK_N: gl.constexpr):
         distance = n.to(gl.float32) - (first + i - shift).to(gl.float32)
         pieces = pieces - slope * gl.abs(distance)
         tilt = gl.zeros_like(tilt)
+    elif start < first:
+        pieces = pieces + slope * (n - BLOCK_N).to(gl.float32)
+        tilt += slope * BLOCK_N
     else:
-        side = gl.where(start < first, 1.0, -1.0)
-        pieces = pieces + slope * side * n.to(gl.float32)
-        tilt = tilt * side
+        pieces = pieces - slope * n.to(gl.float32)
+        tilt = -tilt
     return as_before(pieces, s), tilt
 
 
@@ -162,8 +163,7 @@ def weighed(
     if cut:
         s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N)
     if SCORES == "bounded":
-        alpha = m
-        p = hopper.exp2(s * scale)
+        alpha, p = m, hopper.exp2(s * scale)
     else:
         m, alpha, p = rescale(m, s, tilt, scale, LAZY)
     return m, alpha, p

@@ -265,7 +265,7 @@ def launch(
         return otherwise
     tiles, (nheads, head_dim) = plan.tiles, p.q.shape[-2:]
     # At 256 one tile's way out of two is no faster, and some exponentials come late.
-    change = changes(p, "bounded", "folded", "linear" if head_dim <= 128 else "")
+    change = changes(p, "bounded", "folded", *["linear"] * (head_dim <= 128))
     packed = p.cu_seqlens_q is not None
     total_q, total_k = p.q.shape[0], p.k.shape[0]
     tokens_q = total_q if packed else p.seqlen_q

@@ -78,7 +78,7 @@ def changes(p: Problem, *own: str) -> Changes:
     elif slopes is not None:  # what is subtracted is scaled with the score
         factor = 1 / p.softmax_scale
         way = "linear"
-    scores = way if way in own else "softcap" if softcap else ""
+    scores = way if way and way in own else "softcap" if softcap else ""
     return Changes(scale, (stride, factor, softcap), (scores, score_mod))
 
 
