@@ -298,13 +298,14 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     small_pages = p.page_size > 0 and p.page_size % narrow.block_n > 0
     enough = WAVES_WORK if units > gpu.multiprocessors else SHARED_WORK
     if 1 < p.batch <= MAX_SHARED_BATCH and work >= enough:
-        tiles = narrow if p.page_size or rows > 16 else wide
+        # Counting takes registers.
+        tiles = decode_tiles(gpu.arch, head_dim, rows, True)[p.page_size > 0 or rows > 16]
+        blocks = nheads_k * -(-rows // tiles.block_m)
         resident = gpu.multiprocessors * programs_at_a_time(gpu.arch, tiles, head_dim)
         most = p.batch * max(1, -(-visible // tiles.block_n) + (p.left >= 0))
         n = min(shares(blocks, resident), most)
         if most * n < 2**31:  # which is how far the kernel counts
-            in_use = min(rows, tiles.block_m)
-            return Decode(tiles, True, n, 0, n * blocks, in_use, gpu.arch >= 90)
+            return Decode(tiles, True, n, 0, n * blocks, min(rows, tiles.block_m), gpu.arch >= 90)
     if units > gpu.multiprocessors:
         return _parts(narrow, rows, units, 1, gpu)
     if 2 * units > gpu.multiprocessors:

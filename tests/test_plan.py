@@ -224,6 +224,18 @@ def test_no_count_overflows():
         assert not chosen.shares or tiles * chosen.splits < 2**31
 
 
+@pytest.mark.parametrize(("batch", "seqlen_q"), [(64, 16), (4, 32), (1, 128), (64, 8), (300, 40)])
+@pytest.mark.parametrize("changes", [{}, {"scores": problem.Scores(softcap=1.0)}])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_programs_cover_every_row(head_dim, changes, batch, seqlen_q):
+    """Whichever tiles are chosen along the way."""
+    p = call(batch, 32, 8, 8192, seqlen_q=seqlen_q, head_dim=head_dim)._replace(**changes)
+    chosen = plan.decode(p, H200)
+    blocks = 8 * -(-4 * seqlen_q // chosen.tiles.block_m)
+    assert chosen.programs == chosen.splits * blocks * (1 if chosen.shares else batch)
+    assert chosen.rows == min(4 * seqlen_q, chosen.tiles.block_m)
+
+
 def test_every_tile_of_work_fits():
     """Whatever the GPU, shared memory holds what is on its way."""
     limits = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
