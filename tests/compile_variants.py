@@ -125,10 +125,10 @@ ALSO_HOPPER = [  # with one of them:
     ("forward_hopper", POWERS, "causal", "dense", "alibi"),
     ("forward_hopper", (64,), "causal", "packed", "softcap lse many"),
     ("forward_hopper", (64,), "none", "packed", "alibi many"),
-    ("forward_hopper", (128,), "window", "pages 16", "softcap"),
     ("forward_hopper", (256,), "causal", "packed", "mod lse"),
     ("forward_hopper", (64,), "causal", "dense", "softcap alibi sinks many"),
     ("forward_hopper", (128,), "causal", "pages 16", "mod"),
+    ("forward_hopper", (128,), "window", "pages 16", "softcap"),
 ]
 
 
