@@ -105,6 +105,18 @@ def test_soft_caps_with_and_without_running_maxima(softcap, place):
         check(dense(3, BATCH, *lengths, head_dim, dtype, device, **meaning))
 
 
+def test_what_is_no_number_shows_under_a_soft_cap(place):
+    """A key of NaN makes NaN of every row that sees it, wherever in a tile it stands."""
+    device, dtype, head_dim, n = place
+    dtype = torch.float32 if device == "cpu" else dtype
+    q, k, v = (torch.randn(1, 33 * n, 1, head_dim, dtype=dtype, device=device) for _ in "qkv")
+    for key in (0, 1, 2, 7, 33 * n - 2):
+        bad = k.clone()
+        bad[:, key, :, 0] = float("nan")
+        out = mfa.flash_attn_func(q, bad, v, softcap=30.0, causal=True)
+        assert out[:, :key].isfinite().all() and out[:, key:].isnan().all()
+
+
 @pytest.mark.parametrize("splits", [0, 1, 3])
 @pytest.mark.parametrize("page_size", [0, 16, 128])
 @pytest.mark.parametrize("mask", MASKS, ids=str)
