@@ -228,7 +228,7 @@ def decode_tiles(arch: int, head_dim: int, rows: int, changed: bool = False) -> 
     size = size_class(head_dim)
     choice = (LARGE_DECODE if arch in SHARED_KB else SMALL_DECODE)[size]
     most = 32 if size == 256 or arch not in SHARED_KB else 64
-    if rows > 32 and not changed:
+    if rows > (32 if arch == 90 else 64) and not changed:  # 64 x 64 fits on Hopper alone
         many = choice.many
         if rows <= 64 < many.block_m:
             many = many._replace(block_m=64, num_warps=many.num_warps // 2)

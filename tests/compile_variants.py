@@ -210,6 +210,7 @@ def call(variant: Variant) -> None:
     lse, mask = "lse" in words, MASKS[variant.mask]
     automatic = "wide" in words or "shares" in words
     plan.SMALL_WORK = 0 if "wide" in words else 2**31
+    plan.SPLIT_KEYS = 2**31  # no forward kernel's call is decoded
     plan.SHARED_WORK = plan.WAVES_WORK = 0 if "shares" in words else 2**31
     layout, _, size = variant.keys.partition(" ")
     pages: dict[str, torch.Tensor] = {}

@@ -114,7 +114,7 @@ def decode_tiles(
     # One loop with a mask: what the mask costs is hidden behind the loads, and between two loops
     # no load would be on its way.
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M] if BLOCK_M >= 64 else [BLOCK_M, BLOCK_N], tl.float32)
+    l = tl.zeros([BLOCK_M] if BLOCK_M * BLOCK_N >= 4096 else [BLOCK_M, BLOCK_N], tl.float32)
     o = tl.zeros([BLOCK_M, D_V], tl.float32)
     m, l, o = attend(
         m, l, o, q_tile, i, begin, clear_begin, clear_end, end, True,
