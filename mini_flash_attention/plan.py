@@ -228,8 +228,8 @@ def decode_tiles(arch: int, head_dim: int, rows: int, changed: bool = False) -> 
     size = size_class(head_dim)
     choice = (LARGE_DECODE if arch in SHARED_KB else SMALL_DECODE)[size]
     most = 32 if size == 256 or arch not in SHARED_KB else 64
-    if rows > (32 if arch == 90 else 64) and not changed:  # 64 x 64 fits on Hopper alone
-        many = choice.many
+    many = choice.many
+    if many and rows > (32 if arch == 90 else 64) and not changed:  # 64 x 64 fits on Hopper alone
         if rows <= 64 < many.block_m:
             many = many._replace(block_m=64, num_warps=many.num_warps // 2)
         return many, many
@@ -243,10 +243,10 @@ def decode_tiles(arch: int, head_dim: int, rows: int, changed: bool = False) -> 
 
 def programs_at_a_time(arch: int, tiles: Tiles, head_dim: int) -> int:
     """Decode programs on a multiprocessor: registers allow two, if shared memory does."""
-    tile = 2 * tiles.block_n * max(16, 1 << (head_dim - 1).bit_length()) * 2
-    needed = (tiles.num_stages - 1) * tile + (12 << 10)
-    many = tiles.block_m * tiles.num_warps >= 512  # of which registers allow one
-    return 2 if 2 * needed <= SHARED_KB.get(arch, 100) << 10 and not many else 1
+    columns = max(16, 1 << (head_dim - 1).bit_length())
+    needed = (tiles.num_stages - 1) * 2 * tiles.block_n * columns * 2 + (12 << 10)
+    fits = 2 * needed <= SHARED_KB.get(arch, 100) << 10
+    return 2 if fits and tiles.block_m * columns < 128 * 128 else 1  # whose sums take half of them
 
 
 @lru_cache(maxsize=4096)

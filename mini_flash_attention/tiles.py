@@ -56,7 +56,7 @@ class DecodeChoice(NamedTuple):
     wide: Tiles
     narrow: Tiles
     rows: Tiles  # narrow, for more than 16 rows
-    many: Tiles  # for more than 32, which wait for products; block_m is the largest
+    many: Tiles | None = None  # for more than 32, which wait for products; block_m is the largest
 
 
 def _decode(*tiles: tuple[int, int, int, int]) -> DecodeChoice:
@@ -70,8 +70,8 @@ LARGE_DECODE = {
     256: _decode((0, 64, 8, 3), (0, 32, 4, 3), (0, 32, 8, 3), (64, 32, 8, 3)),
 }
 SMALL_DECODE = {
-    64: _decode((0, 128, 8, 3), (0, 64, 4, 3), (0, 32, 4, 4), (32, 32, 4, 4)),
-    128: _decode((0, 64, 8, 3), (0, 32, 4, 3), (0, 32, 8, 3), (32, 32, 8, 3)),
-    256: _decode((0, 32, 8, 3), (0, 16, 4, 3), (0, 16, 4, 3), (32, 16, 4, 3)),
+    64: _decode((0, 128, 8, 3), (0, 64, 4, 3), (0, 32, 4, 4)),
+    128: _decode((0, 64, 8, 3), (0, 32, 4, 3), (0, 32, 8, 3)),
+    256: _decode((0, 32, 8, 3), (0, 16, 4, 3), (0, 16, 4, 3)),
 }
 SHARED_KB = {80: 164, 90: 228, 100: 228, 103: 228}  # of a multiprocessor; 100 where not listed

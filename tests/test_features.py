@@ -96,7 +96,7 @@ def test_dense(name, mask, place):
 
 @pytest.mark.parametrize("softcap", [0.5, 20.0, 51.0, 53.0])
 def test_soft_caps_with_and_without_running_maxima(softcap, place):
-    """Up to 52 weights need none in bf16, also where all scores lie at the cap's two ends."""
+    """Below 52 weights need none in bf16, also where all scores lie at the cap's two ends."""
     device, dtype, head_dim, n = place
     dtype = torch.float32 if device == "cpu" else dtype  # of which fp16 is no part
     for scale in (0.1, 30.0):

@@ -800,11 +800,12 @@ def test_the_hopper_kernels_own_alibi(first, start, slope):
     gl.SliceLayout, gl.arange = lambda *_: None, lambda a, b, _: torch.arange(a, b)
     gl.where = lambda condition, a, b: a if condition else b
     gl.zeros_like = torch.zeros_like
-    scope = {"gl": gl, "as_before": lambda x, s: x.reshape(s.shape)}
+    scope = {"gl": gl, "as_before": lambda x, s: x.reshape(s.shape), "modified": scores.modified}
     for name in ("by_place", "tilted"):
         scope[name] = types.FunctionType(getattr(attend_hopper, name).fn.__code__, scope)
     s = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
-    found, tilt = scope["tilted"](s.as_subclass(Words), first, start, slope, 128)
+    changes = (8.0, 0.0, slope / 8.0, None)  # a factor, no soft cap, a slope
+    found, tilt = scope["tilted"](s.as_subclass(Words), first, start, changes, 128)
     found = found.view(64, 16, 4, 2) + tilt[:, None, :, None]
     i, j = torch.arange(64)[:, None] + first, torch.arange(128)[None, :] + start
     wanted = s - slope * (i - j).abs()

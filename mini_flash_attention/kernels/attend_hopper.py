@@ -117,7 +117,7 @@ def rescale(m, s, tilt, scale, LAZY: gl.constexpr):
 
 
 @gluon.jit
-def tilted(s, first, start, slope, BLOCK_N: gl.constexpr):
+def tilted(s, first, start, changes, BLOCK_N: gl.constexpr):
     """ALiBi of queries from `first`: scores, and what `rescale` is still to add to them, [64, 4].
 
     Before all of the queries, or after them, it is linear in the key: of a thread's part of a row
@@ -128,10 +128,10 @@ def tilted(s, first, start, slope, BLOCK_N: gl.constexpr):
     layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, pieces.type.layout))
     row = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
     column = gl.expand_dims(2 * gl.arange(0, 4, gl.SliceLayout(0, layout)), 0)
+    slope = changes[2] * changes[0]
     tilt = slope * (start - first + column - row).to(gl.float32)
     if (start < first + 64) & (start + BLOCK_N > first):
-        distance = n.to(gl.float32) - (first + i - shift).to(gl.float32)
-        pieces = pieces - slope * gl.abs(distance)
+        pieces = modified(pieces, 0, 0, first + i, shift, n, changes, "linear", None)
         tilt = gl.zeros_like(tilt)
     elif start < first:
         pieces = pieces + slope * (n - BLOCK_N).to(gl.float32)
@@ -153,7 +153,7 @@ def weighed(
     """
     tilt = None
     if SCORES == "linear":
-        s, tilt = tilted(s, first, start, changes[2] * changes[0], BLOCK_N)
+        s, tilt = tilted(s, first, start, changes, BLOCK_N)
     elif SCORE_MOD is not None or changes[2] is not None:
         pieces, i, shift, n = by_place(s, start, BLOCK_N)
         pieces = modified(pieces, b, head, first + i, shift, n, changes, SCORES, SCORE_MOD)
