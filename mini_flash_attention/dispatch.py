@@ -165,23 +165,26 @@ def _recipe(p: Problem) -> Recipe:
     if p.rotary is not None:
         p = p._replace(q=empty_out(p.q))
     temporaries, draws, clears = (0, 0), False, False
+    # Gluon has no interpreter.
+    hopper = plan.hopper(p, out, gpu) if out.numel() and not INTERPRETED else None
     if not out.numel():
         pass
-    elif plan.decodes(p, gpu):
+    elif not hopper and plan.decodes(p, gpu):
         decoding = plan.decode(p, gpu)
         clears = p.cu_seqlens_q is not None
         temporaries = decode.temporaries(p, decoding)
         launches.append(decode.launch(p, out, lse, decoding))
         if temporaries[0]:
-            launches.append(combine.launch(p, out, lse, decoding))
+            launches.append(combine.launch(p, out, lse, decoding, p.group))
     else:
         launches.append(forward.launch(p, out, lse, plan.forward(p, gpu)))
-        hopper = None if INTERPRETED else plan.hopper(p, out, gpu)  # Gluon has no interpreter
         if hopper:
             from .kernels import forward_hopper
 
             launches[-1] = forward_hopper.launch(p, out, lse, hopper, otherwise=launches[-1])
             draws = True
+            if hopper.parts:
+                temporaries = decode.temporaries(p, hopper.parts)
     head_dim = 0 if p.v.shape[-1] == p.q.shape[-1] else p.v.shape[-1]
     rotates = p.rotary is not None
     return Recipe(p.function, launches, p.lse_shape, temporaries, draws, head_dim, rotates, clears)

@@ -35,19 +35,8 @@ class HopperTiles(NamedTuple):
     consumers: int  # of 64 query rows each
     block_n: int
     slots: int  # Q tiles of a consumer in shared memory
-    pingpong: bool  # consumers issue in turn
     early: bool  # exponentials before the wait for the sum of the tile before
     lazy: bool  # sums are moved only when maxima have grown much
-
-
-class Hopper(NamedTuple):
-    """A launch of the Hopper kernel."""
-
-    tiles: HopperTiles
-    rows: int
-    units: int
-    per_group: int
-    programs: int
 
 
 class Decode(NamedTuple):
@@ -65,6 +54,18 @@ class Decode(NamedTuple):
     def slots(self) -> int:
         """Places for what is not a whole: two for a share, which may begin and end with such."""
         return 2 * self.programs if self.shares else self.programs if self.splits > 1 else 0
+
+
+class Hopper(NamedTuple):
+    """A launch of the Hopper kernel."""
+
+    tiles: HopperTiles
+    rows: int  # query tiles per unit
+    units: int  # as in Forward; of `group` heads each
+    per_group: int
+    programs: int
+    group: int  # heads of a KV head packed into the rows of a tile
+    parts: Decode | None  # what is to be folded where keys are split
 
 
 @cache
@@ -112,16 +113,15 @@ def forward(p: Problem, gpu: Gpu) -> Forward:
     return Forward(tiles, *_work(p, tiles.block_m))
 
 
-def _work(p: Problem, block_m: int) -> tuple[int, int, int]:
-    """Tiles of query rows of a unit, units, and units per group."""
-    nheads, head_dim = p.q.shape[-2:]
+def _work(p: Problem, block_m: int, packed: int = 1) -> tuple[int, int, int]:
+    """Tiles of query rows of a unit, units, and units per group; `packed` heads in the rows."""
+    nheads, head_dim = p.q.shape[-2] // packed, p.q.shape[-1]
     if p.cu_seqlens_q is None:
-        rows, units = -(-p.seqlen_q // block_m), p.batch * nheads
+        rows, units = -(-p.seqlen_q * packed // block_m), p.batch * nheads
     else:
         # rules/sequence.py counts tiles through all sequences; each may leave one unused.
         rows, units = p.q.shape[0] // block_m + p.batch, nheads
-    group = nheads // p.k.shape[-2]
-    bytes_of_unit = 2 * p.seqlen_k * head_dim * p.k.element_size() // group
+    bytes_of_unit = 2 * p.seqlen_k * head_dim * p.k.element_size() * packed // p.group
     return rows, units, max(1, min(units, L2_BYTES // max(1, bytes_of_unit)))
 
 
@@ -130,11 +130,11 @@ PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"
 # By head_dim, measured (bench/NOTES.md). Three consumers hide one another's waiting best, but have
 # registers for head_dim 64 alone; with few keys their larger tiles are a loss.
 HOPPER_TILES = {
-    64: HopperTiles(2, 128, 2, pingpong=False, early=False, lazy=False),
-    128: HopperTiles(2, 128, 2, pingpong=False, early=True, lazy=False),
-    256: HopperTiles(2, 64, 1, pingpong=False, early=True, lazy=True),
+    64: HopperTiles(2, 128, 2, early=False, lazy=False),
+    128: HopperTiles(2, 128, 2, early=True, lazy=False),
+    256: HopperTiles(2, 64, 1, early=True, lazy=True),
 }
-THREE_CONSUMERS = HopperTiles(3, 128, 2, pingpong=True, early=False, lazy=False)
+THREE_CONSUMERS = HopperTiles(3, 128, 2, early=False, lazy=False)
 MANY_KEYS = 2048  # of a query in the mean; half as many again where tiles lie across a diagonal
 HOPPER_FLOPS = 4 << 30  # some 10 µs; below, descriptors cost the CPU more than the GPU gains
 
@@ -155,25 +155,51 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
         keys, many = keys - min(p.seqlen_q, keys) // 2, many * 3 // 2
     keys = min(keys, p.left + 1) if p.left >= 0 else keys
     simple = p.scores.score_mod is None  # what else it does is unknown, but takes registers
-    if head_dim <= 64 and keys >= many and p.page_size % tiles.block_n == 0 and simple:
+    group, splits = _packing(p, gpu, tiles.block_n)
+    whole = group == splits == 1
+    if whole and decodes(p, gpu):
+        return None
+    if whole and head_dim <= 64 and keys >= many and p.page_size % tiles.block_n == 0 and simple:
         tiles = THREE_CONSUMERS
-    lazy = tiles.lazy and simple and not p.windowed  # so does a window's mask
+    lazy = tiles.lazy and simple and whole and not p.windowed  # so do masks of packed rows
     tiles = tiles._replace(lazy=lazy)
     # A tile lies in one page or is made of whole ones, of 16 keys or more; for those the producer
     # needs registers that consumers of rows of 256, or three of them, can't spare.
     small = p.page_size >= 16 and tiles.block_n % p.page_size == 0 and head_dim <= 128
-    whole = p.page_size % tiles.block_n == 0 or small
-    if not whole or not p.seqlen_k or not all(map(tma, (p.q, p.k, p.v, out))):
+    fits = p.page_size % tiles.block_n == 0 or small
+    if not fits or not p.seqlen_k or not all(map(tma, (p.q, p.k, p.v, out))):
         return None
     # With one split the batch decides nothing: a sequence gets the same bits in all of them.
     if p.num_splits != 1 and 4 * p.q.numel() * p.seqlen_k < HOPPER_FLOPS:
         return None
-    rows, units, per_group = _work(p, 64 * tiles.consumers)
+    rows, units, per_group = _work(p, 64 * tiles.consumers, group)
     lse_in_32_bits = p.cu_seqlens_q is not None or nheads * p.seqlen_q < 2**31
     if rows * units >= 2**31 - gpu.multiprocessors or not lse_in_32_bits:
         return None
-    programs = min(gpu.multiprocessors, rows * units)
-    return Hopper(tiles, rows, units, per_group, programs)
+    programs, parts = min(gpu.multiprocessors, rows * units * splits), None
+    if splits > 1:
+        block = Tiles(64 * tiles.consumers, tiles.block_n, 0, 0)
+        parts = _parts(block, p.seqlen_q * group, rows * units, splits, gpu)
+    return Hopper(tiles, rows, units, per_group, programs, group, parts)
+
+
+def _packing(p: Problem, gpu: Gpu, block_n: int) -> tuple[int, int]:
+    """Heads of a KV head to pack into the rows of the Hopper kernel's tiles, and parts of its keys.
+
+    Packed where that leaves a quarter of the tiles out; in parts where tiles are few and keys many.
+    """
+    group, free = p.group, p.cu_seqlens_q is None and not p.num_splits and not p.split_size
+    # Packed rows of 256 have no registers for a window's mask.
+    simple = not (p.scores.changed or (p.windowed and p.q.shape[-1] > 128))
+    if not (simple and free and p.scores.s_aux is None and p.seqlen_q * group > 16):
+        return 1, 1
+    packed, alone = (-(-p.seqlen_q * n // 128) * (p.q.shape[-2] // n) for n in (group, 1))
+    if 64 % group or 4 * packed > 3 * alone:
+        group, packed = 1, alone
+    seen = _visible(p)
+    most = min(MAX_SPLITS, seen // (4 * block_n))
+    splits = max(1, min(most, gpu.multiprocessors // (p.batch * packed)))
+    return group, splits if seen - seen // splits > SPLIT_KEYS else 1
 
 
 def tma(x: torch.Tensor) -> bool:
@@ -214,7 +240,7 @@ def _splits_pay(p: Problem, gpu: Gpu) -> bool:
     nheads, nheads_k, most = p.q.shape[-2], p.k.shape[-2], gpu.multiprocessors
     slower = 2.5 if p.q.shape[-1] > 64 else 1.5  # than the Hopper kernel's tiles, measured
     waves = -(-p.batch * nheads * -(-p.seqlen_q // 128) // most)
-    units = p.batch * nheads_k * -(-p.seqlen_q * nheads // (128 * nheads_k))
+    units = p.batch * nheads_k * -(-p.seqlen_q * p.group // 128)
     packed = units / most if units <= most else -(-units // most)  # more are not split
     seen = min(p.seqlen_k, p.left + 128) if p.left >= 0 else p.seqlen_k  # by a tile
     return not p.scores.changed and waves * seen - packed * slower * _visible(p) > SPLIT_KEYS
@@ -277,9 +303,8 @@ SMALL_WORK = 512 << 10
 
 def decode(p: Problem, gpu: Gpu) -> Decode:
     """The launch of the decode kernel for a call."""
-    nheads, head_dim = p.q.shape[-2], max(p.q.shape[-1], p.v.shape[-1])
-    nheads_k = p.k.shape[-2]
-    rows = p.seqlen_q * (nheads // nheads_k)
+    nheads_k, head_dim = p.k.shape[-2], max(p.q.shape[-1], p.v.shape[-1])
+    rows = p.seqlen_q * p.group
     wide, narrow = decode_tiles(gpu.arch, head_dim, rows, p.scores.changed)
     blocks = nheads_k * -(-rows // narrow.block_m)  # row blocks of a sequence
     units = p.batch * blocks
@@ -292,8 +317,9 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
         # that a result always takes the same way, whatever the cache's capacity.
         n = max(2, -(-(key_tiles + (p.left >= 0)) // size))
         return _parts(narrow, rows, units, n, gpu)._replace(split_tiles=size)
-    if p.num_splits:
-        return _parts(narrow, rows, units, p.num_splits, gpu)
+    if p.num_splits:  # parts beyond a tile each would take memory for nothing
+        most = max(2, key_tiles + (p.left >= 0))
+        return _parts(narrow, rows, units, min(p.num_splits, most), gpu)
     work = units * visible * 2 * head_dim * p.k.element_size() // gpu.multiprocessors
     small_pages = p.page_size > 0 and p.page_size % narrow.block_n > 0
     enough = WAVES_WORK if units > gpu.multiprocessors else SHARED_WORK
@@ -314,7 +340,11 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     resident = gpu.multiprocessors
     if work >= SMALL_WORK:
         resident *= programs_at_a_time(gpu.arch, tiles, head_dim)
+    elif small_pages and rows <= 16:  # a program begins sooner with less to look up
+        tiles = tiles._replace(block_n=max(16, tiles.block_n // 2))
     most = min(MAX_SPLITS, -(-visible // tiles.block_n))
+    if not p.page_size and most * units <= resident:  # a tile each: none to load ahead
+        tiles = tiles._replace(num_stages=2)
     return _parts(tiles, rows, units, max(1, min(most, resident // max(1, units))), gpu)
 
 

@@ -72,6 +72,11 @@ class Problem(NamedTuple):
     cache_leftpad: torch.Tensor | None = None  # (batch,): the first key in use
     rotary: Rotary | None = None
 
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.q.shape[-2] // self.k.shape[-2]
+
     def new_out(self) -> torch.Tensor:
         """The caller's out, or a new one."""
         return empty_out(self.q, self.v.shape[-1]) if self.out is None else self.out

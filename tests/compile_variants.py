@@ -31,8 +31,9 @@ from mini_flash_attention import dispatch, plan
 from mini_flash_attention.kernels.hopper import TmaLaunch
 from mini_flash_attention.kernels.launch import Launch
 
-BATCH, SEQLEN_Q, SEQLEN_K = 2, 1024, 2048
+BATCH, SEQLEN_Q, SEQLEN_K = 2, 1024, 1 << 14
 NHEADS, NHEADS_K = 8, 2
+FLOPS = plan.HOPPER_FLOPS
 ARCHS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 
@@ -44,9 +45,10 @@ class Variant(NamedTuple):
     mask: str
     keys: str  # dense, packed, used (dense with lengths on the device) or pages of a size
     words: str  # lse, fp16, q=, splits=, append=; wide, shares: what plan.decode does if there is a
-    # lot to read; many: what plan.hopper does if there are many keys; apart: v has other strides
-    # than k; far: 64 bits; unaligned: says that head_dim leaves no load aligned; v=: v's head_dim;
-    # softcap, alibi, sinks, mod, rotary; rows: cache_batch_idx and cache_leftpad
+    # lot to read; short: if little; many: what plan.hopper does if there are many keys; packs,
+    # parts: with few queries, of few keys or many; apart: v has other strides than k; far: 64 bits;
+    # unaligned: says that head_dim leaves no load aligned; v=: v's head_dim; softcap, alibi, sinks,
+    # mod, rotary; rows: cache_batch_idx and cache_leftpad
 
     def __str__(self) -> str:
         return f"{self.kernel} head_dim {self.head_dim}, {self.mask}, {self.keys}, {self.words}"
@@ -71,6 +73,8 @@ ALSO_TIGHT = [  # with one of them:
     ("decode", (64, 256), "window", "pages 16", "q=16 lse shares"),
     ("decode", (64, 256), "causal", "used", "q=8 shares"),
     ("decode", POWERS, "causal", "used", "q=8 wide"),
+    ("decode", POWERS, "causal", "pages 16", "q=8 wide"),
+    ("decode", POWERS, "causal", "pages 16", "q=4 short"),
     ("decode", POWERS, "none", "pages 256", "q=1 wide shares"),
     ("decode", (128,), "causal", "dense", "q=16 lse"),
     ("decode", (64, 256), "causal", "used", "q=64 splits=2"),  # the tiles for many rows
@@ -129,6 +133,10 @@ ALSO_HOPPER = [  # with one of them:
     ("forward_hopper", (64,), "causal", "dense", "softcap alibi sinks many"),
     ("forward_hopper", (128,), "causal", "pages 16", "mod"),
     ("forward_hopper", (128,), "window", "pages 16", "softcap"),
+    ("forward_hopper", POWERS, "causal", "used", "q=32 parts"),
+    ("forward_hopper", (128, 64), "causal", "pages 16", "q=32 parts"),
+    ("forward_hopper", (128, 64), "window", "used", "q=32 packs lse"),
+    ("forward_hopper", (256,), "causal", "pages 256", "q=32 packs lse"),
 ]
 
 
@@ -208,9 +216,10 @@ def call(variant: Variant) -> None:
     plan.PORTABLE = variant.kernel != "forward_hopper"
     plan.MANY_KEYS = 0 if "many" in words else 2**31
     lse, mask = "lse" in words, MASKS[variant.mask]
-    automatic = "wide" in words or "shares" in words
+    automatic = {"wide", "shares", "short", "packs", "parts"} & set(words)
+    plan.HOPPER_FLOPS = 0 if {"packs", "parts"} & set(words) else FLOPS
     plan.SMALL_WORK = 0 if "wide" in words else 2**31
-    plan.SPLIT_KEYS = 2**31  # no forward kernel's call is decoded
+    plan.SPLIT_KEYS = 0 if "parts" in words else 2**31  # no forward kernel's call is decoded
     plan.SHARED_WORK = plan.WAVES_WORK = 0 if "shares" in words else 2**31
     layout, _, size = variant.keys.partition(" ")
     pages: dict[str, torch.Tensor] = {}
@@ -330,6 +339,8 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
         arguments = launch.arguments(tensors)
         compiled = launch.kernel.warmup(*arguments, grid=(launch.programs,), **launch.options)
         launched.append((launch.kernel.__name__.removesuffix("_kernel"), launch, compiled))
+        if isinstance(launch, TmaLaunch) and launch.fold:
+            compile_only(launch.fold, tensors)
 
     dispatch.run, Launch.__call__, TmaLaunch.__call__ = run, compile_only, compile_only
     start = time.perf_counter()
@@ -347,7 +358,7 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
             seen.add(compiled.hash)
             row = {"variant": str(variant), "kernel": name, **launch.options, **measured(compiled)}
             if name == "forward_hopper":
-                keys, consumers, _, _, early, _, scores, _ = launch.constants[-8:]
+                keys, consumers, _, early, _, scores, _ = launch.constants[-7:]
                 # Exponentials of a thread, one of four a polynomial where there is tanh too;
                 # products before, in and after the loop.
                 row |= schedule(compiled) | {

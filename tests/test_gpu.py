@@ -112,6 +112,7 @@ def test_kvcache(meaning, head_dim, page_size):
 @pytest.mark.parametrize("meaning", [{}, {"causal": True}, {"window_size": (4000, 0)}], ids=str)
 def test_many_queries_of_a_long_cache(meaning, head_dim, page_size, monkeypatch):
     """More than a few, and still the decode kernel's: heads packed, keys split."""
+    monkeypatch.setattr(plan, "PORTABLE", True)
     decides, decided = plan.decodes, []
     monkeypatch.setattr(plan, "decodes", lambda *x: decided.append(decides(*x)) or decided[-1])
     for seed, (seqlen_q, nheads, nheads_k) in enumerate([(20, 8, 2), (40, 8, 1), (100, 4, 4)]):

@@ -32,13 +32,15 @@ def chosen(monkeypatch):
     seen = Chosen()
     choose = plan.hopper
 
-    def hopper(*arguments):
-        seen.append(choose(*arguments))
-        return seen[-1]
+    def hopper(p, out, gpu):
+        found = choose(p, out, gpu)
+        if found or not plan.decodes(p, gpu):
+            seen.append(found)
+        return found
 
     monkeypatch.setattr(plan, "hopper", hopper)
     monkeypatch.setattr(plan, "HOPPER_FLOPS", 0)
-    monkeypatch.setattr(plan, "SPLIT_KEYS", 2**31)  # many queries are not the decode kernel's
+    monkeypatch.setattr(plan, "SPLIT_KEYS", 2**31)  # no keys are split, nor queries decoded
     monkeypatch.setattr(dispatch, "_recipes", {})
     return seen
 
@@ -121,6 +123,42 @@ def test_kvcache(meaning, head_dim, page_size, chosen, programs):
             )
         )  # fmt: skip
     assert chosen.every(3) is (page_size != 32 or head_dim != 256)
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+@pytest.mark.parametrize("meaning", MASKS, ids=str)
+def test_few_queries(meaning, parts, head_dim, chosen, programs, monkeypatch):
+    """Heads packed into rows, and keys split, where tiles would be few or empty."""
+    monkeypatch.setattr(plan, "SPLIT_KEYS", 0 if parts else 2**31)
+    shapes = [(17, 0, 8, 2, 0), (9, 5, 64, 1, 16), (200, 0, 6, 2, 128)]
+    for seed, (seqlen_q, appended, nheads, nheads_k, page_size) in enumerate(shapes):
+        programs((132, 7, 132)[seed])
+        lengths, dtype = [1700, 0, 33, 256], DTYPES[seed % 2]
+        page_size = 64 if page_size == 16 and head_dim == 256 else page_size
+        case = kvcache(
+            seed, seqlen_q, lengths, appended, page_size, nheads, nheads_k, head_dim, dtype, "cuda",
+            **meaning,
+        )  # fmt: skip
+        check(case)
+    left = meaning.get("window_size", (-1, -1))[0]
+    if head_dim != 256 or left < 0:
+        assert [x.group for x in chosen] == [4, 64, 1]
+        assert any(x.parts for x in chosen) is (parts and left < 0)
+
+
+def test_parts_repeat_and_do_without_alignment(head_dim, chosen, monkeypatch):
+    """A thousand times the same bits; and what TMA can't take is whole without the fold."""
+    monkeypatch.setattr(plan, "SPLIT_KEYS", 0)
+    q, k, v = random(2, 24, 8, head_dim), *random(2, 2, 5000, 2, head_dim, seed=1)
+    expected = mfa.flash_attn_func(q, k, v, causal=True)
+    differ = torch.zeros((), device="cuda", dtype=torch.int64)
+    for _ in range(1000):
+        differ += (mfa.flash_attn_func(q, k, v, causal=True) != expected).any()
+    assert differ.item() == 0 and chosen.every() and chosen[0].parts
+    moved = torch.zeros(q.numel() + 1, device="cuda", dtype=q.dtype)[1:].view(q.shape).copy_(q)
+    close = mfa.flash_attn_func(moved, k, v, causal=True)
+    assert len(chosen) == 1  # the first call's recipe
+    assert (close - expected).abs().max() < 0.01
 
 
 def test_strides_and_addresses_give_the_same_bits(chosen):

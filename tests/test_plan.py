@@ -55,6 +55,8 @@ def call(
         (H200, (24, 24, 24, 8192), True, 11, 128),
         # too few programs: parts of each sequence
         (H200, (1, 32, 8, 1024), False, 16, 64),
+        (H200, (1, 32, 8, 1024, 16), False, 16, 32),  # less to look up
+        (H200, (1, 32, 8, 1024, 64), False, 16, 64),
         (H200, (4, 32, 8, 1024), False, 4, 64),
         (H200, (1, 32, 8, 131072), False, 16, 128),
         (H200, (1, 32, 8, 131072, 16), False, 33, 64),
@@ -83,6 +85,21 @@ def test_equal_shares_begin_at_so_many_bytes(batch, threshold):
         assert plan.decode(call(batch, 32, 8, seqlen_k), H200).shares is shares
         narrow = call(batch, 32, 8, 2 * seqlen_k, head_dim=64)
         assert plan.decode(narrow, H200).shares is shares
+
+
+def test_nothing_is_loaded_ahead_of_a_single_tile():
+    stages = [plan.decode(call(1, 32, 8, n), H200).tiles.num_stages for n in (64, 1024, 1025)]
+    assert stages == [2, 2, 3]
+    assert plan.decode(call(1, 32, 8, 1024, 64), H200).tiles.num_stages == 3  # slower, measured
+
+
+def test_parts_that_were_asked_for_are_no_more_than_tiles():
+    """Beyond, they are empty and take memory. Two at least, so that results take the same way."""
+    tiles = plan.decode_tiles(90, 128, 4)[1].block_n
+    for n, most in ((1, 2), (2 * tiles, 2), (2 * tiles + 1, 3), (128 * tiles, 128)):
+        assert plan.decode(call(8, 32, 8, n, num_splits=128), H200).splits == most
+    assert plan.decode(call(8, 32, 8, 1, num_splits=1), H200).splits == 1
+    assert plan.decode(call(8, 32, 8, 4096, num_splits=128, left=63), H200).splits == 2
 
 
 def test_the_larger_head_dim_decides():
@@ -253,6 +270,63 @@ def prefill(batch=4, seqlen=2048, nheads=16, head_dim=128, page_size=0, **change
 
 def on_hopper(p, out=None):
     return plan.hopper(p, p.q if out is None else out, H200)
+
+
+@pytest.mark.parametrize(
+    ("batch", "nheads", "nheads_k", "seqlen_q", "seqlen_k", "group", "splits"),
+    [
+        # a tile for four heads instead of one for each, in so many parts that the GPU is full
+        (1, 32, 8, 32, 32768, 4, 16),
+        (4, 32, 8, 8, 8192, 4, 4),
+        (16, 32, 8, 32, 4096, 4, 1),
+        (1, 32, 8, 90, 32768, 4, 5),
+        (1, 64, 1, 16, 65536, 64, 16),
+        # as many tiles of one head each
+        (1, 32, 8, 128, 32768, 1, 4),
+        (1, 32, 8, 500, 32768, 1, 1),
+        # groups that fill no tile
+        (1, 24, 8, 32, 32768, 1, 5),
+        (1, 8, 8, 32, 65536, 1, 16),
+        # a prefill as before
+        (4, 32, 8, 2048, 2048, 1, 1),
+        (1, 8, 8, 1024, 1024, 1, 1),
+    ],
+)
+def test_what_hopper_packs_and_splits(
+    batch, nheads, nheads_k, seqlen_q, seqlen_k, group, splits
+):  # fmt: skip
+    p = call(batch, nheads, nheads_k, seqlen_k, seqlen_q=seqlen_q)
+    chosen = on_hopper(p)
+    assert chosen.group == group and chosen.rows == -(-seqlen_q * group // 128)
+    assert chosen.units == batch * nheads // group
+    if splits == 1:
+        assert chosen.parts is None and chosen.programs == min(132, chosen.rows * chosen.units)
+    else:
+        assert chosen.parts.splits == splits and not chosen.parts.shares
+        assert chosen.parts.programs == chosen.parts.slots == chosen.rows * chosen.units * splits
+        assert chosen.parts.rows == min(128, seqlen_q * group)
+        assert chosen.programs == min(132, chosen.parts.programs)
+    if seqlen_q > 16:
+        whole = on_hopper(p._replace(num_splits=1))
+        assert whole.group == 1 and whole.parts is None, "the same bits in every batch"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seqlen_q": 4},  # a tile of the decode kernel
+        {"seqlen_k": 1024},  # too little to do
+        {"num_splits": 2}, {"split_size": 512}, {"num_splits": 1},
+        {"scores": problem.Scores(softcap=1.0)},
+        {"left": 9000, "windowed": True, "head_dim": 256},  # registers
+    ],
+)  # fmt: skip
+def test_what_hopper_leaves_to_decoding(changes):
+    p = call(1, 32, 8, 65536, seqlen_q=8)
+    assert on_hopper(p).group == 4
+    shape = {"seqlen_q": 8, "head_dim": 128, "seqlen_k": 65536} | changes
+    p = call(1, 32, 8, **{name: shape.pop(name) for name in ("seqlen_k", "seqlen_q", "head_dim")})
+    assert on_hopper(p._replace(**shape)) is None
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """The inner loop of Algorithm 1 on Hopper, for a consumer of 64 query rows.
 
 The scores of the next tile of keys are issued together with the weighted sum of this one, and the
-exponentials are worked out while the tensor cores are at it. With PINGPONG consumers issue in
-turn, so that one's exponentials meet another's products.
+exponentials are worked out while the tensor cores are at it. Three consumers issue in turn, so
+that one's exponentials meet another's products.
 """
 
 from ..rules import mask
@@ -56,17 +56,16 @@ def as_before(pieces, s):
 @gluon.jit
 def masked(
     s, which: gl.constexpr, turns, turn, start, left, right,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_N: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Scores with -inf where the query of a row does not see the key; keys from `start`."""
     # Read again where they are needed, instead of held in registers all along.
     length_k = hopper.word(turns, turn, hopper.LENGTH_K)
-    diagonal = length_k - hopper.word(turns, turn, hopper.ROWS_Q)
+    diagonal = length_k - hopper.word(turns, turn, hopper.ROWS_Q) // GROUP
     first = hopper.word(turns, turn, hopper.FIRST) + 64 * which
     pieces, i, shift, n = by_place(s, start, BLOCK_N)
-    seen = mask.sees(
-        first + i - shift, n, diagonal, left, right, None, length_k - shift, LEFT, RIGHT
-    )
+    i = (first + i) // GROUP - shift
+    seen = mask.sees(i, n, diagonal, left, right, None, length_k - shift, LEFT, RIGHT)
     return as_before(gl.where(seen, pieces, float("-inf")), s)
 
 
@@ -146,7 +145,7 @@ def tilted(s, first, start, changes, BLOCK_N: gl.constexpr):
 def weighed(
     m, s, first, b, head, start, scale, changes, cut, which: gl.constexpr, turns, turn, left, right,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LAZY: gl.constexpr,
-    SCORES: gl.constexpr, SCORE_MOD: gl.constexpr, BLOCK_N: gl.constexpr,
+    SCORES: gl.constexpr, SCORE_MOD: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """`rescale` of what becomes of scores of queries from `first` and keys from `start`, with the
     mask where it is `cut`.
@@ -161,7 +160,7 @@ def weighed(
     elif SCORES != "":
         s = modified(s, 0, 0, 0, 0, 0, changes, SCORES, SCORE_MOD)
     if cut:
-        s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N)
+        s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N, GROUP)
     if SCORES == "bounded":
         alpha, p = m, hopper.exp2(s * scale)
     else:
@@ -171,11 +170,10 @@ def weighed(
 
 @gluon.jit
 def attend(
-    which: gl.constexpr,
-    queries, worked, keys, values, done, turns, turn, left, right, scale, changes,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
-    CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
-    LAZY: gl.constexpr, SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
+    which: gl.constexpr, queries, worked, keys, values, done, turns, turn, left, right, scale,
+    changes, LEFT: gl.constexpr, RIGHT: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
+    CONSUMERS: gl.constexpr, EARLY: gl.constexpr, LAZY: gl.constexpr, SCORES: gl.constexpr,
+    SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     """Lines 6 to 12 of Algorithm 1 for 64 rows of a tile of work: (m, l, o).
 
@@ -184,6 +182,8 @@ def attend(
     O: gl.constexpr = hopper.accumulator(D)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     BOUNDED: gl.constexpr = SCORES == "bounded"
+    GROUP: gl.constexpr = queries.tiles.shape[3]
+    SLOTS: gl.constexpr = queries.tiles.shape[0] // CONSUMERS
     slot = worked % SLOTS * CONSUMERS + which
     mbarrier.wait(queries.full.index(slot), worked // SLOTS & 1)
     q = queries.tiles.index(slot).reshape([64, D])
@@ -203,10 +203,10 @@ def attend(
     b, head = hopper.word(turns, turn, hopper.B), hopper.word(turns, turn, hopper.HEAD)
 
     hopper.filled(keys, done, True)
-    if PINGPONG:
+    if CONSUMERS == 3:
         hopper.my_turn(which)
     s = scores(q, keys, done, BLOCK_N, D)
-    if PINGPONG:
+    if CONSUMERS == 3:
         hopper.your_turn(which, CONSUMERS)
     if SLOTS > 1:
         if worked > 0:  # the rows of the tile of work before are written out by now
@@ -218,7 +218,7 @@ def attend(
     m = gl.full([64], 0.0 if BOUNDED else LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout))
     m, alpha, p = weighed(
         m, s, first, b, head, start, scale, changes, True, which, turns, turn, left, right,
-        LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N,
+        LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N, GROUP,
     )  # fmt: skip
     l = sums(p, BLOCK_N)
     o = gl.zeros([64, D], gl.float32, O)
@@ -230,20 +230,20 @@ def attend(
         start -= BLOCK_N
         if not EARLY:
             hopper.filled(keys, n, True)
-        if PINGPONG:
+        if CONSUMERS == 3:
             hopper.my_turn(which)
         s = scores(q, keys, n, BLOCK_N, D)
         hopper.filled(values, n - 1, True)
         v = hopper.tile(values, n - 1).reshape([BLOCK_N, D])
         o = warpgroup_mma(p, v, o, is_async=True)
-        if PINGPONG:
+        if CONSUMERS == 3:
             hopper.your_turn(which, CONSUMERS)
         s = warpgroup_mma_wait(1, deps=[s])
         hopper.free(keys, n, CONSUMERS)
         cut = (start >= clear_end) | (start < clear_begin if LEFT else False)
         m, alpha, p_next = weighed(
             m, s, first, b, head, start, scale, changes, cut, which, turns, turn, left, right,
-            LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N,
+            LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N, GROUP,
         )  # fmt: skip
         if BOUNDED:
             moved = False

@@ -10,14 +10,13 @@ from ..problem import Problem
 from ..rules import heads, sequence, softmax
 from .launch import SIZES, Launch, changes, where
 
-PARTS_AT_ONCE = 32
+MANY = 1024  # rows; as many fill the GPU with a warp each, and fewer with more of them
 
 
 @triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
-    parts, owners, out, lse, cu_seqlens_q, s_aux,
-    stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h,
-    nheads_k, group, splits, slots, part_rows, seqlen_q, total_q, scale,
+    parts, owners, out, lse, cu_seqlens_q, s_aux, stride_o_b, stride_o_t, stride_o_h, stride_lse_b,
+    stride_lse_h, nheads_k, group, splits, slots, part_rows, seqlen_q, total_q, scale,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, S: tl.constexpr,
     SHARES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -84,19 +83,19 @@ def combine_kernel(
 POINTERS = ("parts", "owners", "out", "lse", "cu_seqlens_q", "s_aux")
 
 
-def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode) -> Launch:
-    """The launch that folds the parts that `decode` left to out and lse."""
-    nheads, head_dim = p.q.shape[-2], p.v.shape[-1]
-    nheads_k = p.k.shape[-2]
-    owners = plan.programs if plan.shares else plan.programs // plan.splits
+def launch(
+    p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode, group: int
+) -> Launch:
+    """The launch that folds what parts of keys left to out and lse; `group` heads lie in rows."""
+    head_dim = p.v.shape[-1]
+    programs = plan.rows * (plan.programs if plan.shares else plan.programs // plan.splits)
+    warps, at_once = 8 if head_dim > 64 else 4 if head_dim > 32 else 1, 32
+    if programs >= MANY and not (p.num_splits or p.split_size):  # else the same order in any batch
+        warps, at_once = 1, 8
     constants = (
-        *where(p, out, lse)[:5], nheads_k, nheads // nheads_k, plan.splits, plan.slots,
+        *where(p, out, lse)[:5], p.q.shape[-2] // group, group, plan.splits, plan.slots,
         plan.rows, p.seqlen_q, p.q.shape[0], changes(p).scale,
         head_dim, triton.next_power_of_2(head_dim), plan.tiles.block_m,
-        PARTS_AT_ONCE if head_dim <= 128 else PARTS_AT_ONCE // 2, plan.shares,
-        plan.overlapped,
+        at_once if head_dim <= 128 else at_once // 2, plan.shares, plan.overlapped,
     )  # fmt: skip
-    warps = 8 if head_dim > 64 else 4 if head_dim > 32 else 1
-    return Launch(
-        combine_kernel, owners * plan.rows, POINTERS, constants, warps, launch_pdl=plan.overlapped
-    )
+    return Launch(combine_kernel, programs, POINTERS, constants, warps, launch_pdl=plan.overlapped)

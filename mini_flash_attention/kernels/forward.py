@@ -85,26 +85,23 @@ def forward_kernel(
     )
     if LEFT:  # cut tiles on both sides: one loop, or three would drain the pipeline three times
         m, l, o = attend(
-            m, l, o, q_tile, i, begin, clear_begin, clear_end, end, True,
-            k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
-            diagonal, left, right, pad, length_k, scale, entry, head, changes,
-            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V, D_V, WIDE, TWINS,
-            SCORES, SCORE_MOD,
+            m, l, o, q_tile, i, begin, clear_begin, clear_end, end, True, k, v, stride_k_t,
+            stride_v_t, stride_k_b, stride_v_b, block_table, num_pages, diagonal, left, right, pad,
+            length_k, scale, entry, head, changes, LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D,
+            HEAD_DIM_V, D_V, WIDE, TWINS, SCORES, SCORE_MOD,
         )  # fmt: skip
     else:
         m, l, o = attend(
-            m, l, o, q_tile, i, begin, 0, 0, clear_end, False,
-            k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
-            diagonal, left, right, pad, length_k, scale, entry, head, changes,
-            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V, D_V, WIDE, TWINS,
-            SCORES, SCORE_MOD,
+            m, l, o, q_tile, i, begin, 0, 0, clear_end, False, k, v, stride_k_t, stride_v_t,
+            stride_k_b, stride_v_b, block_table, num_pages, diagonal, left, right, pad, length_k,
+            scale, entry, head, changes, LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V,
+            D_V, WIDE, TWINS, SCORES, SCORE_MOD,
         )  # fmt: skip
         m, l, o = attend(
-            m, l, o, q_tile, i, clear_end, 0, 0, end, True,
-            k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
-            diagonal, left, right, pad, length_k, scale, entry, head, changes,
-            LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V, D_V, WIDE, TWINS,
-            SCORES, SCORE_MOD,
+            m, l, o, q_tile, i, clear_end, 0, 0, end, True, k, v, stride_k_t, stride_v_t,
+            stride_k_b, stride_v_b, block_table, num_pages, diagonal, left, right, pad, length_k,
+            scale, entry, head, changes, LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V,
+            D_V, WIDE, TWINS, SCORES, SCORE_MOD,
         )  # fmt: skip
 
     o, lse_tile = softmax.finish(m, l, o, scale, sink)
@@ -137,7 +134,7 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forwar
     change = changes(p, "bounded")
     constants = (
         *strides(p.q), *strides(p.k), *strides(p.v), *where(p, out, lse),
-        p.batch, nheads, nheads // p.k.shape[-2], plan.rows, plan.per_group,
+        p.batch, nheads, p.group, plan.rows, plan.per_group,
         p.seqlen_q, p.seqlen_k, p.q.shape[0], MAX_INT if paged else p.k.shape[0], p.k.shape[0],
         change.scale, p.left, p.right, p.appended, *change.numbers,
         p.left >= 0, p.right >= 0, p.page_size, head_dim, padded(head_dim),

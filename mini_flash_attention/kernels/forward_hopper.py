@@ -12,8 +12,8 @@ import torch
 from .. import plan as plans
 from ..plan import Hopper
 from ..problem import Problem
-from ..rules import heads, softmax, work
-from . import hopper
+from ..rules import heads, softmax, split, work
+from . import combine, hopper
 from .attend_hopper import attend
 from .hopper import fence_async_shared, gl, gluon, mbarrier
 from .launch import MAX_INT, SIZES, Launch, changes, strides, where
@@ -21,37 +21,48 @@ from .launch import MAX_INT, SIZES, Launch, changes, strides, where
 
 @gluon.jit
 def produce(
-    loads,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
-    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
+    loads, LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
+    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Draw tiles of work; load their queries, and keys and values from the last to the first."""
     (
-        q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns,
-        cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, stride_table,
-        batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
-        left, right, appended,
+        q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns, cu_seqlens_q,
+        cu_seqlens_k, seqused_k, block_table, stride_table, batch, nheads, group, tiles, per_group,
+        total, seqlen_q, seqlen_k, total_q, total_k, left, right, appended, splits,
     ) = loads  # fmt: skip
+    GROUP: gl.constexpr = q_desc.block_shape[2]
     turn = 0
     done = 0  # tiles of keys in the turns before
     worked = 0  # turns that had any
     cleared = 0  # tiles of values that are someone else's, or nobody's, in part
     number = gl.program_id(0)
     while number < total:
+        tile = number
+        if SPLIT:
+            tile, per_group = number // splits, 1
         b, head, first_q, rows_q, writable, first = work.queries(
-            number, cu_seqlens_q, batch, nheads, tiles, per_group, seqlen_q, total_q, 64 * CONSUMERS
+            tile, cu_seqlens_q, batch, nheads, tiles, per_group, seqlen_q, total_q, 64 * CONSUMERS
         )
         first_k, length_k = work.keys(
-            b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended, rows_q
+            b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended, rows_q // GROUP
         )
         begin, clear_begin, clear_end, end = work.key_tiles(
-            first, rows_q, length_k, left, right, None, LEFT, RIGHT, 64 * CONSUMERS, BLOCK_N
+            first, rows_q, length_k, left, right, None, LEFT, RIGHT, 64 * CONSUMERS, BLOCK_N, GROUP
         )
+        place = first_q
+        if SPLIT:  # where this part's result lies; queries are dense, their first is 0
+            seen = (end - begin) // BLOCK_N
+            low, high = split.part(seen, gl.cdiv(seen, splits), number % splits)
+            end = begin + high * BLOCK_N
+            begin += low * BLOCK_N
+            block = first // (64 * CONSUMERS)
+            place = ((b * nheads + head) * tiles + block) * splits + number % splits
         hopper.tell(turns, turn, (
-            b, head, first_q, rows_q, writable, first, length_k, begin, clear_begin, clear_end, end
+            b, head, place, rows_q, writable, first, length_k, begin, clear_begin, clear_end, end
         ))  # fmt: skip
         head_k = heads.kv_head(head, group)
-        low = first + length_k - rows_q - left if LEFT else 0  # before it no row sees a key
+        # Before it no row sees a key.
+        low = first // GROUP + length_k - rows_q // GROUP - left if LEFT else 0
         batch_q = b if cu_seqlens_q is None else 0
         source = (
             block_table if PAGE_SIZE == 0 else block_table + b.to(gl.int64) * stride_table,
@@ -63,8 +74,9 @@ def produce(
                 slot = worked % SLOTS * CONSUMERS + c
                 mbarrier.wait(queries.free.index(slot), (worked // SLOTS & 1) ^ 1)
                 mbarrier.expect(queries.full.index(slot), q_desc.block_type.nbytes)
+                row = (first_q + first + 64 * c) // GROUP
                 hopper.tma_load(
-                    q_desc, [batch_q, first_q + first + 64 * c, head, 0],
+                    q_desc, [batch_q, row, head * GROUP, 0],
                     queries.full.index(slot), queries.tiles.index(slot),
                 )  # fmt: skip
             worked += 1
@@ -98,18 +110,20 @@ def produce(
 def consume(
     which: gl.constexpr, job,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, HEAD_DIM: gl.constexpr, CONSUMERS: gl.constexpr,
-    SLOTS: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr, LAZY: gl.constexpr,
-    SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
+    EARLY: gl.constexpr, LAZY: gl.constexpr, SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each tile of work: attention to their keys, and the rows written out."""
     o_desc, out, lse, cu_seqlens_q, queries, keys, values, turns = job[:8]
     stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right = job[8:16]
-    alibi_slopes, s_aux, aux, stride_slopes, factor, softcap = job[16:]
+    alibi_slopes, s_aux, aux, stride_slopes, factor, softcap, total, part_rows = job[16:]
+    SPLIT: gl.constexpr = out.dtype.element_ty == gl.float32  # out is `parts`
+    GROUP: gl.constexpr = o_desc.block_shape[2]  # rows of a query token
     PACKED: gl.constexpr = cu_seqlens_q is not None
     D: gl.constexpr = o_desc.block_shape[3]
     BLOCK_N: gl.constexpr = keys.tiles.shape[2]
+    SLOTS: gl.constexpr = queries.tiles.shape[0] // CONSUMERS
     O: gl.constexpr = hopper.accumulator(D)
-    if PINGPONG and which == CONSUMERS - 1:
+    if CONSUMERS == 3 and which == 2:
         hopper.your_turn(which, CONSUMERS)  # the first one's first
     turn = 0
     done = 0
@@ -123,6 +137,7 @@ def consume(
         first += 64 * which
         o = gl.zeros([64, D], gl.float32, O)
         lse_tile = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, O))
+        m, l = lse_tile, gl.zeros_like(lse_tile)
         if end > begin:
             changes = (factor, softcap, alibi_slopes, aux)
             if alibi_slopes is not None:
@@ -131,8 +146,7 @@ def consume(
                 changes = (factor, softcap, slope, aux)
             m, l, o = attend(
                 which, queries, worked, keys, values, done, turns, turn, left, right, scale,
-                changes, LEFT, RIGHT, D, BLOCK_N, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
-                SCORES, SCORE_MOD,
+                changes, LEFT, RIGHT, D, BLOCK_N, CONSUMERS, EARLY, LAZY, SCORES, SCORE_MOD,
             )  # fmt: skip
             sink = s_aux
             if s_aux is not None:
@@ -140,8 +154,10 @@ def consume(
             o, lse_tile = softmax.finish(m, l, o, scale, sink)
         b = hopper.word(turns, turn, hopper.B)
         head = hopper.word(turns, turn, hopper.HEAD)
-        first_q = hopper.word(turns, turn, hopper.FIRST_Q) + first
-        whole = end > begin  # TMA writes the rows: it stops at a tensor's end, not a sequence's
+        place = hopper.word(turns, turn, hopper.FIRST_Q)
+        first_q = first if SPLIT else place + first
+        # TMA writes the rows: it stops at a tensor's end, not a sequence's.
+        whole = (end > begin) & (not SPLIT)
         if PACKED:
             whole = whole & (first + 64 <= rows_q)
         if end > begin:
@@ -150,27 +166,40 @@ def consume(
                 tile = queries.tiles.index(slot)
                 tile.reshape([64, D]).store(o.to(o_desc.dtype))
                 fence_async_shared()
-                hopper.tma_store(o_desc, [0 if PACKED else b, first_q, head, 0], tile)
+                at_q = [0 if PACKED else b, first_q // GROUP, head * GROUP, 0]
+                hopper.tma_store(o_desc, at_q, tile)
             if SLOTS == 1:
                 hopper.tma.store_wait(0)
                 mbarrier.arrive(queries.free.index(slot))
             worked += 1
-        b, head = b.to(gl.int64), head.to(gl.int64)
+        b, head = b.to(gl.int64), head.to(gl.int64) * GROUP
         row = gl.arange(0, 64, gl.SliceLayout(1, O))
         writable = row < hopper.word(turns, turn, hopper.WRITABLE) - first
+        t, member = heads.unpack(first_q + row, GROUP)
         if not whole:
-            mine = row < rows_q - first
-            o = gl.where(gl.expand_dims(mine, 1), o, 0.0)
-            lse_tile = gl.where(mine, lse_tile, float("-inf"))
+            base = out + b * hopper.here(stride_o_b) + head * hopper.here(stride_o_h)
+            at = t.to(gl.int64) * hopper.here(stride_o_t)
+            if GROUP > 1:
+                at += member.to(gl.int64) * hopper.here(stride_o_h)
+            if SPLIT:
+                base = out
+                at = place.to(gl.int64) * part_rows + 64 * which + row
+                all_rows = hopper.here(total).to(gl.int64) * part_rows
+                gl.store(out + all_rows * HEAD_DIM + at, m, mask=writable)
+                gl.store(out + all_rows * (HEAD_DIM + 1) + at, l, mask=writable)
+                at *= HEAD_DIM
+            else:
+                mine = row < rows_q - first
+                o = gl.where(gl.expand_dims(mine, 1), o, 0.0)
+                lse_tile = gl.where(mine, lse_tile, float("-inf"))
             d = gl.arange(0, D, gl.SliceLayout(0, O))
-            at = (first_q + row).to(gl.int64) * hopper.here(stride_o_t)
             at = gl.expand_dims(at, 1) + gl.expand_dims(d, 0)
             wanted = gl.expand_dims(writable, 1) & gl.expand_dims(d < HEAD_DIM, 0)
-            base = out + b * hopper.here(stride_o_b) + head * hopper.here(stride_o_h)
-            gl.store(base + at, o.to(o_desc.dtype), mask=wanted)
+            gl.store(base + at, o.to(base.dtype.element_ty), mask=wanted)
         if lse is not None:
             base = lse + b * hopper.here(stride_lse_b) + head * hopper.here(stride_lse_h)
-            gl.store(base + first_q + row, lse_tile, mask=writable)
+            at = t + member * hopper.here(stride_lse_h) if GROUP > 1 else t
+            gl.store(base + at, lse_tile, mask=writable)
         done += (end - begin) // BLOCK_N
         hopper.heard(turns, turn)
         turn += 1
@@ -185,15 +214,16 @@ def forward_hopper_kernel(
     cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, alibi_slopes, s_aux, aux,
     stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, stride_table,
     batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
-    scale, left, right, appended, stride_slopes, factor, softcap,
+    scale, left, right, appended, stride_slopes, factor, softcap, splits, part_rows,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
-    PINGPONG: gl.constexpr, EARLY: gl.constexpr, LAZY: gl.constexpr,
-    SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
+    EARLY: gl.constexpr, LAZY: gl.constexpr, SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = k_desc.block_shape[3]
     Q_TILES: gl.constexpr = SLOTS * CONSUMERS
-    q_box: gl.constexpr = [Q_TILES, 1, 64, 1, D]
+    GROUP: gl.constexpr = q_desc.block_shape[2]
+    SPLIT: gl.constexpr = out.dtype.element_ty == gl.float32  # out is `parts`
+    q_box: gl.constexpr = [Q_TILES, 1, 64 // GROUP, GROUP, D]
     k_box: gl.constexpr = [hopper.STAGES, 1, BLOCK_N, 1, D]
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, q_box, q_desc.layout)
     k_tiles = gl.allocate_shared_memory(k_desc.dtype, k_box, k_desc.layout)
@@ -210,32 +240,26 @@ def forward_hopper_kernel(
     job = (
         o_desc, out, lse, cu_seqlens_q, queries, keys, values, turns,
         stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, scale, left, right,
-        alibi_slopes, s_aux, aux, stride_slopes, factor, softcap,
+        alibi_slopes, s_aux, aux, stride_slopes, factor, softcap, total, part_rows,
     )  # fmt: skip
     loads = (
-        q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns,
-        cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, stride_table,
-        batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
-        left, right, appended,
+        q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns, cu_seqlens_q,
+        cu_seqlens_k, seqused_k, block_table, stride_table, batch, nheads, group, tiles, per_group,
+        total, seqlen_q, seqlen_k, total_q, total_k, left, right, appended, splits,
     )  # fmt: skip
     SMALL_PAGES: gl.constexpr = k_desc.block_shape[1] < BLOCK_N  # the producer has more to hold
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
-                       SCORES, SCORE_MOD)),
-            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
-                       SCORES, SCORE_MOD)),
-            (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
+            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, EARLY, LAZY, SCORES, SCORE_MOD)),
+            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, EARLY, LAZY, SCORES, SCORE_MOD)),
+            (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS, SPLIT)),
         ], [4, 1], [224, 56] if SMALL_PAGES else [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
-                       SCORES, SCORE_MOD)),
-            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
-                       SCORES, SCORE_MOD)),
-            (consume, (2, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SLOTS, PINGPONG, EARLY, LAZY,
-                       SCORES, SCORE_MOD)),
-            (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS)),
+            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, EARLY, LAZY, SCORES, SCORE_MOD)),
+            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, EARLY, LAZY, SCORES, SCORE_MOD)),
+            (consume, (2, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, EARLY, LAZY, SCORES, SCORE_MOD)),
+            (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS, SPLIT)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
@@ -245,14 +269,14 @@ POINTERS = (
 )  # fmt: skip
 
 
-def view(name: str, x: torch.Tensor, tokens: int, rows: int) -> hopper.View:
-    """x as a descriptor sees it; `tokens` of a sequence or a page, boxes of `rows`."""
+def view(name: str, x: torch.Tensor, tokens: int, rows: int, heads: int = 1) -> hopper.View:
+    """x as a descriptor sees it; `tokens` of a sequence or a page, boxes of `rows` for `heads`."""
     packed = x.dim() == 3
     *outer, nheads, head_dim = x.shape
     shape = [1 if packed else outer[0], tokens, nheads, head_dim]
     # A dimension of one is never stepped over, but TMA wants a stride that it could take.
     steps = [s if s and n > 1 else 8 for s, n in zip(strides(x), shape, strict=False)]
-    return hopper.View(name, shape, [*steps, 1], [1, rows, 1, plans.size_class(head_dim)])
+    return hopper.View(name, shape, [*steps, 1], [1, rows, heads, plans.size_class(head_dim)])
 
 
 def launch(
@@ -266,14 +290,19 @@ def launch(
     tiles, (nheads, head_dim) = plan.tiles, p.q.shape[-2:]
     # At 256 one tile's way out of two is no faster, and some exponentials come late.
     change = changes(p, "bounded", "folded", *["linear"] * (head_dim <= 128))
-    packed = p.cu_seqlens_q is not None
+    packed, group, total = p.cu_seqlens_q is not None, plan.group, plan.rows * plan.units
+    fold, splits, part_rows, pointers = None, 1, 0, POINTERS
+    if plan.parts:
+        fold = combine.launch(p, out, lse, plan.parts, group)
+        splits, part_rows = plan.parts.splits, plan.parts.rows
+        pointers = ("parts", "nothing", *POINTERS[2:])
     total_q, total_k = p.q.shape[0], p.k.shape[0]
     tokens_q = total_q if packed else p.seqlen_q
     tokens_k = p.page_size or (total_k if p.k.dim() == 3 else p.seqlen_k)
     box = min(tiles.block_n, p.page_size or tiles.block_n)
     views = [
-        view("q", p.q, tokens_q, 64), view("k", p.k, tokens_k, box),
-        view("v", p.v, tokens_k, box), view("out", out, tokens_q, 64),
+        view("q", p.q, tokens_q, 64 // group, group), view("k", p.k, tokens_k, box),
+        view("v", p.v, tokens_k, box), view("out", out, tokens_q, 64 // group, group),
     ]  # fmt: skip
     # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was never
     # written; and what lies before every window may be someone else's by now.
@@ -281,14 +310,14 @@ def launch(
     early = tiles.early and not crowded
     constants = (
         *where(p, out, lse),
-        p.batch, nheads, nheads // p.k.shape[-2], plan.rows, plan.per_group, plan.rows * plan.units,
-        p.seqlen_q, p.seqlen_k, total_q, MAX_INT if p.page_size else total_k,
-        change.scale, p.left, p.right, p.appended, *change.numbers,
+        p.batch, nheads // group, p.group // group, plan.rows, plan.per_group,
+        total * splits, p.seqlen_q * group, p.seqlen_k, total_q,
+        MAX_INT if p.page_size else total_k,
+        change.scale, p.left, p.right, p.appended, *change.numbers, splits, part_rows,
         p.left >= 0, p.right >= 0, p.page_size, inside or p.left >= 0,
-        head_dim, tiles.block_n, tiles.consumers, tiles.slots, tiles.pingpong, early, tiles.lazy,
-        *change.flags,
+        head_dim, tiles.block_n, tiles.consumers, tiles.slots, early, tiles.lazy, *change.flags,
     )  # fmt: skip
     return hopper.TmaLaunch(
-        forward_hopper_kernel, plan.programs, POINTERS, constants, 4,
-        views=views, otherwise=otherwise,
+        forward_hopper_kernel, plan.programs, pointers, constants, 4,
+        views=views, otherwise=otherwise, fold=fold,
     )  # fmt: skip

@@ -58,14 +58,18 @@ class Placed:
 
 
 class TmaLaunch(Launch):
-    """A launch whose first arguments are descriptors; `otherwise` where an address fits none."""
+    """A launch whose first arguments are descriptors; `otherwise` where an address fits none.
 
-    __slots__ = ("otherwise", "views")
+    fold: None, or the launch that makes a whole of what this one leaves.
+    """
 
-    def __init__(self, *arguments: Any, views: list[View], otherwise: Launch) -> None:
+    __slots__ = ("fold", "otherwise", "views")
+
+    def __init__(
+        self, *arguments: Any, views: list[View], otherwise: Launch, fold: Launch | None
+    ) -> None:
         super().__init__(*arguments)
-        self.views = views
-        self.otherwise = otherwise
+        self.views, self.otherwise, self.fold = views, otherwise, fold
 
     def arguments(self, tensors: Mapping[str, torch.Tensor | None]) -> tuple[Any, ...]:
         descriptors = []
@@ -86,6 +90,8 @@ class TmaLaunch(Launch):
             self.runner(*map(Placed, bases, self.views), *addresses, *self.constants)
         else:
             self.first(tensors, aligned)
+        if self.fold is not None:
+            self.fold(tensors)
 
 
 class Queries(NamedTuple):

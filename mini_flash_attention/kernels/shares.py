@@ -14,10 +14,7 @@ CHUNK = tl.constexpr(32)  # sequences looked at together: as many as a warp has 
 
 
 @triton.jit
-def key_range(
-    b, lengths,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def key_range(b, lengths, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
     """Of sequences b: the first query row and how many; the first key and how many are in use;
     the first tile (in keys) that any query sees, how many tiles.
     """
@@ -43,10 +40,7 @@ def key_range(
 
 
 @triton.jit
-def chunk(
-    first, batch, lengths,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def chunk(first, batch, lengths, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tiles of the sequences first..first + CHUNK, 0 past the batch."""
     b = first + tl.arange(0, CHUNK)
     tiles = key_range(tl.minimum(b, batch - 1), lengths, LEFT, RIGHT, BLOCK_N)[5]
@@ -54,10 +48,7 @@ def chunk(
 
 
 @triton.jit
-def count(
-    batch, lengths,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def count(batch, lengths, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tiles of the whole batch."""
     total = 0
     for first in range(0, batch, CHUNK):
@@ -67,10 +58,7 @@ def count(
 
 
 @triton.jit
-def find(
-    tile, batch, lengths,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def find(tile, batch, lengths, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
     """The sequence that a tile of the line belongs to, and the number of tiles before it."""
     b = 0
     before = 0

@@ -46,11 +46,16 @@ def keys(b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended, rows_q):
 def key_tiles(
     first, rows_q, length_k, left, right, pad,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr = 1,
 ):  # fmt: skip
-    """`mask.key_tiles` of the BLOCK_M rows from `first`: none after the sequence's end."""
-    last = tl.minimum(first + BLOCK_M, rows_q) - 1
+    """`mask.key_tiles` of the BLOCK_M rows from `first`: none after the sequence's end.
+
+    GROUP: rows of a query token.
+    """
+    last = (tl.minimum(first + BLOCK_M, rows_q) - 1) // GROUP
     begin, clear_begin, clear_end, end = mask.key_tiles(
-        first, last, length_k - rows_q, left, right, pad, length_k, BLOCK_N, LEFT, RIGHT
-    )
+        first // GROUP, last, length_k - rows_q // GROUP, left, right, pad, length_k, BLOCK_N,
+        LEFT, RIGHT,
+    )  # fmt: skip
     end = tl.where(first < rows_q, end, begin)
     return begin, clear_begin, tl.minimum(clear_end, end), end
