@@ -15,12 +15,11 @@ from .refusals import overlaps_itself
 def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Append p's new keys; (out, softmax_lse or None) of attention then."""
     out = p.new_out()
-    shape = p.lse_shape
-    lse = None if shape is None else torch.empty(shape, dtype=torch.float32, device="cpu")
+    lse = None
+    if p.lse_shape is not None:
+        lse = torch.full(p.lse_shape, float("-inf"), dtype=torch.float32, device="cpu")
     if p.k_new is not None:
-        _append(p)
-    if p.rotary is not None:
-        p = p._replace(q=_rotated_queries(p))
+        p = _append(p)
     own = (p.cu_seqlens_q, p.seqused_k, p.block_table, p.cache_batch_idx, p.cache_leftpad)
     if all(x is None for x in own):  # nothing that is a sequence's own
         k, v = p.k[:, : p.seqlen_k], p.v[:, : p.seqlen_k]
@@ -30,8 +29,6 @@ def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
             lse.copy_(result_lse)
         return out, lse
     out.zero_()
-    if lse is not None:
-        lse.fill_(float("-inf"))
     for b in range(p.batch):
         at = _queries(p, b)
         k, v = _keys(p, b)
@@ -70,7 +67,7 @@ def _attention(
         if not p.need_lse:
             return result.transpose(1, 2), q.new_empty(0)
     scores = q.float() @ _to_heads(k, q).float().mT * p.softmax_scale
-    scores = _changed(p, scores, b, seqlen_k - seqlen_q, skipped)
+    scores = _changed(p, scores, b, skipped)
     if seen is not None:
         scores = scores.masked_fill(~seen, float("-inf"))
     lse = scores.logsumexp(-1)
@@ -89,13 +86,18 @@ def _to_heads(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
-def _changed(p: Problem, s: torch.Tensor, b: int, diagonal: int, skipped: int) -> torch.Tensor:
+def _stands(seqlen_q: int, seqlen_k: int, skipped: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(seqlen_q, 1) and (seqlen_k - skipped,): where queries and keys stand."""
+    i = torch.arange(seqlen_k - seqlen_q, seqlen_k, device="cpu")[:, None]
+    return i, torch.arange(skipped, seqlen_k, device="cpu")
+
+
+def _changed(p: Problem, s: torch.Tensor, b: int, skipped: int) -> torch.Tensor:
     """Scores (B, H, Sq, Sk) after soft cap, ALiBi and score_mod."""
     batch, nheads, seqlen_q, keys = s.shape
+    i, j = _stands(seqlen_q, skipped + keys, skipped)
     numbers = torch.arange(b, b + batch, device="cpu")[:, None, None, None]
     heads = torch.arange(nheads, device="cpu")[:, None, None]
-    i = torch.arange(diagonal, diagonal + seqlen_q, device="cpu")[:, None]
-    j = torch.arange(skipped, skipped + keys, device="cpu")
     softcap, slopes, score_mod, aux, _ = p.scores
     if softcap:
         s = softcap * torch.tanh(s / softcap)
@@ -111,29 +113,21 @@ def _seen(p: Problem, seqlen_q: int, seqlen_k: int, skipped: int) -> torch.Tenso
     """(seqlen_q, seqlen_k - skipped) bool, True where a query sees a key; None if all see all."""
     if p.left < 0 and p.right < 0:
         return None
-    i = torch.arange(seqlen_q, device="cpu")[:, None] + seqlen_k - seqlen_q
-    j = torch.arange(skipped, seqlen_k, device="cpu")[None, :]
-    seen = torch.ones(seqlen_q, seqlen_k - skipped, dtype=torch.bool, device="cpu")
-    if p.left >= 0:
-        seen &= j >= i - p.left
-    if p.right >= 0:
-        seen &= j <= i + p.right
-    return seen
+    i, j = _stands(seqlen_q, seqlen_k, skipped)
+    seen = j <= i + (seqlen_q if p.right < 0 else p.right)  # no key is so many after a query
+    return seen if p.left < 0 else seen & (j >= i - p.left)
 
 
 def _queries(p: Problem, b: int) -> int | slice:
     """Where in q those of sequence b are."""
-    if p.cu_seqlens_q is None:
-        return b
-    rows = _rows(b, p.cu_seqlens_q, p.q)
-    return slice(rows.start, min(rows.stop, rows.start + p.seqlen_q))
+    return b if p.cu_seqlens_q is None else _rows(b, p.cu_seqlens_q, p.q, p.seqlen_q)
 
 
-def _rows(b: int, cu_seqlens: torch.Tensor, x: torch.Tensor) -> slice:
-    """Rows of packed x that are sequence b, whatever cu_seqlens holds."""
+def _rows(b: int, cu_seqlens: torch.Tensor, x: torch.Tensor, most: int) -> slice:
+    """Rows of packed x that are sequence b, at most so many, whatever cu_seqlens holds."""
     total = x.shape[0]
     start = min(max(int(cu_seqlens[b]), 0), total)
-    return slice(start, min(max(int(cu_seqlens[b + 1]), start), total))
+    return slice(start, min(max(int(cu_seqlens[b + 1]), start), start + most, total))
 
 
 def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,8 +148,8 @@ def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
         missing = ~real[:, None, None]
         return p.k[page, slot].masked_fill(missing, 0.0), p.v[page, slot].masked_fill(missing, 0.0)
     if p.cu_seqlens_k is not None:
-        rows = _rows(b, p.cu_seqlens_k, p.k)
-        return p.k[rows][:length], p.v[rows][:length]
+        rows = _rows(b, p.cu_seqlens_k, p.k, length)
+        return p.k[rows], p.v[rows]
     row = b if p.cache_batch_idx is None else int(p.cache_batch_idx[b])
     if not 0 <= row < p.k.shape[0]:
         row, length = 0, 0
@@ -175,35 +169,25 @@ def _locate(p: Problem, b: int, j: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return page.where(real, 0), slot, real
 
 
-def _starts(p: Problem) -> torch.Tensor:
-    """(batch,): where the new keys of each sequence go."""
-    if p.seqused_k is None:
-        return torch.full((p.batch,), p.seqlen_k - p.appended, device="cpu")
-    return p.seqused_k.clamp(0, p.seqlen_k)
-
-
-def _append(p: Problem) -> None:
-    """Write k_new and v_new into the caches, where they fit."""
+def _append(p: Problem) -> Problem:
+    """Write k_new and v_new into the caches, where they fit; p, with its queries rotated too."""
     assert p.k_new is not None and p.v_new is not None
-    for b, start in enumerate(_starts(p).tolist()):
+    q = p.q if p.rotary is None else p.q.clone()
+    starts = [p.seqlen_k - p.appended] * p.batch  # where the new keys of each sequence go
+    if p.seqused_k is not None:
+        starts = p.seqused_k.clamp(0, p.seqlen_k).tolist()
+    for b, start in enumerate(starts):
         at = _queries(p, b)
         k, v = (x[at][: p.seqlen_k - start] for x in (p.k_new, p.v_new))
         j = torch.arange(start, start + k.shape[0], device="cpu")
         if p.rotary is not None:
             k = _rotated(p.rotary, k, j)
+            t = torch.arange(q[at].shape[0], device="cpu") * p.rotary.moving
+            q[at] = _rotated(p.rotary, q[at], start + t)
         page, slot, real = _locate(p, b, j)
         p.k[page[real], slot[real]] = k[real]
         p.v[page[real], slot[real]] = v[real]
-
-
-def _rotated_queries(p: Problem) -> torch.Tensor:
-    assert p.rotary is not None
-    q = p.q.clone()
-    for b, start in enumerate(_starts(p).tolist()):
-        mine = q[_queries(p, b)]
-        t = torch.arange(mine.shape[0], device="cpu") * p.rotary.moving
-        mine.copy_(_rotated(p.rotary, mine, start + t))
-    return q
+    return p._replace(q=q)
 
 
 def _rotated(rotary: Rotary, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -211,11 +195,7 @@ def _rotated(rotary: Rotary, x: torch.Tensor, position: torch.Tensor) -> torch.T
     rows = position.clamp(0, rotary.cos.shape[0] - 1)
     cos, sin = (table[rows][:, None].float() for table in (rotary.cos, rotary.sin))
     half = cos.shape[-1]
-    turned = x[..., : 2 * half].float()
-    if rotary.interleaved:
-        one, two = turned[..., ::2], turned[..., 1::2]
-    else:
-        one, two = turned[..., :half], turned[..., half:]
-    pair = (one * cos - two * sin, two * cos + one * sin)
-    turned = torch.stack(pair, -1).flatten(-2) if rotary.interleaved else torch.cat(pair, -1)
+    shape, pair = ((half, 2), -1) if rotary.interleaved else ((2, half), -2)
+    one, two = x[..., : 2 * half].float().unflatten(-1, shape).unbind(pair)
+    turned = torch.stack((one * cos - two * sin, two * cos + one * sin), pair).flatten(-2)
     return torch.cat([turned.to(x.dtype), x[..., 2 * half :]], -1)

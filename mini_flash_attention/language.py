@@ -32,12 +32,11 @@ class Pointer:
 
 def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> torch.Tensor:
     """tl.load: an index counts the elements of memory, as on a GPU."""
-    index = torch.as_tensor(pointer.index)
     there = torch.as_tensor(True if mask is None else mask)
     x = pointer.memory
     room = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
     memory = x.as_strided((room,), (1,))
-    return torch.where(there, memory[torch.where(there, index, 0).long()], other)
+    return torch.where(there, memory[torch.where(there, pointer.index, 0).long()], other)
 
 
 LANGUAGE = types.SimpleNamespace(
@@ -59,18 +58,16 @@ def call(score_mod: Any, *arguments: Any) -> torch.Tensor:
 def plain(function: Any) -> Callable[..., Any]:
     """A @triton.jit function as Python's, with PyTorch's functions for Triton's."""
     function = getattr(function, "fn", function)
-    names = {}
-    for name, x in function.__globals__.items():
-        if name not in function.__code__.co_names:
-            continue
+    names: dict[str, Any] = {"__builtins__": builtins}
+    for name in function.__globals__.keys() & set(function.__code__.co_names):
+        x = function.__globals__[name]
         if isinstance(x, types.ModuleType) and x.__name__ == "triton.language":
             x = LANGUAGE
         elif hasattr(x, "fn") and hasattr(x, "arg_names"):
             x = plain(x)
         elif (getattr(x, "__module__", None) or "").startswith("triton.language"):
-            x = getattr(LANGUAGE, name) if hasattr(LANGUAGE, name) else getattr(x, "value", x)
+            x = getattr(LANGUAGE, name, getattr(x, "value", x))
         names[name] = x
-    names["__builtins__"] = builtins
     return types.FunctionType(
         function.__code__, names, function.__name__, function.__defaults__, function.__closure__
     )
