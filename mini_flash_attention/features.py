@@ -37,18 +37,27 @@ def per_head(
     rows(function, name, x)
 
 
-def rotary(function: str, name: str, x: Any, q: torch.Tensor, cos: Any) -> None:
-    """x is (positions, rotary_dim / 2), contiguous, in q's dtype or fp32, shaped like cos."""
-    if not isinstance(x, torch.Tensor) or not isinstance(cos, torch.Tensor):
-        hint = "rotary_cos and rotary_sin go together"
-        refuse(TypeError, function, name, "a torch.Tensor", kind_of(x), hint)
-    plain(function, name, x, q)
-    if x.dtype not in (q.dtype, torch.float32) or x.dtype is not cos.dtype:
-        refuse(TypeError, function, name, f"dtype {q.dtype} or torch.float32", x.dtype, "cast it")
-    fits = x.dim() == 2 and x.shape == cos.shape and 0 < 2 * x.shape[1] <= q.shape[-1]
-    if not fits or not x.shape[0]:
-        wanted = f"shape (positions, rotary_dim / 2), rotary_dim at most {q.shape[-1]}"
-        refuse(ValueError, function, name, wanted, tuple(x.shape))
-    if not x.is_contiguous():
-        got, hint = f"strides {x.stride()}", "call .contiguous()"
-        refuse(ValueError, function, name, "a contiguous table", got, hint)
+def rotary(function: str, cos: Any, sin: Any, q: torch.Tensor, k: Any) -> bool:
+    """Whether there is a rotation: both tables are (positions, rotary_dim / 2), contiguous, in q's
+    dtype or fp32.
+    """
+    if cos is None and sin is None:
+        return False
+    if k is None:
+        refuse(ValueError, function, "rotary_cos", "k and v to append", "none", "rotate q yourself")
+    for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
+        if not isinstance(x, torch.Tensor) or not isinstance(cos, torch.Tensor):
+            hint = "rotary_cos and rotary_sin go together"
+            refuse(TypeError, function, name, "a torch.Tensor", kind_of(x), hint)
+        plain(function, name, x, q)
+        if x.dtype not in (q.dtype, torch.float32) or x.dtype is not cos.dtype:
+            wanted = f"dtype {q.dtype} or torch.float32"
+            refuse(TypeError, function, name, wanted, x.dtype, "cast it")
+        fits = x.dim() == 2 and x.shape == cos.shape and 0 < 2 * x.shape[1] <= q.shape[-1]
+        if not fits or not x.shape[0]:
+            wanted = f"shape (positions, rotary_dim / 2), rotary_dim at most {q.shape[-1]}"
+            refuse(ValueError, function, name, wanted, tuple(x.shape))
+        if not x.is_contiguous():
+            got, hint = f"strides {x.stride()}", "call .contiguous()"
+            refuse(ValueError, function, name, "a contiguous table", got, hint)
+    return True

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch, problem
-from .problem import Problem, empty_out
+from .problem import Problem, empty_out, shape_of_lse
 
 NAMESPACE = "mini_flash_attention"
 SCORES = (
@@ -88,10 +88,9 @@ def run(describe: Callable[..., Problem], arguments: Mapping[str, Any]) -> dispa
         given["score_mod"] = name_of(given["score_mod"])
     name = describe.__name__
     if name == "kvcache":
-        lengths = given["cache_seqlens"]
         given["cache_seqlen"] = None
-        if not isinstance(lengths, torch.Tensor):
-            given |= {"cache_seqlens": None, "cache_seqlen": lengths}
+        if not isinstance(given["cache_seqlens"], torch.Tensor):
+            given |= {"cache_seqlens": None, "cache_seqlen": given["cache_seqlens"]}
         if given["k"] is None:
             for extra in ("k", "v", "rotary_cos", "rotary_sin", "rotary_interleaved"):
                 given.pop(extra)
@@ -137,9 +136,7 @@ def _define(name: str, schema: str) -> None:
     def fake(*values: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         given = {**dict(zip(order, values, strict=False)), **named}
         q, v = given["q"], given[names.get("v", "v")]
-        shape: tuple[Any, ...] = (0,)
-        if given["need_lse"]:
-            shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else q.shape[1::-1]
+        shape = shape_of_lse(q) if given["need_lse"] else (0,)
         return empty_out(q, v.shape[-1]), q.new_empty(shape, dtype=torch.float32)
 
     def flops(*values: Any, out_val: Any = None, **named: Any) -> int:

@@ -84,11 +84,13 @@ class Problem(NamedTuple):
     @property
     def lse_shape(self) -> tuple[int, ...] | None:
         """Of softmax_lse, where it is wanted."""
-        if not self.need_lse:
-            return None
-        nheads = self.q.shape[-2]
-        packed = self.cu_seqlens_q is not None
-        return (nheads, self.q.shape[0]) if packed else (self.batch, nheads, self.seqlen_q)
+        return shape_of_lse(self.q) if self.need_lse else None
+
+
+def shape_of_lse(q: torch.Tensor) -> tuple[int, ...]:
+    """(batch, nheads, seqlen_q), or (nheads, total_q) where q is packed."""
+    *outer, nheads, _ = q.shape
+    return (*outer[:-1], nheads, outer[-1])
 
 
 def empty_out(q: torch.Tensor, head_dim: int = 0) -> torch.Tensor:
@@ -116,18 +118,16 @@ def dense(
         refuse(ValueError, function, "k", f"batch {q.shape[0]}, as q", k.shape[0])
     check.dropout(function, dropout_p)
     check.flags(function, deterministic=deterministic, return_attn_probs=return_attn_probs)
-    batch, seqlen_q, _, head_dim = q.shape
-    scores = _scores(function, q, batch, softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
-    check.differentiable(function, q, k, v, out, alibi_slopes, s_aux, *score_mod_args)
-    check.out(function, out, q, v.shape[-1])
+    batch = q.shape[0]
+    seqlen_q = check.bounded(function, "q", q.shape[1])
     seqlen_k = check.bounded(function, "k", k.shape[1])
-    check.bounded(function, "q", seqlen_q)
     left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
-    scale = check.scale(function, softmax_scale, head_dim, alibi_slopes is not None)
-    return Problem(
-        function, q, k, v, out, None, None, None, None, None, None,
-        batch, seqlen_q, seqlen_k, 0, 0, scale, left, right, 0, 0, return_attn_probs, asked, scores,
+    scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
+    p = Problem(
+        function, q, k, v, out, None, None, None, None, None, None, batch, seqlen_q, seqlen_k, 0, 0,
+        softmax_scale, left, right, 0, 0, return_attn_probs, asked, scores,
     )  # fmt: skip
+    return _judged(p)
 
 
 def varlen(
@@ -140,7 +140,7 @@ def varlen(
     """The call `flash_attn_varlen_func(...)`."""
     function = "flash_attn_varlen_func"
     check.qkv(function, q, k, v, "k v", 3, block_table is not None)
-    batch = _packed(function, cu_seqlens_q, q)
+    batch, seqlen_q = _packed(function, cu_seqlens_q, max_seqlen_q, q)
     if cu_seqlens_k is not None:
         check.index_tensor(function, "cu_seqlens_k", cu_seqlens_k, q, (batch + 1,))
     elif block_table is None or seqused_k is None:
@@ -148,24 +148,19 @@ def varlen(
         refuse(TypeError, function, "cu_seqlens_k", "an int32 torch.Tensor", "None", hint)
     if seqused_k is not None:
         check.index_tensor(function, "seqused_k", seqused_k, q, (batch,))
-    seqlen_q = min(check.length(function, "max_seqlen_q", max_seqlen_q), q.shape[0])
-    seqlen_k = check.length(function, "max_seqlen_k", max_seqlen_k)
-    check.bounded(function, "q", q.shape[0])
     page_size, capacity = _pages(function, "k", k, block_table, batch, q)
-    seqlen_k = min(seqlen_k, capacity)
+    seqlen_k = min(check.length(function, "max_seqlen_k", max_seqlen_k), capacity)
     check.dropout(function, dropout_p)
     check.flags(function, deterministic=deterministic, return_attn_probs=return_attn_probs)
-    scores = _scores(function, q, batch, softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
     splits = check.splits(function, num_splits)
-    check.differentiable(function, q, k, v, out, alibi_slopes, s_aux, *score_mod_args)
-    check.out(function, out, q, v.shape[-1])
     left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
-    scale = check.scale(function, softmax_scale, q.shape[-1], alibi_slopes is not None)
-    return Problem(
+    scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
+    p = Problem(
         function, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, None, None,
-        batch, seqlen_q, seqlen_k, 0, page_size, scale, left, right, splits, 0, return_attn_probs,
-        asked, scores,
+        batch, seqlen_q, seqlen_k, 0, page_size, softmax_scale, left, right, splits, 0,
+        return_attn_probs, asked, scores,
     )  # fmt: skip
+    return _judged(p)
 
 
 def kvcache(
@@ -182,19 +177,16 @@ def kvcache(
     names = "k_cache v_cache"
     check.qkv(function, q, k_cache, v_cache, names, 3 if packed else 4, block_table is not None, 4)
     if packed:
-        batch = _packed(function, cu_seqlens_q, q)
-        longest = check.length(function, "max_seqlen_q", max_seqlen_q)
-        seqlen_q, head_dim = min(longest, check.bounded(function, "q", q.shape[0])), q.shape[-1]
+        batch, seqlen_q = _packed(function, cu_seqlens_q, max_seqlen_q, q)
     else:
         if max_seqlen_q is not None:
             hint = "it belongs to packed queries"
             got = check.kind_of(max_seqlen_q)
             refuse(ValueError, function, "max_seqlen_q", "None without cu_seqlens_q", got, hint)
-        batch, seqlen_q, _, head_dim = q.shape
+        batch, seqlen_q = q.shape[:2]
     check.flags(
         function, rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse
     )
-    scores = _scores(function, q, batch, softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
     splits = check.splits(function, num_splits)
     split_size = check.split_size(function, fixed_split_size, splits)
     if cache_batch_idx is not None:
@@ -226,58 +218,50 @@ def kvcache(
             hint = "the keys to append count too" if appended else ""
             wanted = f"at most the cache's {capacity} tokens"
             refuse(ValueError, function, "cache_seqlens", wanted, seqlen_k, hint)
-    more = (alibi_slopes, s_aux, rotary_cos, rotary_sin, *score_mod_args)
-    check.differentiable(function, q, k_cache, v_cache, k, v, out, *more)
-    check.out(function, out, q, v_cache.shape[-1])
     left, right, asked = check.window(function, causal, window_size, seqlen_q, seqlen_k)
-    moving = causal or any(w not in (None, -1) for w in window_size)
-    rotary = _rotary(function, q, rotary_cos, rotary_sin, rotary_interleaved, moving, k)
+    rotary = None
+    if features.rotary(function, rotary_cos, rotary_sin, q, k):
+        moving = causal or any(w not in (None, -1) for w in window_size)
+        rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved, moving)
     if cache_leftpad is not None:  # what stands before it lies outside of a window
         left, asked = seqlen_k if left < 0 else left, True
-    scale = check.scale(function, softmax_scale, head_dim, alibi_slopes is not None)
-    return Problem(
-        function, q, k_cache, v_cache, out, cu_seqlens_q, None, seqused, block_table, k, v,
-        batch, seqlen_q, seqlen_k, appended, page_size, scale, left, right, splits, split_size,
+    scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
+    p = Problem(
+        function, q, k_cache, v_cache, out, cu_seqlens_q, None, seqused, block_table, k, v, batch,
+        seqlen_q, seqlen_k, appended, page_size, softmax_scale, left, right, splits, split_size,
         return_softmax_lse, asked, scores, cache_batch_idx, cache_leftpad, rotary,
     )  # fmt: skip
+    return _judged(p)
 
 
-def _packed(function: str, cu_seqlens_q: Any, q: torch.Tensor) -> int:
-    """The batch that cu_seqlens_q describes."""
+def _judged(p: Problem) -> Problem:
+    """p with what the caller passed for scores, scale and out, once that is found to fit."""
+    function, q, (softcap, alibi_slopes, score_mod, aux, s_aux) = p.function, p.q, p.scores
+    features.score_mod(function, score_mod, aux, q)
+    nheads, head_dim = q.shape[-2:]
+    if alibi_slopes is not None:
+        shapes = ((nheads,), (p.batch, nheads))
+        features.per_head(function, "alibi_slopes", alibi_slopes, q, shapes, (torch.float32,))
+    if s_aux is not None:
+        features.per_head(function, "s_aux", s_aux, q, ((nheads,),), (torch.float32, q.dtype))
+    cap = check.softcap(function, softcap)
+    others = (alibi_slopes, s_aux, *(aux or ()), *(p.rotary or ()))
+    check.differentiable(function, q, p.k, p.v, p.k_new, p.v_new, p.out, *others)
+    check.out(function, p.out, q, p.v.shape[-1])
+    scale = check.scale(function, p.softmax_scale, head_dim, alibi_slopes is not None)
+    scores = Scores(cap, alibi_slopes, score_mod, tuple(aux or ()) or None, s_aux)
+    return p._replace(softmax_scale=scale, scores=scores)
+
+
+def _packed(function: str, cu_seqlens_q: Any, longest: Any, q: torch.Tensor) -> tuple[int, int]:
+    """(batch, upper bound of the query lengths) that cu_seqlens_q and max_seqlen_q describe."""
     check.index_tensor(function, "cu_seqlens_q", cu_seqlens_q, q, ("any",))
     batch = cu_seqlens_q.shape[0] - 1
     if batch < 0 or (batch == 0 and q.shape[0] > 0):
         wanted = "batch + 1 entries, starting at 0"
         refuse(ValueError, function, "cu_seqlens_q", wanted, f"{batch + 1} for {q.shape[0]} tokens")
-    return int(batch)
-
-
-def _scores(
-    function: str, q: torch.Tensor, batch: int, softcap: Any, alibi_slopes: Any, score_mod: Any,
-    score_mod_args: Any, s_aux: Any,
-) -> Scores:  # fmt: skip
-    """What the arguments make of scores."""
-    features.score_mod(function, score_mod, score_mod_args, q)
-    nheads = q.shape[-2]
-    if alibi_slopes is not None:
-        shapes = ((nheads,), (batch, nheads))
-        features.per_head(function, "alibi_slopes", alibi_slopes, q, shapes, (torch.float32,))
-    if s_aux is not None:
-        features.per_head(function, "s_aux", s_aux, q, ((nheads,),), (torch.float32, q.dtype))
-    cap = check.softcap(function, softcap)
-    return Scores(cap, alibi_slopes, score_mod, tuple(score_mod_args) or None, s_aux)
-
-
-def _rotary(
-    function: str, q: torch.Tensor, cos: Any, sin: Any, interleaved: bool, moving: bool, k: Any
-) -> Rotary | None:
-    if cos is None and sin is None:
-        return None
-    if k is None:
-        refuse(ValueError, function, "rotary_cos", "k and v to append", "none", "rotate q yourself")
-    for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
-        features.rotary(function, name, x, q, cos)
-    return Rotary(cos, sin, interleaved, moving)
+    longest = check.length(function, "max_seqlen_q", longest)
+    return int(batch), min(longest, check.bounded(function, "q", q.shape[0]))
 
 
 def _pages(
@@ -305,14 +289,12 @@ def _append(
         return 0
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         check.tensor(function, name, x, 3 if packed else 4, q)
-        tokens = () if packed else (k.shape[1],)
         hint = "a packed sequence brings a key for each query" if packed else ""
-        check.shape(function, name, x, (q.shape[0], *tokens, *cache.shape[-2:]), hint=hint)
+        check.shape(function, name, x, (q.shape[0], *k.shape[1:-2], *cache.shape[-2:]), hint=hint)
+        if check.overlaps_itself(cache):
+            got, hint = f"strides {cache.stride()}", "an expanded cache can't be written"
+            refuse(ValueError, function, f"{name}_cache", "memory of its own", got, hint)
     if cache_seqlens is None:
         hint = "it says where the new keys go"
         refuse(ValueError, function, "cache_seqlens", "lengths when k, v are given", "None", hint)
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if check.overlaps_itself(x):
-            hint = "an expanded cache can't be written"
-            refuse(ValueError, function, name, "memory of its own", f"strides {x.stride()}", hint)
     return -1 if packed else int(k.shape[1])
