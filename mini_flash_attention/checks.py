@@ -9,6 +9,7 @@ for service.
 import os
 from functools import cache
 from itertools import pairwise
+from typing import NoReturn
 
 import torch
 
@@ -24,12 +25,12 @@ def values(p: Problem) -> None:
     """Refuse lengths, positions and page numbers that the kernels would clamp."""
     if p.q.is_cuda and torch.cuda.is_current_stream_capturing():
         hint = "the checks read lengths back, which a graph can't"
-        refuse(ValueError, p.function, SWITCH, "0 during CUDA-graph capture", 1, hint)
+        _wrong(p, SWITCH, "0 during CUDA-graph capture", 1, hint)
     queries = [p.seqlen_q] * p.batch
     if p.cu_seqlens_q is not None:
         queries = _differences(p, "cu_seqlens_q", p.cu_seqlens_q, p.q.shape[0])
         if max(queries, default=0) > p.seqlen_q:
-            refuse(ValueError, p.function, "max_seqlen_q", f"at least {max(queries)}", p.seqlen_q)
+            _wrong(p, "max_seqlen_q", f"at least {max(queries)}", p.seqlen_q)
     new = queries if p.appended < 0 else [p.appended] * p.batch
     keys = _key_lengths(p, new)
     longest = max(keys, default=0)
@@ -37,14 +38,12 @@ def values(p: Problem) -> None:
     if p.block_table is not None:
         room = p.block_table.shape[1] * p.page_size
         if longest > room:
-            wanted, got = f"columns for {longest} tokens", f"room for {room}"
-            refuse(ValueError, p.function, "block_table", wanted, got, hint)
+            _wrong(p, "block_table", f"columns for {longest} tokens", f"room for {room}", hint)
         _pages(p, p.block_table, keys)
     if longest > p.seqlen_k:
         if _used(p) == "cache_seqlens":
-            wanted = f"at most the cache's {p.seqlen_k} tokens"
-            refuse(ValueError, p.function, "cache_seqlens", wanted, longest, hint)
-        refuse(ValueError, p.function, "max_seqlen_k", f"at least {longest}", p.seqlen_k)
+            _wrong(p, "cache_seqlens", f"at most the cache's {p.seqlen_k} tokens", longest, hint)
+        _wrong(p, "max_seqlen_k", f"at least {longest}", p.seqlen_k)
     if p.cache_batch_idx is not None:
         last = p.k.shape[0] - 1
         _up_to(p, "cache_batch_idx", p.cache_batch_idx, [last] * p.batch, "rows from 0 to {end}")
@@ -52,6 +51,10 @@ def values(p: Problem) -> None:
         _up_to(p, "cache_leftpad", p.cache_leftpad, keys, "0 to the {end} keys of sequence {b}")
     if p.rotary is not None:
         _positions(p, p.rotary, queries, new, keys)
+
+
+def _wrong(p: Problem, argument: str, expected: str, got: object, hint: str = "") -> NoReturn:
+    refuse(ValueError, p.function, argument, expected, got, hint)
 
 
 def _used(p: Problem) -> str:
@@ -63,13 +66,12 @@ def _differences(p: Problem, name: str, cu_seqlens: torch.Tensor, total: int | N
     """Lengths of sequences; total is None where they are no rows and so may start anywhere."""
     ends = cu_seqlens.tolist()
     if total is not None and ends[0] != 0:
-        refuse(ValueError, p.function, name, "0 in entry 0", ends[0])
+        _wrong(p, name, "0 in entry 0", ends[0])
     for b, (start, end) in enumerate(pairwise(ends)):
         if end < start:
-            got = f"{end} after {start} in entry {b + 1}"
-            refuse(ValueError, p.function, name, "entries that never decrease", got)
+            _wrong(p, name, "entries that never decrease", f"{end} after {start} in entry {b + 1}")
     if total is not None and ends[-1] > total:
-        refuse(ValueError, p.function, name, f"an end at {total} tokens or before", ends[-1])
+        _wrong(p, name, f"an end at {total} tokens or before", ends[-1])
     return [end - start for start, end in pairwise(ends)]
 
 
@@ -84,10 +86,9 @@ def _key_lengths(p: Problem, new: list[int]) -> list[int]:
     used = p.seqused_k.tolist()
     for b, (n, length) in enumerate(zip(used, lengths, strict=True)):
         if n < 0:
-            refuse(ValueError, p.function, _used(p), "0 or more", f"{n} in entry {b}")
+            _wrong(p, _used(p), "0 or more", f"{n} in entry {b}")
         if p.cu_seqlens_k is not None and n > length:
-            wanted = f"at most the {length} of cu_seqlens_k"
-            refuse(ValueError, p.function, _used(p), wanted, f"{n} in entry {b}")
+            _wrong(p, _used(p), f"at most the {length} of cu_seqlens_k", f"{n} in entry {b}")
     return [n + more for n, more in zip(used, new, strict=True)]
 
 
@@ -99,15 +100,14 @@ def _pages(p: Problem, block_table: torch.Tensor, lengths: list[int]) -> None:
         for column, page in enumerate(row[: -(-length // p.page_size)]):
             if column >= unused and not 0 <= page < num_pages:
                 wanted = f"pages from 0 to {num_pages - 1} for the {length} keys of row {b}"
-                got = f"{page} in column {column}"
-                refuse(ValueError, p.function, "block_table", wanted, got)
+                _wrong(p, "block_table", wanted, f"{page} in column {column}")
 
 
 def _up_to(p: Problem, name: str, x: torch.Tensor, ends: list[int], wanted: str) -> None:
     """Every number of x is one from 0 to its end."""
     for b, (n, end) in enumerate(zip(x.tolist(), ends, strict=True)):
         if not 0 <= n <= end:
-            refuse(ValueError, p.function, name, wanted.format(end=end, b=b), f"{n} in entry {b}")
+            _wrong(p, name, wanted.format(end=end, b=b), f"{n} in entry {b}")
 
 
 def _positions(
@@ -119,8 +119,7 @@ def _positions(
         after = max(asking if rotary.moving else min(asking, 1), more)
         end = length - more + after
         if after and end > rows:
-            wanted = f"a table for the {end} positions of sequence {b}"
-            refuse(ValueError, p.function, "rotary_cos", wanted, rows)
+            _wrong(p, "rotary_cos", f"a table for the {end} positions of sequence {b}", rows)
 
 
 @cache

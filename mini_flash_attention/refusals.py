@@ -24,9 +24,8 @@ DTYPES = {"cuda": HALVES, "cpu": (*HALVES, torch.float32)}
 def refuse(
     error: type[Exception], function: str, argument: str, expected: str, got: object, hint: str = ""
 ) -> NoReturn:
-    raise error(
-        f"{function}: {argument}: expected {expected}, got {got}" + (f" ({hint})" if hint else "")
-    )
+    advice = f" ({hint})" if hint else ""
+    raise error(f"{function}: {argument}: expected {expected}, got {got}{advice}")
 
 
 def later(function: str, argument: str, value: str) -> NoReturn:
@@ -71,8 +70,7 @@ def plain(
 def rows(function: str, name: str, x: torch.Tensor, wanted: str = "contiguous rows") -> None:
     """What lies side by side in x's last dimension does so in memory."""
     if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
-        got, hint = f"strides {x.stride()}", "call .contiguous()"
-        refuse(ValueError, function, name, wanted, got, hint)
+        refuse(ValueError, function, name, wanted, f"strides {x.stride()}", "call .contiguous()")
 
 
 def shape(
