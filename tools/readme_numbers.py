@@ -19,7 +19,7 @@ from statistics import geometric_mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ("prefill", "varlen", "portable", "decode", "host")
+SUITES = ("prefill", "varlen", "portable", "decode", "features", "host")
 BEGIN = "<!-- numbers: written by tools/readme_numbers.py, not by hand -->"
 END = "<!-- end of numbers -->"
 
@@ -77,7 +77,8 @@ def read(file: Path) -> dict[str, Any]:
 def block(results: Mapping[str, dict[str, Any]]) -> str:
     """All that stands between the comments."""
     writers = {
-        "prefill": hopper, "varlen": layouts, "portable": prefill, "decode": decode, "host": host,
+        "prefill": hopper, "varlen": layouts, "portable": prefill, "decode": decode,
+        "features": features, "host": host,
     }  # fmt: skip
     parts: list[str] = []
     origin = ""
@@ -195,6 +196,32 @@ def layouts(result: Mapping[str, Any], rows: Rows) -> list[str]:
         lines.append([*line, ratio(rate(rows, workload, "mini"), rate(rows, workload, "fa3"))])
     head = ["call", "head_dim", *map(name, columns), "ours / FA3"]
     return ["**Packed and paged calls on Hopper, TFLOP/s** (bf16):", table(head, lines)]
+
+
+FEATURES = {
+    "softcap": "soft cap",
+    "alibi": "ALiBi",
+    "sinks": "sinks",
+    "score_mod": "a score_mod that does nothing",
+}
+
+
+def features(result: Mapping[str, Any], rows: Rows) -> list[str]:
+    """What a feature leaves of the plain call's speed."""
+    lines = []
+    for cell in dict.fromkeys(workload.rpartition("/")[0] for workload, _ in rows):
+        dense = re.fullmatch(r"features/d(\d+)/(\w+)/s(\d+)", cell)
+        if dense is None:
+            continue
+        head_dim, mask, tokens = dense.groups()
+        plain = rate(rows, f"{cell}/plain", "mini")
+        shares = [ratio(rate(rows, f"{cell}/{n}", "mini"), plain) for n in FEATURES]
+        figures = [figure(rows, f"{cell}/plain", "mini"), *shares]
+        lines.append([head_dim, MASKS.get(mask, mask), f"{int(tokens):,}", *figures])
+    return [
+        "**What features cost on Hopper**: the plain call in TFLOP/s, and how much of it is left:",
+        table(["head_dim", "mask", "tokens", "plain", *FEATURES.values()], lines, words=3),
+    ]
 
 
 # -- prefill ---------------------------------------------------------------------------------------
