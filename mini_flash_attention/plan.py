@@ -125,8 +125,7 @@ def _work(p: Problem, block_m: int, packed: int = 1) -> tuple[int, int, int]:
     return rows, units, max(1, min(units, L2_BYTES // max(1, bytes_of_unit)))
 
 
-# Leaves the Hopper kernel out, for comparison.
-PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"
+PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"  # without the Hopper kernel
 # By head_dim, measured (bench/NOTES.md). Three consumers hide one another's waiting best, but have
 # registers for head_dim 64 alone; with few keys their larger tiles are a loss.
 HOPPER_TILES = {
@@ -134,7 +133,6 @@ HOPPER_TILES = {
     128: HopperTiles(2, 128, 2, early=True, lazy=False),
     256: HopperTiles(2, 64, 1, early=True, lazy=True),
 }
-THREE_CONSUMERS = HopperTiles(3, 128, 2, early=False, lazy=False)
 MANY_KEYS = 2048  # of a query in the mean; half as many again where tiles lie across a diagonal
 HOPPER_FLOPS = 4 << 30  # some 10 µs; below, descriptors cost the CPU more than the GPU gains
 
@@ -160,7 +158,7 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     if whole and decodes(p, gpu):
         return None
     if whole and head_dim <= 64 and keys >= many and p.page_size % tiles.block_n == 0 and simple:
-        tiles = THREE_CONSUMERS
+        tiles = tiles._replace(consumers=3)
     lazy = tiles.lazy and simple and whole and not p.windowed  # so do masks of packed rows
     tiles = tiles._replace(lazy=lazy)
     # A tile lies in one page or is made of whole ones, of 16 keys or more; for those the producer
@@ -184,14 +182,13 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
 
 
 def _packing(p: Problem, gpu: Gpu, block_n: int) -> tuple[int, int]:
-    """Heads of a KV head to pack into the rows of the Hopper kernel's tiles, and parts of its keys.
-
-    Packed where that leaves a quarter of the tiles out; in parts where tiles are few and keys many.
+    """Heads to pack into the Hopper kernel's tiles, where that leaves a quarter of them out, and
+    parts to split keys into, where tiles are few and keys many.
     """
     group, free = p.group, p.cu_seqlens_q is None and not p.num_splits and not p.split_size
-    # Packed rows of 256 have no registers for a window's mask.
-    simple = not (p.scores.changed or (p.windowed and p.q.shape[-1] > 128))
-    if not (simple and free and p.scores.s_aux is None and p.seqlen_q * group > 16):
+    tight = p.windowed and p.q.shape[-1] > 128  # packed rows have no registers for its mask
+    simple = not (p.scores.changed or p.scores.s_aux is not None or tight)
+    if not (simple and free and p.seqlen_q * group > 16):
         return 1, 1
     packed, alone = (-(-p.seqlen_q * n // 128) * (p.q.shape[-2] // n) for n in (group, 1))
     if 64 % group or 4 * packed > 3 * alone:
