@@ -302,6 +302,7 @@ def check(seed: int, number: int, device: str) -> None:
             stack.enter_context(patch.object(plan, "WAVES_WORK", work))
             if words["hopper"]:
                 stack.enter_context(patch.object(plan, "HOPPER_FLOPS", 0))
+                stack.enter_context(patch.object(plan, "SPLIT_KEYS", 0))
             stack.enter_context(patch.object(dispatch, "_recipes", {}))
             if device == "cpu":  # the interpreter's few keys, in many tiles
                 few = partial(narrowed, plan.decode_tiles)
