@@ -188,14 +188,14 @@ def _packing(p: Problem, gpu: Gpu, block_n: int) -> tuple[int, int]:
     group, free = p.group, p.cu_seqlens_q is None and not p.num_splits and not p.split_size
     tight = p.windowed and p.q.shape[-1] > 128  # packed rows have no registers for its mask
     simple = not (p.scores.changed or p.scores.s_aux is not None or tight)
-    if not (simple and free and p.seqlen_q * group > 16):
-        return 1, 1
+    if not (simple and free) or p.seqlen_q <= (64 if 64 % group else 16 // group):
+        return 1, 1  # by the last, a tile of the decode kernel's serves a whole group better
     packed, alone = (-(-p.seqlen_q * n // 128) * (p.q.shape[-2] // n) for n in (group, 1))
     if 64 % group or 4 * packed > 3 * alone:
         group, packed = 1, alone
     seen = _visible(p)
     most = min(MAX_SPLITS, seen // (4 * block_n))
-    splits = max(1, min(most, gpu.multiprocessors // (p.batch * packed)))
+    splits = max(1, min(most, gpu.multiprocessors // max(1, p.batch * packed)))
     return group, splits if seen - seen // splits > SPLIT_KEYS else 1
 
 

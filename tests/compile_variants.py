@@ -54,7 +54,7 @@ class Variant(NamedTuple):
         return f"{self.kernel} head_dim {self.head_dim}, {self.mask}, {self.keys}, {self.words}"
 
 
-MASKS = {"none": {}, "causal": {"causal": True}, "window": {"window_size": (500, 0)}}
+MASKS = {"none": {}, "causal": {"causal": True}, "window": {"window_size": (5000, 0)}}
 # plan.py has tiles for head_dim up to 64, 128 and 256. 96 stands for what is no power of two: part
 # of its tile is masked away.
 POWERS, ALL = (64, 128, 256), (64, 128, 256, 96)
@@ -135,7 +135,8 @@ ALSO_HOPPER = [  # with one of them:
     ("forward_hopper", (128,), "window", "pages 16", "softcap"),
     ("forward_hopper", POWERS, "causal", "used", "q=32 parts"),
     ("forward_hopper", (128, 64), "causal", "pages 16", "q=32 parts"),
-    ("forward_hopper", (128, 64), "window", "used", "q=32 packs lse"),
+    ("forward_hopper", (128, 64), "window", "used", "q=32 parts"),
+    ("forward_hopper", (64, 128), "window", "pages 16", "q=32 packs lse"),
     ("forward_hopper", (256,), "causal", "pages 256", "q=32 packs lse"),
 ]
 

@@ -125,14 +125,18 @@ def test_kvcache(meaning, head_dim, page_size, chosen, programs):
     assert chosen.every(3) is (page_size != 32 or head_dim != 256)
 
 
+WIDE = {"window_size": (1500, 0), "causal": True}
+
+
 @pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
-@pytest.mark.parametrize("meaning", MASKS, ids=str)
+@pytest.mark.parametrize("meaning", [*MASKS, WIDE], ids=str)
 def test_few_queries(meaning, parts, head_dim, chosen, programs, monkeypatch):
     """Heads packed into rows, and keys split, where tiles would be few or empty."""
     monkeypatch.setattr(plan, "SPLIT_KEYS", 0 if parts else 2**31)
+    monkeypatch.setattr(plan, "_splits_pay", lambda *_: False)  # for the decode kernel
+    programs(132 if parts else 7)
     shapes = [(17, 0, 8, 2, 0), (9, 5, 64, 1, 16), (200, 0, 6, 2, 128)]
     for seed, (seqlen_q, appended, nheads, nheads_k, page_size) in enumerate(shapes):
-        programs((132, 7, 132)[seed])
         lengths, dtype = [1700, 0, 33, 256], DTYPES[seed % 2]
         page_size = 64 if page_size == 16 and head_dim == 256 else page_size
         case = kvcache(
@@ -141,9 +145,10 @@ def test_few_queries(meaning, parts, head_dim, chosen, programs, monkeypatch):
         )  # fmt: skip
         check(case)
     left = meaning.get("window_size", (-1, -1))[0]
-    if head_dim != 256 or left < 0:
-        assert [x.group for x in chosen] == [4, 64, 1]
-        assert any(x.parts for x in chosen) is (parts and left < 0)
+    crowded = head_dim == 256 and left >= 0  # nine queries are decoded then
+    assert [x.group for x in chosen] == ([1, 1] if crowded else [4, 64, 1])
+    split = parts and not crowded and (left < 0 or meaning is WIDE)
+    assert all(bool(x.parts) is split for x in chosen)
 
 
 def test_parts_repeat_and_do_without_alignment(head_dim, chosen, monkeypatch):

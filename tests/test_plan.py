@@ -284,8 +284,8 @@ def on_hopper(p, out=None):
         # as many tiles of one head each
         (1, 32, 8, 128, 32768, 1, 4),
         (1, 32, 8, 500, 32768, 1, 1),
-        # groups that fill no tile
-        (1, 24, 8, 32, 32768, 1, 5),
+        # a group that fills no tile, where one head nearly does
+        (1, 24, 8, 90, 32768, 1, 5),
         (1, 8, 8, 32, 65536, 1, 16),
         # a prefill as before
         (4, 32, 8, 2048, 2048, 1, 1),
@@ -316,6 +316,8 @@ def test_what_hopper_packs_and_splits(
     [
         {"seqlen_q": 4},  # a tile of the decode kernel
         {"seqlen_k": 1024},  # too little to do
+        {"nheads": 24, "seqlen_q": 64},  # a group that fills no tile, and heads that don't either
+        {"nheads": 56, "seqlen_q": 8}, {"nheads": 384},
         {"num_splits": 2}, {"split_size": 512}, {"num_splits": 1},
         {"scores": problem.Scores(softcap=1.0)},
         {"left": 9000, "windowed": True, "head_dim": 256},  # registers
@@ -324,9 +326,14 @@ def test_what_hopper_packs_and_splits(
 def test_what_hopper_leaves_to_decoding(changes):
     p = call(1, 32, 8, 65536, seqlen_q=8)
     assert on_hopper(p).group == 4
-    shape = {"seqlen_q": 8, "head_dim": 128, "seqlen_k": 65536} | changes
-    p = call(1, 32, 8, **{name: shape.pop(name) for name in ("seqlen_k", "seqlen_q", "head_dim")})
+    shape = {"nheads": 32, "seqlen_q": 8, "head_dim": 128, "seqlen_k": 65536} | changes
+    words = ("nheads", "seqlen_k", "seqlen_q", "head_dim")
+    p = call(1, nheads_k=8, **{name: shape.pop(name) for name in words})
     assert on_hopper(p._replace(**shape)) is None
+
+
+def test_an_empty_batch_needs_no_plan():
+    assert on_hopper(call(0, 32, 8, 8192, seqlen_q=32)) is None
 
 
 @pytest.mark.parametrize(
