@@ -181,10 +181,11 @@ def _recipe(p: Problem) -> Recipe:
         if hopper:
             from .kernels import forward_hopper
 
-            launches[-1] = forward_hopper.launch(p, out, lse, hopper, otherwise=launches[-1])
-            draws = True
+            fold, draws = None, True
             if hopper.parts:
                 temporaries = decode.temporaries(p, hopper.parts)
+                fold = combine.launch(p, out, lse, hopper.parts, hopper.group)
+            launches[-1] = forward_hopper.launch(p, out, lse, hopper, launches[-1], fold)
     head_dim = 0 if p.v.shape[-1] == p.q.shape[-1] else p.v.shape[-1]
     rotates = p.rotary is not None
     return Recipe(p.function, launches, p.lse_shape, temporaries, draws, head_dim, rotates, clears)

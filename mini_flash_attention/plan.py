@@ -159,8 +159,8 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
         return None
     if whole and head_dim <= 64 and keys >= many and p.page_size % tiles.block_n == 0 and simple:
         tiles = tiles._replace(consumers=3)
-    lazy = tiles.lazy and simple and whole and not p.windowed  # so do masks of packed rows
-    tiles = tiles._replace(lazy=lazy)
+    # So do the masks of a window and of packed rows.
+    tiles = tiles._replace(lazy=tiles.lazy and simple and whole and not p.windowed)
     # A tile lies in one page or is made of whole ones, of 16 keys or more; for those the producer
     # needs registers that consumers of rows of 256, or three of them, can't spare.
     small = p.page_size >= 16 and tiles.block_n % p.page_size == 0 and head_dim <= 128

@@ -503,5 +503,5 @@ def test_what_the_hopper_kernel_is_told_of_scores(head_dim):
     }
     for scores, way in told.items():
         p = prefill(head_dim=head_dim, scores=scores)
-        launch = forward_hopper.launch(p, p.q, None, on_hopper(p), otherwise=None)
+        launch = forward_hopper.launch(p, p.q, None, on_hopper(p), otherwise=None, fold=None)
         assert launch.constants[-2:] == (way, None)

@@ -431,23 +431,23 @@ def test_keys(lengths, used, longest, appended, rows_q):
 
 @given(
     tile=st.integers(0, 5), rows_q=st.integers(0, 300), length_k=st.integers(0, 300), bounds=BOUNDS,
-    pad=PADS,
+    pad=PADS, group=st.sampled_from([1, 2, 4, 64]),
 )  # fmt: skip
 @sampled
-def test_key_tiles_of_a_tile_of_rows(tile, rows_q, length_k, bounds, pad):
+def test_key_tiles_of_a_tile_of_rows(tile, rows_q, length_k, bounds, pad, group):
     """As `mask.key_tiles` has it for the rows that are there; nothing where there are none."""
     pad = padding(pad, bounds[0], length_k)
     left, right = (-1 if x is None else x for x in bounds)
     first, flags = Int32(128 * tile), (left >= 0, right >= 0)
     sizes = (Int32(length_k - rows_q), left, right, pad, Int32(length_k))
     begin, clear_begin, clear_end, end = work.key_tiles(
-        first, Int32(rows_q), Int32(length_k), left, right, pad, *flags, 128, 64
+        first, Int32(rows_q * group), Int32(length_k), left, right, pad, *flags, 128, 64, group
     )
-    if first >= rows_q:
+    if first >= rows_q * group:
         assert begin == end and clear_end <= end
     else:
-        last = min(first + 128, rows_q) - 1
-        wanted = mask.key_tiles(first, Int32(last), *sizes, 64, *flags)
+        last = (min(first + 128, rows_q * group) - 1) // group
+        wanted = mask.key_tiles(Int32(first // group), Int32(last), *sizes, 64, *flags)
         assert (begin, clear_begin, clear_end, end) == wanted
 
 

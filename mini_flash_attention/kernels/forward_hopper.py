@@ -13,7 +13,7 @@ from .. import plan as plans
 from ..plan import Hopper
 from ..problem import Problem
 from ..rules import heads, softmax, split, work
-from . import combine, hopper
+from . import hopper
 from .attend_hopper import attend
 from .hopper import fence_async_shared, gl, gluon, mbarrier
 from .launch import MAX_INT, SIZES, Launch, changes, strides, where
@@ -280,8 +280,9 @@ def view(name: str, x: torch.Tensor, tokens: int, rows: int, heads: int = 1) -> 
 
 
 def launch(
-    p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Hopper, otherwise: Launch
-) -> Launch:
+    p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Hopper, otherwise: Launch,
+    fold: Launch | None,
+) -> Launch:  # fmt: skip
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
     # Triton 3.8 and newer have no registers for these beside rows of 256.
     crowded = hopper.NEWER and plans.size_class(p.q.shape[-1]) == 256
@@ -291,9 +292,8 @@ def launch(
     # At 256 one tile's way out of two is no faster, and some exponentials come late.
     change = changes(p, "bounded", "folded", *["linear"] * (head_dim <= 128))
     packed, group, total = p.cu_seqlens_q is not None, plan.group, plan.rows * plan.units
-    fold, splits, part_rows, pointers = None, 1, 0, POINTERS
+    splits, part_rows, pointers = 1, 0, POINTERS
     if plan.parts:
-        fold = combine.launch(p, out, lse, plan.parts, group)
         splits, part_rows = plan.parts.splits, plan.parts.rows
         pointers = ("parts", "nothing", *POINTERS[2:])
     total_q, total_k = p.q.shape[0], p.k.shape[0]

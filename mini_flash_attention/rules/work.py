@@ -50,9 +50,9 @@ def key_tiles(
 ):  # fmt: skip
     """`mask.key_tiles` of the BLOCK_M rows from `first`: none after the sequence's end.
 
-    GROUP: rows of a query token.
+    GROUP: rows of a query token, a divisor of BLOCK_M.
     """
-    last = (tl.minimum(first + BLOCK_M, rows_q) - 1) // GROUP
+    last = tl.minimum(first + BLOCK_M, rows_q) // GROUP - 1
     begin, clear_begin, clear_end, end = mask.key_tiles(
         first // GROUP, last, length_k - rows_q // GROUP, left, right, pad, length_k, BLOCK_N,
         LEFT, RIGHT,
