@@ -207,6 +207,19 @@ def test_what_is_asked_for_does_not_depend_on_the_batch(asked, seqlen_q):
     assert not plans[0].shares
 
 
+@pytest.mark.parametrize("asked", [{"num_splits": 7}, {"split_size": 512}, {}])
+def test_what_is_asked_for_is_folded_alike_in_any_batch(asked):
+    """A warp a row, and other parts at once, only where nobody was promised the same bits."""
+    combine = pytest.importorskip("mini_flash_attention.kernels.combine")
+    folds = []
+    for batch in (1, 1000):
+        p = call(batch, 32, 8, 8192, seqlen_q=8, **asked)
+        chosen = plan.decode(p, H200)
+        launch = combine.launch(p, p.q, None, chosen, p.group)
+        folds.append((launch.options["num_warps"], launch.constants[-3]))
+    assert (folds[0] == folds[1]) is bool(asked) and folds[0] == (8, 32)
+
+
 def test_parts_of_a_fixed_size_cover_the_cache():
     for size, seqlen_k, left in itertools.product((1, 64, 100, 5000), (0, 1, 4097), (-1, 70)):
         chosen = plan.decode(call(1, 8, 2, seqlen_k, split_size=size, left=left), H200)
