@@ -1,5 +1,7 @@
 """The Hopper kernel on a GPU: cases of test_gpu.py, which by itself are too small to reach it."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -338,3 +340,24 @@ def test_threads_on_streams_of_their_own(chosen):
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
     assert chosen.every()
+
+
+BUSY = """
+import torch
+import mini_flash_attention as mfa
+
+q = torch.randn(1, 1 << 17, 16, 128, device="cuda", dtype=torch.bfloat16)
+k, v = torch.randn(2, 1, 256, 16, 128, device="cuda", dtype=torch.bfloat16)
+out, lost = torch.empty_like(q), torch.zeros((), device="cuda", dtype=torch.int64)
+for _ in range(1000):
+    mfa.flash_attn_func(q, k, v, out=out.fill_(float("nan")))
+    lost += out.isnan().any()
+print(lost.item())
+"""
+
+
+def test_beside_other_processes():
+    """The driver stops kernels in the middle to let another process's run: no tile gets lost."""
+    command = [sys.executable, "-c", BUSY]
+    made = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [process.communicate()[0] for process in made] == ["0\n"] * 4

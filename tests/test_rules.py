@@ -592,6 +592,10 @@ def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start
         ({}, torch.bfloat16, ""),
         ({"softcap": 50.0}, torch.bfloat16, "bounded"),
         ({"softcap": 50.0}, torch.float16, "softcap"),  # no room for the weights
+        ({"softcap": 50.0, "seqlen_k": 15}, torch.bfloat16, "softcap"),  # a rounded weight shows
+        ({"softcap": 50.0, "left": 14}, torch.bfloat16, "softcap"),
+        ({"softcap": 50.0, "left": 15}, torch.bfloat16, "bounded"),
+        ({"softcap": 50.0, "left": 0, "right": -1}, torch.bfloat16, "bounded"),
         ({"softcap": 60.0}, torch.bfloat16, "softcap"),
         ({"softcap": 50.0, "alibi_slopes": torch.ones(1)}, torch.bfloat16, "softcap"),
         ({"softcap": 50.0, "score_mod": asks_for_all}, torch.bfloat16, "softcap"),
@@ -605,9 +609,12 @@ def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start
 def test_ways_of_a_kernels_own(asked, dtype, way):
     launch = pytest.importorskip("mini_flash_attention.kernels.launch")
     given = {"softcap": 0.0, "alibi_slopes": None, "score_mod": None} | asked
+    keys = {"seqlen_k": 100, "left": -1, "right": 0}
+    keys |= {name: asked[name] for name in keys.keys() & asked.keys()}
     call = types.SimpleNamespace(
-        scores=types.SimpleNamespace(**given), softmax_scale=0.125, q=torch.empty(0, dtype=dtype)
-    )
+        scores=types.SimpleNamespace(**given), softmax_scale=0.125, q=torch.empty(0, dtype=dtype),
+        **keys,
+    )  # fmt: skip
     score_mod = asked.get("score_mod")
     assert launch.changes(call, "bounded", "linear", "folded").flags == (way, score_mod)
     for own in ((), ("",)):

@@ -26,7 +26,7 @@ def produce(
 ):  # fmt: skip
     """Draw tiles of work; load their queries, and keys and values from the last to the first."""
     (
-        q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns, cu_seqlens_q,
+        q_desc, k_desc, v_desc, counter, queries, keys, values, turns, cu_seqlens_q,
         cu_seqlens_k, seqused_k, block_table, stride_table, batch, nheads, group, tiles, per_group,
         total, seqlen_q, seqlen_k, total_q, total_k, left, right, appended, splits,
     ) = loads  # fmt: skip
@@ -94,8 +94,7 @@ def produce(
             m = gl.maximum(done + j - 1, 0)
             if CLEAR and (j > 0) & ((start_v + BLOCK_N > length_k) | (start_v < low)):
                 hopper.fill_part(
-                    values, m, v_desc, source, start_v, low, length_k, loaded, cleared,
-                    CONSUMERS, PAGE_SIZE,
+                    values, m, v_desc, source, start_v, low, length_k, cleared, CONSUMERS, PAGE_SIZE
                 )  # fmt: skip
                 cleared += 1
             else:
@@ -233,8 +232,9 @@ def forward_hopper_kernel(
     )
     queries = hopper.Queries(q_tiles, hopper.barriers(Q_TILES, 1), hopper.barriers(Q_TILES, 1))
     keys = hopper.Ring(k_tiles, hopper.barriers(hopper.STAGES, 1), hopper.K_FREED)
-    values = hopper.Ring(v_tiles, hopper.barriers(hopper.STAGES, 1), hopper.V_FREED)
-    loaded = hopper.barriers(1, 1)
+    # One more for parts. By itself it would be nobody's where CLEAR is False, and Triton would have
+    # the producer's draws in its place: a mere number there did not survive a change of contexts.
+    values = hopper.Ring(v_tiles, hopper.barriers(hopper.STAGES + 1, 1), hopper.V_FREED)
     turns = hopper.Turns(words, hopper.barriers(2, 1), hopper.barriers(2, CONSUMERS))
     fence_async_shared()
     job = (
@@ -243,7 +243,7 @@ def forward_hopper_kernel(
         alibi_slopes, s_aux, aux, stride_slopes, factor, softcap, total, part_rows,
     )  # fmt: skip
     loads = (
-        q_desc, k_desc, v_desc, counter, queries, keys, values, loaded, turns, cu_seqlens_q,
+        q_desc, k_desc, v_desc, counter, queries, keys, values, turns, cu_seqlens_q,
         cu_seqlens_k, seqused_k, block_table, stride_table, batch, nheads, group, tiles, per_group,
         total, seqlen_q, seqlen_k, total_q, total_k, left, right, appended, splits,
     )  # fmt: skip

@@ -227,19 +227,19 @@ def fill(ring, n, desc, source, start, wanted, CONSUMERS: gl.constexpr, PAGE_SIZ
 
 @gluon.jit
 def fill_part(
-    ring, n, desc, source, start, low, high, loaded, times,
+    ring, n, desc, source, start, low, high, times,
     CONSUMERS: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     """`fill`, with zeros outside the keys low..high: a weight of 0 does not hide what is NaN.
 
-    The producer waits for the load at a barrier of its own, which it has used `times` times.
+    The producer waits for the load at the ring's last barrier, which it has used `times` times.
     """
     stage = n % STAGES
     if n >= STAGES:
         named_barrier("sync", ring.freed + stage, 128 * CONSUMERS + 32)
     tile = ring.tiles.index(stage)
-    load_tile(desc, source, start, tile, loaded.index(0), True, PAGE_SIZE)
-    mbarrier.wait(loaded.index(0), times & 1)
+    load_tile(desc, source, start, tile, ring.full.index(STAGES), True, PAGE_SIZE)
+    mbarrier.wait(ring.full.index(STAGES), times & 1)
     low, high = low - start, high - start
     N: gl.constexpr = tile.shape[1]
     D: gl.constexpr = tile.shape[3]

@@ -74,7 +74,10 @@ def changes(p: Problem, *own: str) -> Changes:
     elif softcap:
         scale = softcap * LOG2E
         # fp16 does not hold such weights. Times values from 1e-15 to 1e10 they are safe in fp32.
-        way = "bounded" if scale <= 75 and p.q.dtype is not torch.float16 else ""
+        # Rounded they err by 2^-9, the largest too, which is 1 otherwise: many make up for that.
+        seen = p.left + p.right + 1 if min(p.left, p.right) >= 0 else p.seqlen_k
+        many = min(seen, p.seqlen_k) >= 16
+        way = "bounded" if scale <= 75 and p.q.dtype is not torch.float16 and many else ""
     elif slopes is not None:  # what is subtracted is scaled with the score
         factor = 1 / p.softmax_scale
         way = "linear"
