@@ -326,6 +326,25 @@ def schedule(kernel: Any) -> dict[str, int]:
     return {"groups": text.count("a"), "hidden": min(hidden, default=0)}
 
 
+# Of PTX: an address in shared memory worked out, a barrier made, a number stored or loaded.
+PLACE = re.compile(r"add\.s32\s+(%r\d+), %r\d+, (\d+);")
+BARRIER = re.compile(r"mbarrier\.init\S+ \[(%r\d+)\]")
+NUMBER = re.compile(r"(?:ld|st)\.shared\.[^[]*\[ ?(%r\d+|global_smem)(?:\+| \+ )(\d+) ?\]")
+
+
+def reused(ptx: str) -> int:
+    """Barriers with a number in their place, which the driver may not keep (bench/NOTES.md)."""
+    places, barriers, numbers = {"global_smem": 0}, set(), set()
+    for line in ptx.splitlines():
+        if found := PLACE.search(line):
+            places[found[1]] = int(found[2])
+        elif found := BARRIER.search(line):
+            barriers.add(places[found[1]])
+        elif (found := NUMBER.search(line)) and found[1] in places:
+            numbers.add(places[found[1]] + int(found[2]))
+    return len(barriers & numbers)
+
+
 def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
     """What came of each kernel that the variant launches, except those seen before."""
     launched: list[tuple[str, Launch, Any]] = []
@@ -363,6 +382,7 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
                 # Exponentials of a thread, one of four a polynomial where there is tanh too;
                 # products before, in and after the loop.
                 row |= schedule(compiled) | {
+                    "reused": reused(compiled.asm["ptx"]),
                     "to_hide": early * keys // 2 * (3 if scores == "bounded" else 4) // 4,
                     "to_issue": 4 * consumers,
                 }

@@ -62,6 +62,8 @@ def complaint(result: dict[str, Any], shared: int) -> str:
         problems.append(f"needs {result['tensor_memory']} columns of tensor memory")
     if result.get("groups") != result.get("to_issue"):
         problems.append(f"issues its products in {result['groups']} groups of {result['to_issue']}")
+    if result.get("reused"):
+        problems.append(f"keeps numbers in the places of {result['reused']} barriers")
     if result.get("hidden", 0) < result.get("to_hide", 0):
         problems.append(f"hides {result['hidden']} exponentials of {result['to_hide']}")
     if not problems:

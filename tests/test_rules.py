@@ -562,7 +562,8 @@ def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start
     slopes = None if slope is None else torch.tensor([slope])
     asked = types.SimpleNamespace(softcap=softcap, alibi_slopes=slopes, score_mod=score_mod)
     q = torch.empty(0, dtype=torch.bfloat16)
-    call = types.SimpleNamespace(scores=asked, softmax_scale=softmax_scale, q=q)
+    keys = {"seqlen_k": 16, "left": -1, "right": -1}
+    call = types.SimpleNamespace(scores=asked, softmax_scale=softmax_scale, q=q, **keys)
     scale, (_, factor, cap), flags = launch.changes(call, *own)
 
     generator = torch.Generator().manual_seed(seed)
