@@ -9,6 +9,7 @@ import torch
 
 from . import features
 from . import refusals as check
+from .refusals import NARROW as NARROW  # kernels ask for it here
 from .refusals import refuse
 
 # What kernels call the tensors of flash_attn_with_kvcache that they know under another name.
@@ -224,7 +225,7 @@ def kvcache(
         moving = causal or any(w not in (None, -1) for w in window_size)
         rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved, moving)
     if cache_leftpad is not None:  # what stands before it lies outside of a window
-        left, asked = seqlen_k if left < 0 else left, True
+        left, asked = max(seqlen_k, NARROW) if left < 0 else left, True
     scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
     p = Problem(
         function, q, k_cache, v_cache, out, cu_seqlens_q, None, seqused, block_table, k, v, batch,

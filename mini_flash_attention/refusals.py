@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 128
+NARROW = 16  # keys to the left; a window of fewer may change how scores are worked out
 MAX_LENGTH = 2**31 - 2**16
 MAX_REAL = 1e30  # kernels compute in fp32
 HALVES = (torch.float16, torch.bfloat16)
@@ -200,8 +201,8 @@ def softcap(function: str, softcap: Any) -> float:
 def window(
     function: str, causal: Any, window_size: Any, seqlen_q: int, seqlen_k: int
 ) -> tuple[int, int, bool]:
-    """(left, right), -1 where open, as is a bound that can cut nothing off at these lengths;
-    and whether a left one was given.
+    """(left, right), -1 where open, as is a bound that can cut nothing off at these lengths, unless
+    it is NARROW, for a sequence is to get the same bits beside longer ones; whether left was given.
     """
     flags(function, causal=causal)
     try:
@@ -219,8 +220,8 @@ def window(
         right = 0
     # The last query stands on the last key, so left < seqlen_k - 1 is what can cut; and the first
     # of seqlen_q queries stands seqlen_q - 1 keys before the last.
-    asked = left >= 0
-    return -1 if left >= seqlen_k - 1 else left, -1 if right >= seqlen_q - 1 else right, asked
+    left, asked = -1 if left >= max(seqlen_k - 1, NARROW) else left, left >= 0
+    return left, -1 if right >= seqlen_q - 1 else right, asked
 
 
 def splits(function: str, num_splits: Any) -> int:

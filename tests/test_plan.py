@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mini_flash_attention import plan, problem
+from mini_flash_attention import plan, problem, refusals
 from mini_flash_attention.problem import Problem
 
 H200 = plan.Gpu("H200", 90, 132)
@@ -518,3 +518,17 @@ def test_what_the_hopper_kernel_is_told_of_scores(head_dim):
         p = prefill(head_dim=head_dim, scores=scores)
         launch = forward_hopper.launch(p, p.q, None, on_hopper(p), otherwise=None, fold=None)
         assert launch.constants[-2:] == (way, None)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("left", [-1, 0, 5, 15, 16, 40, 400])
+def test_the_way_of_a_soft_cap_does_not_depend_on_the_batch(left, causal):
+    """A sequence gets the same bits beside longer ones, whether or not the window cuts there."""
+    launch = pytest.importorskip("mini_flash_attention.kernels.launch")
+    ways = set()
+    for lengths in ((1, 1), (3, 4), (16, 16), (5, 17), (200, 15), (200, 1000)):
+        bounds = refusals.window("flash_attn_varlen_func", causal, (left, 3), *lengths)
+        p = prefill(scores=problem.Scores(softcap=50.0))
+        p = p._replace(seqlen_k=lengths[1], left=bounds[0], right=bounds[1])
+        ways.add(launch.changes(p, "bounded").flags[0])
+    assert ways == {"softcap" if 0 <= left < 16 else "bounded"}

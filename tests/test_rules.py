@@ -562,8 +562,7 @@ def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start
     slopes = None if slope is None else torch.tensor([slope])
     asked = types.SimpleNamespace(softcap=softcap, alibi_slopes=slopes, score_mod=score_mod)
     q = torch.empty(0, dtype=torch.bfloat16)
-    keys = {"seqlen_k": 16, "left": -1, "right": -1}
-    call = types.SimpleNamespace(scores=asked, softmax_scale=softmax_scale, q=q, **keys)
+    call = types.SimpleNamespace(scores=asked, softmax_scale=softmax_scale, q=q, left=-1)
     scale, (_, factor, cap), flags = launch.changes(call, *own)
 
     generator = torch.Generator().manual_seed(seed)
@@ -593,10 +592,8 @@ def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start
         ({}, torch.bfloat16, ""),
         ({"softcap": 50.0}, torch.bfloat16, "bounded"),
         ({"softcap": 50.0}, torch.float16, "softcap"),  # no room for the weights
-        ({"softcap": 50.0, "seqlen_k": 15}, torch.bfloat16, "softcap"),  # a rounded weight shows
-        ({"softcap": 50.0, "left": 14}, torch.bfloat16, "softcap"),
-        ({"softcap": 50.0, "left": 15}, torch.bfloat16, "bounded"),
-        ({"softcap": 50.0, "left": 0, "right": -1}, torch.bfloat16, "bounded"),
+        ({"softcap": 50.0, "left": 15}, torch.bfloat16, "softcap"),  # a rounded weight shows
+        ({"softcap": 50.0, "left": 16}, torch.bfloat16, "bounded"),
         ({"softcap": 60.0}, torch.bfloat16, "softcap"),
         ({"softcap": 50.0, "alibi_slopes": torch.ones(1)}, torch.bfloat16, "softcap"),
         ({"softcap": 50.0, "score_mod": asks_for_all}, torch.bfloat16, "softcap"),
@@ -610,11 +607,9 @@ def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start
 def test_ways_of_a_kernels_own(asked, dtype, way):
     launch = pytest.importorskip("mini_flash_attention.kernels.launch")
     given = {"softcap": 0.0, "alibi_slopes": None, "score_mod": None} | asked
-    keys = {"seqlen_k": 100, "left": -1, "right": 0}
-    keys |= {name: asked[name] for name in keys.keys() & asked.keys()}
     call = types.SimpleNamespace(
         scores=types.SimpleNamespace(**given), softmax_scale=0.125, q=torch.empty(0, dtype=dtype),
-        **keys,
+        left=asked.get("left", -1),
     )  # fmt: skip
     score_mod = asked.get("score_mod")
     assert launch.changes(call, "bounded", "linear", "folded").flags == (way, score_mod)

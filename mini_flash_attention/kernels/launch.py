@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..problem import Problem
+from ..problem import NARROW, Problem
 
 LOG2E, MAX_INT = math.log2(math.e), 2**31 - 1
 # Arguments of kernels that Triton is not to compile for one by one, where they are 1 or a multiple
@@ -72,12 +72,11 @@ def changes(p: Problem, *own: str) -> Changes:
         if not softcap and slopes is None and math.frexp(factor)[0] == 0.5:
             way = "folded" if p.q.dtype is torch.bfloat16 else ""
     elif softcap:
-        scale = softcap * LOG2E
+        scale, narrow = softcap * LOG2E, 0 <= p.left < NARROW
         # fp16 does not hold such weights. Times values from 1e-15 to 1e10 they are safe in fp32.
-        # Rounded they err by 2^-9, the largest too, which is 1 otherwise: many make up for that.
-        seen = p.left + p.right + 1 if min(p.left, p.right) >= 0 else p.seqlen_k
-        many = min(seen, p.seqlen_k) >= 16
-        way = "bounded" if scale <= 75 and p.q.dtype is not torch.float16 and many else ""
+        # Rounded they err by 2^-9, the largest too, which is 1 otherwise: many make up for that. It
+        # is no matter of lengths, or a sequence's bits would change with what is beside it.
+        way = "bounded" if scale <= 75 and p.q.dtype is not torch.float16 and not narrow else ""
     elif slopes is not None:  # what is subtracted is scaled with the score
         factor = 1 / p.softmax_scale
         way = "linear"
