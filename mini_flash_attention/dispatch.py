@@ -11,7 +11,7 @@ through the GPU kernels too, in Triton's interpreter: slow, and open to a debugg
 
 import os
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ FLOAT32_TINY = torch.finfo(torch.float32).tiny
 MAX_RECIPES = 4096
 PLAIN = (int, float, bool, type(None))
 
-Arguments = Mapping[str, Any]
+Arguments = dict[str, Any]
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -37,8 +37,7 @@ class Recipe(NamedTuple):
     function: str
     launches: "list[Launch]"
     lse_shape: tuple[int, ...] | None
-    temporaries: tuple[int, int]  # elements of what split keys leave: parts, owners
-    draws: bool = False  # programs draw their work from a counter
+    workspace: dict[str, int]  # elements: a counter, what split keys leave in parts and owners
     head_dim: int = 0  # of the result, 0 where it is q's
     rotates: bool = False  # the queries, to a tensor of their own
     clears: bool = False  # rows that no program writes
@@ -62,12 +61,12 @@ def run(describe: Callable[..., Problem], arguments: Arguments, names: Arguments
 
 def compute(describe: Callable[..., Problem], arguments: Arguments, names: Arguments) -> Result:
     """`run` without an operator."""
-    key = _signature(describe, arguments)
-    recipe = None if key is None else _recipes.get(key)
+    key, recipe = _look_up(describe, arguments)
     if recipe is not None:
         _keep_apart(recipe.function, arguments)
-        return _follow(recipe, arguments, names)
+        return _follow(recipe, arguments)
     p = check(describe, arguments)
+    arguments["score_mod_args"] = p.scores.aux or ()
     if checks.ON:
         checks.values(p)
     if p.softmax_scale < FLOAT32_TINY:
@@ -79,12 +78,12 @@ def compute(describe: Callable[..., Problem], arguments: Arguments, names: Argum
         arguments, key = {**arguments, "q": q}, None
     if not (p.q.is_cuda or INTERPRETED):
         return cpu.run(p)
-    recipe = _recipe(p)
+    recipe = _recipe(p, arguments, names)
     if key is not None:
         if len(_recipes) >= MAX_RECIPES:
             _recipes.clear()
         _recipes[key] = recipe
-    return _follow(recipe, arguments, names)
+    return _follow(recipe, arguments)
 
 
 def check(describe: Callable[..., Problem], arguments: Arguments) -> Problem:
@@ -105,52 +104,46 @@ def _keep_apart(function: str, arguments: Arguments) -> None:
     if arguments["out"] is not None:
         others = [x for name, x in arguments.items() if name != "out"]
         others += arguments["score_mod_args"]
-        inputs = [x for x in others if isinstance(x, torch.Tensor)]
-        refusals.apart(function, arguments["out"], *inputs)
+        refusals.apart(function, arguments["out"], *filter(torch.is_tensor, others))
 
 
-def _signature(describe: Callable[..., Problem], arguments: Arguments) -> Hashable:
-    """What checks, plan and launches depend on; None where each call must be looked at afresh."""
+def _look_up(describe: Callable[..., Problem], arguments: Arguments) -> tuple[Any, Recipe | None]:
+    """What checks, plan and launches depend on, and the recipe for it if there is one.
+
+    None where each call must be looked at afresh.
+    """
     if checks.ON or refusals.transformed() or type(arguments.get("cache_seqlens")) is int:
-        return None  # the last, because it grows with every token
+        return None, None  # the last, because it grows with every token
     grad = torch.is_grad_enabled()
-    key: list[Any] = [describe, plan.PORTABLE]
-    add = key.append
+    # 1 and True and 1.0 are equal, but not alike.
+    key: list[Any] = [describe, plan.PORTABLE, *map(type, arguments.values())]
     try:
         for x in arguments.values():
-            kind = type(x)
-            if x is None or kind is bool:
-                add(x)
-            elif kind is int or kind is float:  # 1 and True and 1.0 are equal, but not alike
-                add(kind)
-                add(x)
-            elif kind is tuple:
-                for y in x:
-                    kind = type(y)
-                    add(kind)
-                    if kind in PLAIN:
-                        add(y)
-                        continue
-                    if not isinstance(y, torch.Tensor) or (grad and y.requires_grad) or y.is_neg():
-                        return None
-                    key += (y.dtype, y.device, y.layout)
-            elif isinstance(x, torch.Tensor):
-                shape = x.shape
-                if not shape or (grad and x.requires_grad) or x.is_neg():
-                    return None  # a length to be read, or to be refused
-                key += (kind, x.dtype, x.device, shape, x.stride())
-            elif hasattr(x, "arg_names"):  # a score_mod, compiled in
-                add(x)
+            if x is None:
+                continue
+            if isinstance(x, torch.Tensor):
+                if not x.dim() or (grad and x.requires_grad) or x.is_neg():
+                    return None, None  # a length to be read, or to be refused
+                key += (x.dtype, x.device, x.shape, x.stride())
+            elif type(x) is tuple:
+                for y in (len(x), *x):
+                    if type(y) in PLAIN:
+                        key += (type(y), y)
+                    elif (grad and y.requires_grad) or y.is_neg():
+                        return None, None
+                    else:
+                        key += (type(y), y.dtype, y.device, y.layout)
+            elif type(x) in PLAIN or hasattr(x, "arg_names"):  # a score_mod, compiled in
+                key.append(x)
             else:
-                return None
+                return None, None
         signature = tuple(key)
-        hash(signature)
-    except (TypeError, RuntimeError, NotImplementedError):  # unhashable, or no plain tensor
-        return None
-    return signature
+        return signature, _recipes.get(signature)
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+        return None, None  # unhashable, or no plain tensor
 
 
-def _recipe(p: Problem) -> Recipe:
+def _recipe(p: Problem, arguments: Arguments, names: Arguments) -> Recipe:
     """Plan a call and decide its launches."""
     checks.require_triton()
     if INTERPRETED and p.q.dtype is torch.bfloat16:
@@ -164,7 +157,7 @@ def _recipe(p: Problem) -> Recipe:
     launches = append.launches(p)
     if p.rotary is not None:
         p = p._replace(q=empty_out(p.q))
-    temporaries, draws, clears = (0, 0), False, False
+    workspace, clears = dict[str, int](), False
     # Gluon has no interpreter.
     hopper = plan.hopper(p, out, gpu) if out.numel() and not INTERPRETED else None
     if not out.numel():
@@ -172,79 +165,83 @@ def _recipe(p: Problem) -> Recipe:
     elif not hopper and plan.decodes(p, gpu):
         decoding = plan.decode(p, gpu)
         clears = p.cu_seqlens_q is not None
-        temporaries = decode.temporaries(p, decoding)
+        workspace = decode.workspace(p, decoding)
         launches.append(decode.launch(p, out, lse, decoding))
-        if temporaries[0]:
+        if workspace:
             launches.append(combine.launch(p, out, lse, decoding, p.group))
     else:
         launches.append(forward.launch(p, out, lse, plan.forward(p, gpu)))
         if hopper:
             from .kernels import forward_hopper
 
-            fold, draws = None, True
+            fold = None
             if hopper.parts:
-                temporaries = decode.temporaries(p, hopper.parts)
+                workspace = decode.workspace(p, hopper.parts)
                 fold = combine.launch(p, out, lse, hopper.parts, hopper.group)
             launches[-1] = forward_hopper.launch(p, out, lse, hopper, launches[-1], fold)
+            workspace["counter"] = 1
     head_dim = 0 if p.v.shape[-1] == p.q.shape[-1] else p.v.shape[-1]
-    rotates = p.rotary is not None
-    return Recipe(p.function, launches, p.lse_shape, temporaries, draws, head_dim, rotates, clears)
+    given = [name for name, x in arguments.items() if isinstance(x, torch.Tensor)]
+    known = {name: name for name in (*given, "out", "lse", "aux", *workspace)}
+    known |= {name: x if x in given else "nothing" for name, x in names.items()}
+    known |= {"given_q": "q", "q": "rotated_q"} if p.rotary else {}
+    for launch in launches:
+        launch.find(known)
+    same = (p.function, launches, p.lse_shape, workspace)
+    return Recipe(*same, head_dim, p.rotary is not None, clears)
 
 
-def _follow(recipe: Recipe, arguments: Arguments, names: Arguments) -> Result:
-    q = arguments["q"]
-    if q.is_cuda and torch.cuda.current_device() != q.device.index:
-        with torch.cuda.device(q.device):
-            return _follow(recipe, arguments, names)
-    tensors = {**NOTHING, **arguments}
-    for name, argument in names.items():
-        tensors[name] = arguments[argument]
-    if not isinstance(tensors["seqused_k"], torch.Tensor):
-        tensors["seqused_k"] = None  # an int, known to the launches
-    out, lse = arguments["out"], None
+def _follow(recipe: Recipe, tensors: Arguments) -> Result:
+    """Launch it; what it needs besides is put beside the arguments."""
+    q, stream = tensors["q"], None
+    index = q.get_device()
+    if index >= 0:  # not the CPU
+        if torch.cuda.current_device() != index:
+            with torch.cuda.device(index):
+                return _follow(recipe, tensors)
+        stream = torch._C._cuda_getCurrentRawStream(index)
+    out, lse = tensors["out"], None
     if out is None:
         out = tensors["out"] = empty_out(q, recipe.head_dim)
     if recipe.lse_shape is not None:
         lse = torch.empty(recipe.lse_shape, dtype=torch.float32, device=q.device)
-        tensors["lse"] = lse
     if recipe.clears:
         out.zero_()
         if lse is not None:
             lse.fill_(float("-inf"))
-    tensors["aux"] = tuple(arguments["score_mod_args"]) or None
-    parts, owners = recipe.temporaries
-    if parts:
-        tensors["parts"] = torch.empty(parts, dtype=torch.float32, device=q.device)
-    if owners:
-        tensors["owners"] = torch.empty(owners, dtype=torch.int32, device=q.device)
-    if recipe.draws:
-        tensors["counter"] = _counter(q.device)
+    tensors |= {"lse": lse, "nothing": None, "aux": tensors["score_mod_args"] or None}
+    if recipe.workspace:
+        _find_room(recipe.workspace, tensors, stream)
     if recipe.rotates:
-        tensors["given_q"], tensors["q"] = q, empty_out(q)
+        tensors["rotated_q"] = empty_out(q)
     for launch in recipe.launches:
-        launch(tensors)
+        launch(tensors, stream)
     return out, lse
 
 
-_counters: dict[tuple[torch.device, int, int], torch.Tensor] = {}
+_rooms: dict[Hashable, dict[str, torch.Tensor]] = {}
+MAX_ROOMS, MAX_KEPT = 64, 8 << 20  # elements of 4 bytes
 
 
-def _counter(device: torch.device) -> torch.Tensor:
-    """A zero to draw tiles of work from, which a kernel leaves zero again.
+def _find_room(workspace: dict[str, int], tensors: Arguments, stream: int | None) -> None:
+    """Put a recipe's workspace among its tensors, and keep it for the next call.
 
-    Kernels of one stream run one after the other and share it; threads don't, for each may have a
-    stream of its own under the same handle. A CUDA graph, which may be replayed on any stream, has
-    its own, and sets it.
+    The counter is a zero to draw tiles of work from, which a kernel leaves zero again. Kernels of
+    one stream run one after the other and share what is kept; threads don't, for their launches may
+    lie between one another's. A CUDA graph, which may be replayed on any stream, has its own.
     """
-    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream, threading.get_ident())
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[key]
-
-
-NOTHING = dict.fromkeys((
-    "lse", "parts", "owners", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table",
-    "cache_batch_idx", "cache_leftpad", "nothing",
-))  # fmt: skip
+    room, device = {}, tensors["q"].device
+    if stream is not None and not torch.cuda.is_current_stream_capturing():
+        place = (device, stream, threading.get_ident())
+        if place not in _rooms and len(_rooms) >= MAX_ROOMS:
+            _rooms.clear()
+        room = _rooms.setdefault(place, {})
+    for name, elements in workspace.items():
+        x = room.get(name)
+        if x is None or x.numel() < elements:
+            make: Any = torch.zeros if name == "counter" else torch.empty
+            dtype = torch.float32 if name == "parts" else torch.int32
+            x = make(elements, dtype=dtype, device=device)
+            if elements <= MAX_KEPT:
+                room[name] = x
+        tensors[name] = x

@@ -76,7 +76,7 @@ def run(describe: Callable[..., Problem], arguments: Mapping[str, Any]) -> dispa
             if given["out"].shape != shape or given["out"].dtype != v.dtype:
                 raise ValueError(f"{NAMESPACE}: out: expected shape {shape} in q's dtype")
     else:
-        dispatch.check(describe, arguments)
+        dispatch.check(describe, given)
     out = given.pop("out")
     wanted = "return_softmax_lse" if "return_softmax_lse" in given else "return_attn_probs"
     given["need_lse"] = given.pop(wanted)

@@ -337,7 +337,7 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     resident = gpu.multiprocessors
     if work >= SMALL_WORK:
         resident *= programs_at_a_time(gpu.arch, tiles, head_dim)
-    elif small_pages and rows <= 16:  # a program begins sooner with less to look up
+    elif small_pages and rows <= 16 and visible > tiles.block_n:  # less to look up first
         tiles = tiles._replace(block_n=max(16, tiles.block_n // 2))
     most = min(MAX_SPLITS, -(-visible // tiles.block_n))
     if not p.page_size and most * units <= resident:  # a tile each: none to load ahead

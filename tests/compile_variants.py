@@ -353,9 +353,9 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
         p = describe(**arguments)
         if "far" in variant.words.split():
             p = p._replace(k=far(p.k), v=far(p.v))
-        return dispatch._follow(dispatch._recipe(p), arguments, names)
+        return dispatch._follow(dispatch._recipe(p, arguments, names), arguments)
 
-    def compile_only(launch: Launch, tensors: Any) -> None:
+    def compile_only(launch: Launch, tensors: Any, stream: Any = None) -> None:
         arguments = launch.arguments(tensors)
         compiled = launch.kernel.warmup(*arguments, grid=(launch.programs,), **launch.options)
         launched.append((launch.kernel.__name__.removesuffix("_kernel"), launch, compiled))

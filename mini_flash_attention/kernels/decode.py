@@ -230,14 +230,15 @@ POINTERS = (
 )  # fmt: skip
 
 
-def temporaries(p: Problem, plan: Decode) -> tuple[int, int]:
+def workspace(p: Problem, plan: Decode) -> dict[str, int]:
     """Elements of `parts` (fp32: outputs [slots, rows, D], maxima, sums) and `owners` (int32).
 
     owners says for each program which sequence begins in its share and goes on in the next, and
     how many shares that lies in; 0 if there is none.
     """
-    parts = plan.slots * plan.rows * (p.v.shape[-1] + 2)
-    return parts, 2 * plan.programs if plan.shares else 0
+    elements = {"owners": 2 * plan.programs} if plan.shares else {}
+    elements["parts"] = plan.slots * plan.rows * (p.v.shape[-1] + 2)
+    return elements if elements["parts"] else {}
 
 
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode) -> Launch:

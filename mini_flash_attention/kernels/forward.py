@@ -141,7 +141,4 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forwar
         head_dim_v, padded(head_dim_v), tiles.block_m, tiles.block_n,
         wide(p, tiles.block_n), twins(p, tiles.block_n), *change.flags,
     )  # fmt: skip
-    return Launch(
-        forward_kernel, plan.rows * plan.units, POINTERS, constants,
-        tiles.num_warps, tiles.num_stages,
-    )  # fmt: skip
+    return Launch(forward_kernel, plan.rows * plan.units, POINTERS, constants, *tiles[2:])

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper as nvidia
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .launch import ALIGNMENT, Launch
+from .launch import ALIGNMENT, Launch, Tensors
 
 __all__ = ["gl", "gluon"]
 mbarrier, tma, fence_async_shared = nvidia.mbarrier, nvidia.tma, nvidia.fence_async_shared
@@ -71,7 +71,13 @@ class TmaLaunch(Launch):
         super().__init__(*arguments)
         self.views, self.otherwise, self.fold = views, otherwise, fold
 
-    def arguments(self, tensors: Mapping[str, torch.Tensor | None]) -> tuple[Any, ...]:
+    def find(self, known: Mapping[str, str]) -> None:
+        super().find(known)
+        self.views = [view._replace(name=known[view.name]) for view in self.views]
+        for launch in filter(None, (self.otherwise, self.fold)):
+            launch.find(known)
+
+    def arguments(self, tensors: Tensors) -> tuple[Any, ...]:
         descriptors = []
         for view in self.views:
             x: Any = tensors[view.name]
@@ -80,18 +86,19 @@ class TmaLaunch(Launch):
             descriptors.append(TensorDescriptor(x, view.shape, view.strides, view.box, layout))
         return (*descriptors, *super().arguments(tensors))
 
-    def __call__(self, tensors: Mapping[str, torch.Tensor | None]) -> None:
+    def __call__(self, tensors: Tensors, stream: int | None = None) -> None:
         bases: list[Any] = [tensors[view.name] for view in self.views]
         if any(x.data_ptr() % ALIGNMENT for x in bases):
-            self.otherwise(tensors)
+            self.otherwise(tensors, stream)
             return
         addresses, aligned = self.addresses(tensors)
         if aligned and self.runner is not None:
-            self.runner(*map(Placed, bases, self.views), *addresses, *self.constants)
+            placed = map(Placed, bases, self.views)
+            self.runner(*placed, *addresses, *self.constants, stream=stream)
         else:
             self.first(tensors, aligned)
         if self.fold is not None:
-            self.fold(tensors)
+            self.fold(tensors, stream)
 
 
 class Queries(NamedTuple):

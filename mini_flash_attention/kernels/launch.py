@@ -8,6 +8,7 @@ import torch
 
 from ..problem import NARROW, Problem
 
+Tensors = Mapping[str, torch.Tensor | None]
 LOG2E, MAX_INT = math.log2(math.e), 2**31 - 1
 # Arguments of kernels that Triton is not to compile for one by one, where they are 1 or a multiple
 # of 16.
@@ -129,17 +130,21 @@ class Launch:
         self.pointers = pointers  # names of the tensors, in the kernel's order
         self.constants = constants  # all the other arguments, constexprs last
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
-        if launch_pdl:  # programmatic dependent launch: it may start before the launch before ends
-            self.options["launch_pdl"] = True
-        if maxnreg:  # registers of a thread; else ptxas may rather spill than lose occupancy
-            self.options["maxnreg"] = maxnreg
+        # Programmatic dependent launch: it may start before the launch before ends. Registers of a
+        # thread, where ptxas would rather spill than lose occupancy.
+        more = {"launch_pdl": launch_pdl, "maxnreg": maxnreg}
+        self.options |= {name: x for name, x in more.items() if x}
         self.runner: Any = None
 
-    def arguments(self, tensors: Mapping[str, torch.Tensor | None]) -> tuple[Any, ...]:
+    def find(self, known: Mapping[str, str]) -> None:
+        """Replace the kernel's names of its tensors by those they are `known` under."""
+        self.pointers = tuple(known.get(name, "nothing") for name in self.pointers)
+
+    def arguments(self, tensors: Tensors) -> tuple[Any, ...]:
         """What the kernel is called with the first time."""
         return (*(tensors[name] for name in self.pointers), *self.constants)
 
-    def addresses(self, tensors: Mapping[str, torch.Tensor | None]) -> tuple[list[Any], bool]:
+    def addresses(self, tensors: Tensors) -> tuple[list[Any], bool]:
         """Where the tensors lie, and whether all at multiples of ALIGNMENT."""
         addresses: list[int | None] = []
         bits = 0
@@ -155,15 +160,16 @@ class Launch:
                 bits |= address
         return addresses, bits % ALIGNMENT == 0
 
-    def first(self, tensors: Mapping[str, torch.Tensor | None], keep: bool) -> None:
+    def first(self, tensors: Tensors, keep: bool) -> None:
         """The way of any Triton launch; `keep` what it compiled."""
         compiled = self.kernel[(self.programs,)](*self.arguments(tensors), **self.options)
         if keep and compiled is not None:  # the interpreter compiles nothing
             self.runner = compiled[(self.programs, 1, 1)]
 
-    def __call__(self, tensors: Mapping[str, torch.Tensor | None]) -> None:
+    def __call__(self, tensors: Tensors, stream: int | None = None) -> None:
+        """Launch on `stream`, the current one of the current device."""
         addresses, aligned = self.addresses(tensors)
         if aligned and self.runner is not None:
-            self.runner(*addresses, *self.constants)
+            self.runner(*addresses, *self.constants, stream=stream)
         else:
             self.first(tensors, aligned)
