@@ -221,6 +221,50 @@ def prepare_fa3(workload: Workload, tensors: Tensors) -> Prepared | None:
     return Prepared(lambda: fa3.flash_attn_with_kvcache(q, k, v, **cache, **mask))
 
 
+# -- FlashInfer --------------------------------------------------------------------------------
+
+FLASHINFER_WORKSPACE = 256 << 20  # bytes
+
+
+def flashinfer_available() -> str | None:
+    return missing("flashinfer") if torch.cuda.is_available() else "it needs a GPU"
+
+
+def prepare_flashinfer(workload: Workload, tensors: Tensors) -> Prepared | None:
+    """Decoding, planned for the very batch; a dense cache is one page for each sequence."""
+    if workload.kind != "decode":
+        return None
+    flashinfer = importlib.import_module("flashinfer")
+    q, k, v = tensors.q, tensors.k, tensors.v
+    batch, seqlen_q, heads, head_dim = q.shape
+    table = tensors.block_table
+    if table is None:
+        table = torch.arange(batch, dtype=torch.int32)[:, None]
+    page_size, heads_k = k.shape[1:3]
+    lengths = torch.tensor(workload.seqlens_k, dtype=torch.int32)
+    pages = (lengths + page_size - 1) // page_size
+    starts = torch.zeros(batch + 1, dtype=torch.int32)
+    starts[1:] = pages.cumsum(0)
+    rows = zip(table.cpu(), pages.tolist(), strict=True)
+    used = torch.cat([row[:n] for row, n in rows])
+    layout = (starts, used, lengths - (pages - 1) * page_size, heads, heads_k, head_dim, page_size)
+    room = torch.zeros(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=q.device)
+    dtypes = {"q_data_type": q.dtype, "kv_data_type": k.dtype}
+    if seqlen_q == 1:
+        tensor_cores = heads // heads_k >= 4
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            room, "NHD", use_tensor_cores=tensor_cores
+        )
+        wrapper.plan(*layout, **dtypes)
+    else:
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(room, "NHD", backend="fa2")
+        queries = torch.arange(batch + 1, dtype=torch.int32) * seqlen_q
+        wrapper.plan(queries, *layout, causal=workload.causal, **dtypes)
+    out = torch.empty_like(q)
+    flat_q, flat_out = q.flatten(0, 1), out.flatten(0, 1)
+    return Prepared(lambda: wrapper.run(flat_q, (k, v), out=flat_out), lambda _: out)
+
+
 # -- a yardstick -------------------------------------------------------------------------------
 
 LEAST_READ = 1 << 28  # bytes; below, its two launches and what it adds up count too much
@@ -243,6 +287,7 @@ IMPLEMENTATIONS = (
     Implementation("fa2", fa2_available, prepare_fa2, only(SDPBackend.FLASH_ATTENTION)),
     Implementation("cudnn", cudnn_available, prepare_sdpa, only(SDPBackend.CUDNN_ATTENTION)),
     Implementation("fa3", fa3_available, prepare_fa3),
+    Implementation("flashinfer", flashinfer_available, prepare_flashinfer),
     Implementation("read", lambda: None, prepare_read, attends=False),
     Implementation("flex", lambda: None, prepare_flex, on_request=True),
 )

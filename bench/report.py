@@ -80,7 +80,7 @@ def versions() -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version() or ""),
         "driver": run_text(*DRIVER).partition("\n")[0],
     }
-    modules = {"triton": "triton", "fa3": "flash_attn_interface"}
+    modules = {"triton": "triton", "fa3": "flash_attn_interface", "flashinfer": "flashinfer"}
     distributions = metadata.packages_distributions()
     for name, module in modules.items():
         for distribution in distributions.get(module, [])[:1]:

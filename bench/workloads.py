@@ -476,6 +476,7 @@ HOST = (
     small("host/paged", "paged", (32, 32), head_dim=128, page_size=16),
     small("host/decode", "decode", (64,), head_dim=128),
     small("host/decode-paged", "decode", (64,), head_dim=128, page_size=16),
+    small("host/decode-parts", "decode", (4096,), head_dim=128),  # two launches
 )
 
 FEATURED = ("", "softcap", "alibi", "sinks", "score_mod")

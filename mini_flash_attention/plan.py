@@ -130,7 +130,7 @@ PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"  # without the
 # registers for head_dim 64 alone; with few keys their larger tiles are a loss.
 HOPPER_TILES = {
     64: HopperTiles(2, 128, 2, early=False, lazy=False),
-    128: HopperTiles(2, 128, 2, early=True, lazy=False),
+    128: HopperTiles(2, 128, 2, early=False, lazy=False),
     256: HopperTiles(2, 64, 1, early=True, lazy=True),
 }
 MANY_KEYS = 2048  # of a query in the mean; half as many again where tiles lie across a diagonal

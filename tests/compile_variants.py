@@ -309,21 +309,23 @@ def measured(kernel: Any) -> dict[str, int]:
     return {"registers": registers, "spilled": stack, "shared": shared, "tensor_memory": columns}
 
 
-# One of the Hopper kernel's matrix products, the wait for it, or an exponential.
-STEP = re.compile(r"\b(HGMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]|MUFU\.EX2)")
+# One of the Hopper kernel's matrix products, the wait for it, an exponential, or a maximum.
+STEP = re.compile(r"\b(HGMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]|MUFU\.EX2|FMNMX)")
 
 
 def schedule(kernel: Any) -> dict[str, int]:
     """Of the Hopper kernel's machine code: what ptxas made of the order that its source asks for.
 
     groups: of matrix products issued together; where ptxas serialises them each stands alone.
-    hidden: exponentials between the wait for the scores and the one for the weighted sum.
+    hidden, ahead: exponentials, and maxima, between the wait for the scores and the one for the
+    weighted sum.
     """
     steps = STEP.findall(cuobjdump(kernel, "-sass"))
-    letters = {"HGMMA": "h", "WARPGROUP.ARRIVE": "a", "MUFU.EX2": "e"}
+    letters = {"HGMMA": "h", "WARPGROUP.ARRIVE": "a", "MUFU.EX2": "e", "FMNMX": "m"}
     text = "".join(letters.get(x, x[-1]) for x in steps)
-    hidden = [len(found) for found in re.findall(r"1(e*)0", text)]
-    return {"groups": text.count("a"), "hidden": min(hidden, default=0)}
+    between = re.findall(r"1([em]*)0", text)
+    hidden, ahead = (min((x.count(letter) for x in between), default=0) for letter in "em")
+    return {"groups": text.count("a"), "hidden": hidden, "ahead": ahead}
 
 
 # Of PTX: an address in shared memory worked out, a barrier made, a number stored or loaded.
@@ -384,6 +386,7 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
                 row |= schedule(compiled) | {
                     "reused": reused(compiled.asm["ptx"]),
                     "to_hide": early * keys // 2 * (3 if scores == "bounded" else 4) // 4,
+                    "to_be_ahead": 0 if scores == "bounded" else keys // 2 - 2,
                     "to_issue": 4 * consumers,
                 }
             results.append({**row, "seconds": round(seconds, 2)})

@@ -66,6 +66,8 @@ def complaint(result: dict[str, Any], shared: int) -> str:
         problems.append(f"keeps numbers in the places of {result['reused']} barriers")
     if result.get("hidden", 0) < result.get("to_hide", 0):
         problems.append(f"hides {result['hidden']} exponentials of {result['to_hide']}")
+    if result.get("ahead", 0) < result.get("to_be_ahead", 0):
+        problems.append(f"finds {result['ahead']} maxima of {result['to_be_ahead']} ahead of a sum")
     if not problems:
         return ""
     how = f"{result['num_warps']} warps, {result['num_stages']} stages"

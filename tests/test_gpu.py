@@ -1,11 +1,13 @@
 """The kernels on a GPU: the cases of test_functions.py at real sizes, and what only a GPU shows."""
 
+import threading
+
 import pytest
 import torch
 from cases import Case, dense, kvcache, margined, margins_intact, varlen
 
 import mini_flash_attention as mfa
-from mini_flash_attention import plan
+from mini_flash_attention import dispatch, plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,6 +36,7 @@ def poisoned(monkeypatch):
             return x.fill_(float("nan")) if x.is_floating_point() else x
 
         monkeypatch.setattr(torch, name, fill)
+    monkeypatch.setattr(dispatch, "MAX_KEPT", 1)  # parts are fresh too
 
 
 def check(case: Case) -> None:
@@ -217,6 +220,42 @@ def test_graph_replay_follows_lengths_and_pages():
     table.fill_(-1)
     graph.replay()
     assert not out.any()
+
+
+def test_each_stream_and_thread_keeps_a_workspace(monkeypatch):
+    """A workspace is made once, shared by no two streams or threads, and a graph has its own."""
+    monkeypatch.setattr(dispatch, "MAX_KEPT", 1 << 20)
+    monkeypatch.setattr(dispatch, "_rooms", rooms := {})
+    cases = [
+        kvcache(seed, 1, lengths, 0, 16, 4, 2, 64, torch.bfloat16, "cuda", causal=True)
+        for seed, lengths in enumerate(([4000, 3000], [900, 3999, 50]))
+    ]
+    wanted = [case.run()[0] for case in cases]
+    (kept,) = rooms.values()
+    place = kept["parts"].data_ptr()
+    case, graph, stream = cases[0], torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph):
+        captured = case.run()[0]
+    assert len(rooms) == 1
+    stream.wait_stream(torch.cuda.current_stream())
+    outs = []
+    for _ in range(100):
+        with torch.cuda.stream(stream):
+            outs.append((1, cases[1].run()[0]))
+        graph.replay()
+        outs.append((0, case.run()[0]))
+    thread = threading.Thread(target=lambda: outs.append((1, cases[1].run()[0])))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, wanted[0])
+    assert all(torch.equal(out, wanted[n]) for n, out in outs)
+    places = {room["parts"].data_ptr() for room in rooms.values()}
+    assert place in places and len(places) == len(rooms) == 3
+    monkeypatch.setattr(dispatch, "MAX_ROOMS", 3)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert torch.equal(case.run()[0], wanted[0])
+    assert len(rooms) == 1
 
 
 def test_no_call_synchronises():

@@ -800,7 +800,7 @@ def remembered(monkeypatch):
     """Calls on the CPU are remembered as those on a GPU are, and launch nothing."""
     monkeypatch.setattr(dispatch, "INTERPRETED", True)
     monkeypatch.setattr(dispatch, "_recipes", {})
-    nothing = lambda p: dispatch.Recipe(p.function, [], p.lse_shape, (0, 0))  # noqa: E731
+    nothing = lambda p, *_: dispatch.Recipe(p.function, [], p.lse_shape, {})  # noqa: E731
     monkeypatch.setattr(dispatch, "_recipe", nothing)
 
 

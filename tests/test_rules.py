@@ -723,6 +723,12 @@ def test_softmax_is_exact_for_equal_scores_in_fp32(score):
     assert lse.item() == pytest.approx(score * 1e-4 + math.log(8), rel=1e-6)
 
 
+def own_softmax(attend_hopper, scope):
+    """The two steps of the Hopper kernel's softmax: `rescale`, and the weights it leads to."""
+    steps = attend_hopper.rescale, attend_hopper.weights
+    return [types.FunctionType(step.fn.__code__, scope) for step in steps]
+
+
 class Words(torch.Tensor):
     """A tensor that Triton's cast of bits works on."""
 
@@ -745,7 +751,7 @@ def test_the_hopper_kernels_own_softmax(size, scale, widths, steps, sign, ones, 
     attend_hopper = importlib.import_module("mini_flash_attention.kernels.attend_hopper")
     gl = types.SimpleNamespace(**vars(language), int32=torch.int32)
     scope = {"gl": gl} | {n: getattr(attend_hopper, n).value for n in ("LARGE", "SLACK")}
-    twin = types.FunctionType(attend_hopper.rescale.fn.__code__, scope)
+    twin, weights = own_softmax(attend_hopper, scope)
     level = sign * 2.0**size * (1 + ones / 8)
     s = torch.tensor([[-math.inf if n is None else level + n * abs(level) / 1024 for n in steps]])
     v, factor = torch.linspace(-1, 1, 12)[:, None], 2.0**scale * 1.4426950408889634
@@ -753,7 +759,8 @@ def test_the_hopper_kernels_own_softmax(size, scale, widths, steps, sign, ones, 
     for s_tile, v_tile in zip(s.split(widths, 1), v.split(widths), strict=True):
         scores = s_tile.as_subclass(Words)
         arguments = m.as_subclass(Words), scores, None, torch.tensor(factor), lazy
-        m, alpha, p = (x.as_subclass(torch.Tensor) for x in twin(*arguments))
+        m, alpha, *terms = (x.as_subclass(torch.Tensor) for x in twin(*arguments))
+        p = weights(*terms, "", scores)
         assert ((p >= 0) & (p <= 2**14)).all(), "weights that fp16 holds"
         l, o = l * alpha + p.sum(1), o * alpha[:, None] + p @ v_tile  # noqa: E741
     out, lse = softmax.finish(m, l, o, torch.tensor(factor), None)
@@ -772,7 +779,7 @@ def test_the_hopper_kernels_softmax_of_tilted_scores(steep, lazy):
     gl.convert_layout = lambda x, *_, **__: x
     scope = {"gl": gl} | {n: getattr(attend_hopper, n).value for n in ("LARGE", "SLACK")}
     scope |= {"by_row": lambda x, _: x[:, None], "as_before": lambda x, s: x.reshape(s.shape)}
-    twin = types.FunctionType(attend_hopper.rescale.fn.__code__, scope)
+    twin, weights = own_softmax(attend_hopper, scope)
     generator = torch.Generator().manual_seed(1)
     s = 4 * torch.randn(64, 48, generator=generator)
     s[3, :20], s[5] = -math.inf, -math.inf
@@ -782,7 +789,8 @@ def test_the_hopper_kernels_softmax_of_tilted_scores(steep, lazy):
     l, o, whole = torch.zeros(64), torch.zeros(64, 1), []  # noqa: E741
     for s_tile, v_tile, tilt in zip(s.split(16, 1), v.split(16), tilts, strict=True):
         arguments = (x.as_subclass(Words) for x in (m, s_tile, tilt))
-        m, alpha, p = (x.as_subclass(torch.Tensor) for x in twin(*arguments, scale, lazy))
+        m, alpha, *terms = (x.as_subclass(torch.Tensor) for x in twin(*arguments, scale, lazy))
+        p = weights(*terms, "", s_tile)
         assert ((p >= 0) & (p <= 2**14)).all(), "weights that fp16 holds"
         l, o = l * alpha + p.sum(1), o * alpha[:, None] + p @ v_tile  # noqa: E741
         whole.append((s_tile.view(64, 2, 4, 2) + tilt[:, None, :, None]).view(64, 16))

@@ -1,8 +1,9 @@
 """The inner loop of Algorithm 1 on Hopper, for a consumer of 64 query rows.
 
-The scores of the next tile of keys are issued together with the weighted sum of this one, and the
-exponentials are worked out while the tensor cores are at it. Three consumers issue in turn, so
-that one's exponentials meet another's products.
+The scores of the next tile of keys are issued together with the weighted sum of this one. While the
+tensor cores are at the sum, the maxima are found and, where EARLY says so, the exponentials worked
+out. Otherwise those come after it, mixed with what moves the sums, and meet another consumer's
+products. Three consumers issue in turn.
 """
 
 from ..rules import mask
@@ -78,6 +79,8 @@ LARGE = gl.constexpr(2.0**27)  # from here on rounding m * scale is off by more 
 def rescale(m, s, tilt, scale, LAZY: gl.constexpr):
     """`softmax.rescale` with one instruction an element fewer: scale and subtract in one.
 
+    Returns m, alpha, and what `weights` makes weights of: scores, factor, reference.
+
     LAZY: m follows a row's maximum only where it has grown by more than SLACK, so that most tiles
     leave what was summed before as it is (an idea of FlashAttention-4).
     tilt: None, or what `tilted` says is still to be added to the scores.
@@ -107,12 +110,22 @@ def rescale(m, s, tilt, scale, LAZY: gl.constexpr):
     alpha = gl.exp2((m - m_new) * scale)
     reference = gl.expand_dims(reference * factor, 1)
     factor = gl.expand_dims(factor, 1)
-    if tilt is None:
-        p = gl.exp2(s * factor - reference)
-    else:
-        p = gl.exp2(pieces * gl.expand_dims(factor, 3) - gl.expand_dims(reference, 3))
-        p = as_before(p, s)
-    return m_new, alpha, p
+    if tilt is not None:
+        s, factor, reference = pieces, gl.expand_dims(factor, 3), gl.expand_dims(reference, 3)
+    return m_new, alpha, s, factor, reference
+
+
+@gluon.jit
+def weights(s, factor, reference, SCORES: gl.constexpr, like):
+    """2^(s * factor - reference), laid out like `like`."""
+    p = hopper.exp2(s * factor) if SCORES == "bounded" else gl.exp2(s * factor - reference)
+    return as_before(p, like) if len(p.shape) == 4 else p
+
+
+@gluon.jit
+def summed(l, alpha, p, SCORES: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The sums with those of weights p."""
+    return (l if SCORES == "bounded" else l * by_row(alpha, l)) + sums(p, BLOCK_N)
 
 
 @gluon.jit
@@ -161,11 +174,10 @@ def weighed(
         s = modified(s, 0, 0, 0, 0, 0, changes, SCORES, SCORE_MOD)
     if cut:
         s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N, GROUP)
-    if SCORES == "bounded":
-        alpha, p = m, hopper.exp2(s * scale)
-    else:
-        m, alpha, p = rescale(m, s, tilt, scale, LAZY)
-    return m, alpha, p
+    alpha, factor, reference = m, scale, m
+    if SCORES != "bounded":
+        m, alpha, s, factor, reference = rescale(m, s, tilt, scale, LAZY)
+    return m, alpha, s, factor, reference
 
 
 @gluon.jit
@@ -216,20 +228,18 @@ def attend(
     s = warpgroup_mma_wait(0, deps=[s])
     hopper.free(keys, done, CONSUMERS)
     m = gl.full([64], 0.0 if BOUNDED else LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout))
-    m, alpha, p = weighed(
+    m, alpha, found, factor, reference = weighed(
         m, s, first, b, head, start, scale, changes, True, which, turns, turn, left, right,
         LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N, GROUP,
     )  # fmt: skip
+    p = weights(found, factor, reference, SCORES, s)
     l = sums(p, BLOCK_N)
     o = gl.zeros([64, D], gl.float32, O)
     p = gl.convert_layout(p.to(dtype), P)
     stop = done + (end - begin) // BLOCK_N
-    if EARLY:
-        hopper.filled(keys, done + 1, done + 1 < stop)
+    hopper.filled(keys, done + 1, done + 1 < stop)
     for n in range(done + 1, stop):
         start -= BLOCK_N
-        if not EARLY:
-            hopper.filled(keys, n, True)
         if CONSUMERS == 3:
             hopper.my_turn(which)
         s = scores(q, keys, n, BLOCK_N, D)
@@ -241,22 +251,23 @@ def attend(
         s = warpgroup_mma_wait(1, deps=[s])
         hopper.free(keys, n, CONSUMERS)
         cut = (start >= clear_end) | (start < clear_begin if LEFT else False)
-        m, alpha, p_next = weighed(
+        m, alpha, found, factor, reference = weighed(
             m, s, first, b, head, start, scale, changes, cut, which, turns, turn, left, right,
             LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N, GROUP,
         )  # fmt: skip
-        if BOUNDED:
-            moved = False
-            l += sums(p_next, BLOCK_N)
-        else:
-            moved = gl.max((alpha < 1.0).to(gl.int32), 0) > 0 if LAZY else True
-            l = l * by_row(alpha, l) + sums(p_next, BLOCK_N)
-        if EARLY:  # a branch: else ptxas moves the next wait to before the exponentials
-            hopper.filled(keys, n + 1, n + 1 < stop)
+        moved = gl.max((alpha < 1.0).to(gl.int32), 0) > 0 if LAZY else not BOUNDED
+        if EARLY:
+            p_next = weights(found, factor, reference, SCORES, s)
+            l = summed(l, alpha, p_next, SCORES, BLOCK_N)
+        # A branch: else ptxas moves the next wait to before the maxima.
+        hopper.filled(keys, n + 1, n + 1 < stop)
         o, p = warpgroup_mma_wait(0, deps=[o, p])
         hopper.free(values, n - 1, CONSUMERS)
         if moved:
             o = o * by_row(alpha, o)
+        if not EARLY:
+            p_next = weights(found, factor, reference, SCORES, s)
+            l = summed(l, alpha, p_next, SCORES, BLOCK_N)
         p = gl.convert_layout(p_next.to(dtype), P)
     hopper.filled(values, stop - 1, True)
     v = hopper.tile(values, stop - 1).reshape([BLOCK_N, D])

@@ -307,7 +307,8 @@ def launch(
     # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was never
     # written; and what lies before every window may be someone else's by now.
     inside = p.cu_seqlens_k is not None or p.seqused_k is not None or p.page_size > 0
-    early = tiles.early and not crowded
+    # Where there is tanh too, no sums are moved that exponentials could be mixed with.
+    early = (tiles.early or (change.flags[0] == "bounded" and head_dim > 64)) and not crowded
     constants = (
         *where(p, out, lse),
         p.batch, nheads // group, p.group // group, plan.rows, plan.per_group,
