@@ -287,7 +287,7 @@ IMPLEMENTATIONS = (
     Implementation("fa2", fa2_available, prepare_fa2, only(SDPBackend.FLASH_ATTENTION)),
     Implementation("cudnn", cudnn_available, prepare_sdpa, only(SDPBackend.CUDNN_ATTENTION)),
     Implementation("fa3", fa3_available, prepare_fa3),
-    Implementation("flashinfer", flashinfer_available, prepare_flashinfer),
     Implementation("read", lambda: None, prepare_read, attends=False),
     Implementation("flex", lambda: None, prepare_flex, on_request=True),
+    Implementation("flashinfer", flashinfer_available, prepare_flashinfer, on_request=True),
 )

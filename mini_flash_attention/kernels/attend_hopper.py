@@ -255,7 +255,7 @@ def attend(
             m, s, first, b, head, start, scale, changes, cut, which, turns, turn, left, right,
             LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N, GROUP,
         )  # fmt: skip
-        moved = gl.max((alpha < 1.0).to(gl.int32), 0) > 0 if LAZY else not BOUNDED
+        moved = False if BOUNDED else gl.max((alpha < 1.0).to(gl.int32), 0) > 0 if LAZY else True
         if EARLY:
             p_next = weights(found, factor, reference, SCORES, s)
             l = summed(l, alpha, p_next, SCORES, BLOCK_N)
