@@ -54,7 +54,7 @@ class Contender:
     attentions: int = 1  # attentions that one call computes: more than one in a graph
     repeats: int = 1
     samples: list[float] = field(default_factory=list)  # milliseconds of one attention
-    inputs: list[Tensors] = field(default_factory=list)  # a graph reads them: they must outlive it
+    kept: list[Any] = field(default_factory=list)  # a graph reads it, so it must outlive that
 
     def stretch(self, timer: Timer) -> float:
         with self.context():
@@ -107,9 +107,8 @@ def contender(
         calls = [p.call for p in prepared if p is not None]
         if prepared[0] is None:
             return None
-        entrant = Contender(
-            workload, implementation.name, implementation.context, calls, inputs=sets
-        )
+        kept = [*sets, *prepared]  # a peer's workspace hangs on its call
+        entrant = Contender(workload, implementation.name, implementation.context, calls, kept=kept)
         with implementation.context():
             poison(sets[0].q)
             result = calls[0]()

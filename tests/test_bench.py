@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -277,6 +280,25 @@ def test_wrong_and_broken_implementations_are_recorded_and_not_timed(cell, rows)
         assert "off by" in problems["wrong"]
         assert problems["broken"] == "RuntimeError: no kernel for this"
     assert not any("milliseconds" in row for row in rows if "error" in row)
+
+
+def test_what_a_graph_reads_outlives_it(cell):
+    """A peer's workspace hangs on its call, which a graph takes the place of."""
+    places = []
+    real = fake_implementation("mini", 1.0)
+
+    def prepare(workload, tensors):
+        call, output = real.prepare(workload, tensors)
+        room = torch.empty(1)
+        places.append(weakref.ref(room))
+        return Prepared(lambda: call() if room.numel() else None, output)
+
+    sets = measure.input_sets(cell[2], CPU)
+    peer, checker = replace(real, prepare=prepare), Checker(cell[2], sets[0])
+    entrant = measure.contender(cell[2], peer, sets, checker, fake_timer)
+    entrant.calls = [lambda: None]  # as a graph's replay
+    gc.collect()
+    assert places and all(place() is not None for place in places)
 
 
 def test_comparison_divides_rates_and_finds_the_dense_workload(cell, rows):
