@@ -24,9 +24,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--list", action="store_true", help="list suites and workloads, and stop")
     add("--host", action="store_true", help="measure the CPU's side of small calls instead")
     add("--only", metavar="PATTERN", help="workloads whose name contains this (* and ? allowed)")
-    add(
-        "--impl", metavar="A,B", help="implementations, by name (default: all but flex, flashinfer)"
-    )
+    add("--impl", metavar="A,B", help="implementations, by name (default: not flex, flashinfer)")
     add("--rounds", type=int, default=10, help="rounds of a cell (default 10)")
     add("--seconds", type=float, help="begin no further cell after this many seconds")
     add("--jobs", type=int, default=14, help="processes that compile beforehand (default 14)")

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -223,7 +224,13 @@ def prepare_fa3(workload: Workload, tensors: Tensors) -> Prepared | None:
 
 # -- FlashInfer --------------------------------------------------------------------------------
 
-FLASHINFER_WORKSPACE = 256 << 20  # bytes
+FLASHINFER_PAGE = 16  # tokens; its parts of a sequence are whole pages
+
+
+@cache
+def flashinfer_workspace(device: torch.device) -> torch.Tensor:
+    """What all its wrappers use, one after the other."""
+    return torch.zeros(256 << 20, dtype=torch.uint8, device=device)
 
 
 def flashinfer_available() -> str | None:
@@ -231,15 +238,17 @@ def flashinfer_available() -> str | None:
 
 
 def prepare_flashinfer(workload: Workload, tensors: Tensors) -> Prepared | None:
-    """Decoding, planned for the very batch; a dense cache is one page for each sequence."""
+    """Decoding, planned for the very batch; a dense cache is pages in a row."""
     if workload.kind != "decode":
         return None
-    flashinfer = importlib.import_module("flashinfer")
-    q, k, v = tensors.q, tensors.k, tensors.v
+    q, k, v, table = tensors.q, tensors.k, tensors.v, tensors.block_table
     batch, seqlen_q, heads, head_dim = q.shape
-    table = tensors.block_table
     if table is None:
-        table = torch.arange(batch, dtype=torch.int32)[:, None]
+        if k.shape[1] % FLASHINFER_PAGE:
+            return None
+        k, v = (x.reshape(-1, FLASHINFER_PAGE, *x.shape[2:]) for x in (k, v))
+        table = torch.arange(k.shape[0], dtype=torch.int32).view(batch, -1)
+    flashinfer = importlib.import_module("flashinfer")
     page_size, heads_k = k.shape[1:3]
     lengths = torch.tensor(workload.seqlens_k, dtype=torch.int32)
     pages = (lengths + page_size - 1) // page_size
@@ -248,7 +257,7 @@ def prepare_flashinfer(workload: Workload, tensors: Tensors) -> Prepared | None:
     rows = zip(table.cpu(), pages.tolist(), strict=True)
     used = torch.cat([row[:n] for row, n in rows])
     layout = (starts, used, lengths - (pages - 1) * page_size, heads, heads_k, head_dim, page_size)
-    room = torch.zeros(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=q.device)
+    room = flashinfer_workspace(q.device)
     dtypes = {"q_data_type": q.dtype, "kv_data_type": k.dtype}
     if seqlen_q == 1:
         tensor_cores = heads // heads_k >= 4

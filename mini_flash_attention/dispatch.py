@@ -28,6 +28,7 @@ MAX_RECIPES = 4096
 PLAIN = (int, float, bool, type(None))
 
 Arguments = dict[str, Any]
+Reader = Callable[..., Problem]  # of the arguments of a public function
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -46,7 +47,7 @@ class Recipe(NamedTuple):
 _recipes: dict[Hashable, Recipe] = {}
 
 
-def run(describe: Callable[..., Problem], arguments: Arguments, names: Arguments) -> Result:
+def run(describe: Reader, arguments: Arguments, names: Arguments) -> Result:
     """(out, softmax_lse or None) of a call; its new keys are in the cache afterwards.
 
     `names` says which argument stands for a tensor that kernels know under another name. Whoever
@@ -59,12 +60,12 @@ def run(describe: Callable[..., Problem], arguments: Arguments, names: Arguments
     return compute(describe, arguments, names)
 
 
-def compute(describe: Callable[..., Problem], arguments: Arguments, names: Arguments) -> Result:
-    """`run` without an operator."""
+def compute(describe: Reader, arguments: Arguments, names: Arguments, keep: bool = True) -> Result:
+    """`run` without an operator. keep: the workspace, for the next call."""
     key, recipe = _look_up(describe, arguments)
     if recipe is not None:
         _keep_apart(recipe.function, arguments)
-        return _follow(recipe, arguments)
+        return _follow(recipe, arguments, keep)
     p = check(describe, arguments)
     arguments["score_mod_args"] = p.scores.aux or ()
     if checks.ON:
@@ -83,10 +84,10 @@ def compute(describe: Callable[..., Problem], arguments: Arguments, names: Argum
         if len(_recipes) >= MAX_RECIPES:
             _recipes.clear()
         _recipes[key] = recipe
-    return _follow(recipe, arguments)
+    return _follow(recipe, arguments, keep)
 
 
-def check(describe: Callable[..., Problem], arguments: Arguments) -> Problem:
+def check(describe: Reader, arguments: Arguments) -> Problem:
     """The call described, if nothing about it is to be refused."""
     p = describe(**arguments)
     _keep_apart(p.function, arguments)
@@ -107,7 +108,7 @@ def _keep_apart(function: str, arguments: Arguments) -> None:
         refusals.apart(function, arguments["out"], *filter(torch.is_tensor, others))
 
 
-def _look_up(describe: Callable[..., Problem], arguments: Arguments) -> tuple[Any, Recipe | None]:
+def _look_up(describe: Reader, arguments: Arguments) -> tuple[Any, Recipe | None]:
     """What checks, plan and launches depend on, and the recipe for it if there is one.
 
     None where each call must be looked at afresh.
@@ -191,14 +192,14 @@ def _recipe(p: Problem, arguments: Arguments, names: Arguments) -> Recipe:
     return Recipe(*same, head_dim, p.rotary is not None, clears)
 
 
-def _follow(recipe: Recipe, tensors: Arguments) -> Result:
+def _follow(recipe: Recipe, tensors: Arguments, keep: bool = True) -> Result:
     """Launch it; what it needs besides is put beside the arguments."""
     q, stream = tensors["q"], None
     index = q.get_device()
     if index >= 0:  # not the CPU
         if torch.cuda.current_device() != index:
             with torch.cuda.device(index):
-                return _follow(recipe, tensors)
+                return _follow(recipe, tensors, keep)
         stream = torch._C._cuda_getCurrentRawStream(index)
     out, lse = tensors["out"], None
     if out is None:
@@ -211,7 +212,7 @@ def _follow(recipe: Recipe, tensors: Arguments) -> Result:
             lse.fill_(float("-inf"))
     tensors |= {"lse": lse, "nothing": None, "aux": tensors["score_mod_args"] or None}
     if recipe.workspace:
-        _find_room(recipe.workspace, tensors, stream)
+        _find_room(recipe.workspace, tensors, stream if keep else None)
     if recipe.rotates:
         tensors["rotated_q"] = empty_out(q)
     for launch in recipe.launches:
@@ -220,7 +221,7 @@ def _follow(recipe: Recipe, tensors: Arguments) -> Result:
 
 
 _rooms: dict[Hashable, dict[str, torch.Tensor]] = {}
-MAX_ROOMS, MAX_KEPT = 64, 8 << 20  # elements of 4 bytes
+MAX_ROOMS, MAX_KEPT = 16, 8 << 20  # elements of 4 bytes
 
 
 def _find_room(workspace: dict[str, int], tensors: Arguments, stream: int | None) -> None:
@@ -232,10 +233,9 @@ def _find_room(workspace: dict[str, int], tensors: Arguments, stream: int | None
     """
     room, device = {}, tensors["q"].device
     if stream is not None and not torch.cuda.is_current_stream_capturing():
-        place = (device, stream, threading.get_ident())
-        if place not in _rooms and len(_rooms) >= MAX_ROOMS:
-            _rooms.clear()
-        room = _rooms.setdefault(place, {})
+        room = _rooms.setdefault((device, stream, threading.get_ident()), {})
+        if len(_rooms) > MAX_ROOMS:
+            _rooms.pop(list(_rooms)[0], None)  # noqa: RUF015 (another thread may add one meanwhile)
     for name, elements in workspace.items():
         x = room.get(name)
         if x is None or x.numel() < elements:

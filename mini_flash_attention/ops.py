@@ -130,7 +130,8 @@ def _define(name: str, schema: str) -> None:
 
     def compute(*values: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         arguments = _arguments(name, {**dict(zip(order, values, strict=False)), **named})
-        out, lse = dispatch.compute(describe, arguments, names)
+        # In a graph that PyTorch records, memory is its own and none may be kept.
+        out, lse = dispatch.compute(describe, arguments, names, keep=False)
         return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse
 
     def fake(*values: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:

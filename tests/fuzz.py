@@ -305,6 +305,7 @@ def check(seed: int, number: int, device: str) -> None:
                 stack.enter_context(patch.object(plan, "SPLIT_KEYS", 0))
             stack.enter_context(patch.object(dispatch, "_recipes", {}))
             stack.enter_context(patch.object(dispatch, "MAX_KEPT", 1))  # margins around parts
+            stack.enter_context(patch.object(dispatch, "_rooms", {}))
             if device == "cpu":  # the interpreter's few keys, in many tiles
                 few = partial(narrowed, plan.decode_tiles)
                 stack.enter_context(patch.object(plan, "decode_tiles", few))

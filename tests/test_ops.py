@@ -119,6 +119,24 @@ def test_reduce_overhead(make):
         torch.testing.assert_close(two, one, rtol=0, atol=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_reduce_overhead_with_a_workspace():
+    """Parts of keys, and a counter: PyTorch's graphs allow no memory of theirs to be kept."""
+    cache = random(2, 1, 8, 64), random(2, 4000, 2, 64), random(2, 4000, 2, 64)
+    prompt = [random(2, 1024, 16, 128) for _ in range(3)]
+    step = torch.compile(mfa.flash_attn_with_kvcache, fullgraph=True, mode="reduce-overhead")
+    whole = torch.compile(mfa.flash_attn_func, fullgraph=True, mode="reduce-overhead")
+    rooms = len(dispatch._rooms)
+    for _ in range(4):
+        got = step(*cache), whole(*prompt)
+        assert len(dispatch._rooms) == rooms
+        wanted = mfa.flash_attn_with_kvcache(*cache), mfa.flash_attn_func(*prompt)
+        rooms = len(dispatch._rooms)
+        for one, two in zip(got, wanted, strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
 class Layer(torch.nn.Module):
     def __init__(self, call):
         super().__init__()

@@ -56,6 +56,7 @@ def poisoned(monkeypatch):
 
         monkeypatch.setattr(torch, name, fill)
     monkeypatch.setattr(dispatch, "MAX_KEPT", 1)  # parts are fresh too
+    monkeypatch.setattr(dispatch, "_rooms", {})
 
 
 @pytest.fixture
