@@ -309,8 +309,9 @@ def measured(kernel: Any) -> dict[str, int]:
     return {"registers": registers, "spilled": stack, "shared": shared, "tensor_memory": columns}
 
 
-# One of the Hopper kernel's matrix products, the wait for it, an exponential, or a maximum.
-STEP = re.compile(r"\b(HGMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]|MUFU\.EX2|FMNMX)")
+# One of the Hopper kernel's matrix products, the wait for it, or what is worked out meanwhile.
+WAIT = r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]"
+STEP = re.compile(rf"\b(HGMMA|WARPGROUP\.ARRIVE|{WAIT}|MUFU\.EX2|FMNMX|FMUL)")
 
 
 def schedule(kernel: Any) -> dict[str, int]:
@@ -318,14 +319,15 @@ def schedule(kernel: Any) -> dict[str, int]:
 
     groups: of matrix products issued together; where ptxas serialises them each stands alone.
     hidden, ahead: exponentials, and maxima, between the wait for the scores and the one for the
-    weighted sum.
+    weighted sum. moves: multiplications after that.
     """
     steps = STEP.findall(cuobjdump(kernel, "-sass"))
-    letters = {"HGMMA": "h", "WARPGROUP.ARRIVE": "a", "MUFU.EX2": "e", "FMNMX": "m"}
+    letters = {"HGMMA": "h", "WARPGROUP.ARRIVE": "a", "MUFU.EX2": "e", "FMNMX": "m", "FMUL": "r"}
     text = "".join(letters.get(x, x[-1]) for x in steps)
-    between = re.findall(r"1([em]*)0", text)
+    between, after = re.findall(r"1([emr]*)0", text), re.findall(r"1[emr]*0([^a]*)a", text)
     hidden, ahead = (min((x.count(letter) for x in between), default=0) for letter in "em")
-    return {"groups": text.count("a"), "hidden": hidden, "ahead": ahead}
+    moves = max((x.count("r") for x in after), default=0)
+    return {"groups": text.count("a"), "hidden": hidden, "ahead": ahead, "moves": moves}
 
 
 # Of PTX: an address in shared memory worked out, a barrier made, a number stored or loaded.
@@ -387,6 +389,9 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
                     "reused": reused(compiled.asm["ptx"]),
                     "to_hide": early * keys // 2 * (3 if scores == "bounded" else 4) // 4,
                     "to_be_ahead": 0 if scores == "bounded" else keys // 2 - 2,
+                    # Without maxima no sum is moved; a polynomial has a multiplication, and so
+                    # has tanh, which three consumers leave until then.
+                    "may_move": 256 if scores != "bounded" else keys * (1, 5)[consumers == 3] // 8,
                     "to_issue": 4 * consumers,
                 }
             results.append({**row, "seconds": round(seconds, 2)})
