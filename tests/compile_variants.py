@@ -389,9 +389,9 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
                     "reused": reused(compiled.asm["ptx"]),
                     "to_hide": early * keys // 2 * (3 if scores == "bounded" else 4) // 4,
                     "to_be_ahead": 0 if scores == "bounded" else keys // 2 - 2,
-                    # Without maxima no sum is moved; a polynomial has a multiplication, and so
-                    # has tanh, which three consumers leave until then.
-                    "may_move": 256 if scores != "bounded" else keys * (1, 5)[consumers == 3] // 8,
+                    # Without maxima no sum is moved. A polynomial has a multiplication, and so
+                    # has tanh, which may come late too.
+                    "may_move": 256 if scores != "bounded" else keys * (5, 1)[early] // 8,
                     "to_issue": 4 * consumers,
                 }
             results.append({**row, "seconds": round(seconds, 2)})
