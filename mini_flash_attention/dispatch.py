@@ -188,8 +188,7 @@ def _recipe(p: Problem, arguments: Arguments, names: Arguments) -> Recipe:
     known |= {"given_q": "q", "q": "rotated_q"} if p.rotary else {}
     for launch in launches:
         launch.find(known)
-    same = (p.function, launches, p.lse_shape, workspace)
-    return Recipe(*same, head_dim, p.rotary is not None, clears)
+    return Recipe(p.function, launches, p.lse_shape, workspace, head_dim, bool(p.rotary), clears)
 
 
 def _follow(recipe: Recipe, tensors: Arguments, keep: bool = True) -> Result:

@@ -284,13 +284,14 @@ def launch(
     fold: Launch | None,
 ) -> Launch:  # fmt: skip
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
-    # Triton 3.8 and newer have no registers for these beside rows of 256.
-    crowded = hopper.NEWER and plans.size_class(p.q.shape[-1]) == 256
-    if crowded and p.scores.score_mod is not None:
-        return otherwise
     tiles, (nheads, head_dim) = plan.tiles, p.q.shape[-2:]
+    # Triton 3.8 and newer have no registers for these beside rows of 256, or of three consumers.
+    crowded = hopper.NEWER and plans.size_class(head_dim) == 256
+    full = hopper.NEWER and tiles.consumers == 3 and p.scores.alibi_slopes is not None
+    if (crowded and p.scores.score_mod is not None) or (full and p.windowed):
+        return otherwise
     # At 256 one tile's way out of two is no faster, and some exponentials come late.
-    change = changes(p, "bounded", "folded", *["linear"] * (head_dim <= 128))
+    change = changes(p, "bounded", "folded", *["linear"] * (head_dim <= 128 and not full))
     packed, group, total = p.cu_seqlens_q is not None, plan.group, plan.rows * plan.units
     splits, part_rows, pointers = 1, 0, POINTERS
     if plan.parts:
