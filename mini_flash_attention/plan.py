@@ -340,7 +340,7 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     elif small_pages and rows <= 16 and visible > tiles.block_n:  # less to look up first
         tiles = tiles._replace(block_n=max(16, tiles.block_n // 2))
     most = min(MAX_SPLITS, -(-visible // tiles.block_n))
-    if not p.page_size and most * units <= resident:  # a tile each: none to load ahead
+    if not 0 < p.page_size <= tiles.block_n and most * units <= resident:  # none to load ahead
         tiles = tiles._replace(num_stages=2)
     return _parts(tiles, rows, units, max(1, min(most, resident // max(1, units))), gpu)
 
