@@ -51,7 +51,7 @@ def chosen(suite: str, pattern: str | None) -> tuple[Workload, ...]:
     return tuple(w for w in SUITES[suite] if fnmatch(w.name, f"*{pattern or ''}*"))
 
 
-def present(names: str | None, *, tell: bool = True) -> list[Implementation]:
+def present(names: str | None) -> list[Implementation]:
     """The implementations asked for that can run here; for the others, a line that says why."""
     from bench.implementations import IMPLEMENTATIONS
 
@@ -64,11 +64,21 @@ def present(names: str | None, *, tell: bool = True) -> list[Implementation]:
     for implementation in IMPLEMENTATIONS:
         wanted = implementation.name in asked if asked else not implementation.on_request
         reason = implementation.available() if wanted else None
-        if reason and tell:
+        if reason:
             print(f"{implementation.name} skipped: {reason}")
-        elif wanted and not reason:
+        elif wanted:
             found.append(implementation)
     return found
+
+
+def with_the_usual(names: str | None) -> bool:
+    """Whether ``--impl`` leaves out none of those that run unasked."""
+    from bench.implementations import IMPLEMENTATIONS
+
+    usual = {
+        implementation.name for implementation in IMPLEMENTATIONS if not implementation.on_request
+    }
+    return names is None or usual <= set(names.split(","))
 
 
 def card_state() -> str:
@@ -121,9 +131,7 @@ def run_suite(options: argparse.Namespace) -> int:
     if not rows:
         sys.exit(f"bench {options.suite}: nothing was measured")
     path = partial
-    asked = {implementation.name for implementation in implementations}
-    by_default = {implementation.name for implementation in present(None, tell=False)}
-    if done == len(cells) and not options.only and by_default <= asked:
+    if done == len(cells) and not options.only and with_the_usual(options.impl):
         path = partial.rename(folder / f"{options.suite}.json")
     comparison = report.Comparison(workloads, rows)
     unit = "TFLOP/s; decoding GB/s; in brackets mini / peer, above 1 mini is faster"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import measure, report, warm
-from bench.__main__ import main
+from bench.__main__ import main, with_the_usual
 from bench.check import Checker
 from bench.implementations import IMPLEMENTATIONS, Implementation, Prepared
 from bench.workloads import (
@@ -299,6 +299,14 @@ def test_what_a_graph_reads_outlives_it(cell):
     entrant.calls = [lambda: None]  # as a graph's replay
     gc.collect()
     assert places and all(place() is not None for place in places)
+
+
+@pytest.mark.parametrize(
+    ("names", "whole"),
+    [(None, True), ("mini,fa3", False), ("mini,portable,fa2,cudnn,fa3,read,flashinfer", True)],
+)
+def test_a_whole_run_has_all_the_usual_implementations(names, whole):
+    assert with_the_usual(names) is whole
 
 
 def test_comparison_divides_rates_and_finds_the_dense_workload(cell, rows):

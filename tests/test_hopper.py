@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import dense, kvcache, varlen
-from test_gpu import DTYPES, LENGTHS, MASKS, SHAPES, check, poisoned  # noqa: F401  (a fixture)
+from test_gpu import DTYPES, LENGTHS, MASKS, SHAPES, check
 
 import mini_flash_attention as mfa
 from mini_flash_attention import dispatch, plan
 
 pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),

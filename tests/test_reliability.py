@@ -20,6 +20,8 @@ from mini_flash_attention import checks, dispatch, plan, reference
 
 GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 NAN, INF = float("nan"), float("inf")
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 CACHES = ("k_cache", "v_cache")
@@ -41,22 +43,6 @@ def gpu_only(test):
 def gigabytes(needed):
     if torch.cuda.get_device_properties(0).total_memory < needed << 30:
         pytest.skip(f"needs {needed} GB")
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fresh memory holds NaN, so a result that was not written shows."""
-    for name in ("empty", "empty_like"):
-        original = getattr(torch, name)
-
-        def fill(*args, original=original, **kwargs):
-            x = original(*args, **kwargs)
-            with torch.no_grad():  # Inductor makes leaves that require gradients
-                return x.fill_(NAN) if x.is_floating_point() else x
-
-        monkeypatch.setattr(torch, name, fill)
-    monkeypatch.setattr(dispatch, "MAX_KEPT", 1)  # parts are fresh too
-    monkeypatch.setattr(dispatch, "_rooms", {})
 
 
 @pytest.fixture

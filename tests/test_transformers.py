@@ -473,7 +473,7 @@ def test_gpu_generate_compiled(family):
 @pytest.mark.parametrize("family", gpu_params(*FAMILIES))
 def test_gpu_continuous_batching(family, graphs):
     coarse, exact = coarse_and_exact(family)
-    # Overlapped steps go wrong in about one run of 25, with transformers' own eager attention too.
+    # Steps that overlap go wrong now and then, with transformers' own eager attention too.
     answers = continuously(coarse, use_cuda_graph=graphs, use_async_batching=False)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert_greedy(exact, prompt, answer)

@@ -160,6 +160,12 @@ def hopper(result: Mapping[str, Any], rows: Rows) -> list[str]:
         "2,048):",
         table(head, lines, words=3),
         means(rows, [cell.string for cell in cells], columns),
+        means(
+            rows,
+            [cell.string for cell in cells if int(cell[3]) >= LONG],
+            columns,
+            " (2,048 tokens and more, where no CPU is waited for)",
+        ),
         "Other dense calls at head_dim 128:",
         table(["call", "tokens", *map(name, columns), "ours / FA3"], more, words=1),
     ]
@@ -172,7 +178,10 @@ OTHERS = {
 }
 
 
-def means(rows: Rows, workloads: Sequence[str], columns: Sequence[str]) -> str:
+LONG = 2048  # tokens of a call that takes any GPU longer than a call takes a CPU
+
+
+def means(rows: Rows, workloads: Sequence[str], columns: Sequence[str], which: str = "") -> str:
     """A sentence: ours over each peer's, as geometric means."""
     parts = []
     for peer in (n for n in columns if n != "mini"):
@@ -180,7 +189,7 @@ def means(rows: Rows, workloads: Sequence[str], columns: Sequence[str]) -> str:
         shares = [ours / theirs for ours, theirs in pairs if ours and theirs]
         if shares:
             parts.append(f"{geometric_mean(shares):.2f} × {name(peer)}")
-    return f"Over these {len(workloads)} calls, as a geometric mean: {', '.join(parts)}."
+    return f"Over these {len(workloads)} calls{which}, as a geometric mean: {', '.join(parts)}."
 
 
 def layouts(result: Mapping[str, Any], rows: Rows) -> list[str]:

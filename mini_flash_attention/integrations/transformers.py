@@ -22,7 +22,7 @@ which goes into the configuration past that look-up:
     answers = model.generate_batch(prompts)
 
 With CUDA graphs, pass `use_async_batching=False` in its configuration: steps that overlap, the
-default there, have given wrong tokens in about one run of 25, with "paged|eager" as well.
+default there, now and then give wrong tokens, with "paged|eager" as well (bench/NOTES.md 99).
 
 Keys and values are gathered from the pages by transformers. Its shorter way, pages given to
 `flash_attn_with_kvcache`, is open to the packages flash-attn 2 and 3 alone.
