@@ -35,8 +35,6 @@ class HopperTiles(NamedTuple):
     consumers: int  # of 64 query rows each
     block_n: int
     slots: int  # Q tiles of a consumer in shared memory
-    early: bool  # exponentials before the wait for the sum of the tile before
-    lazy: bool  # sums are moved only when maxima have grown much
 
 
 class Decode(NamedTuple):
@@ -129,9 +127,9 @@ PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"  # without the
 # By head_dim, measured (bench/NOTES.md). Three consumers hide one another's waiting best, but have
 # registers for head_dim 64 alone; with few keys their larger tiles are a loss.
 HOPPER_TILES = {
-    64: HopperTiles(2, 128, 2, early=False, lazy=False),
-    128: HopperTiles(2, 128, 2, early=False, lazy=False),
-    256: HopperTiles(2, 64, 1, early=True, lazy=True),
+    64: HopperTiles(2, 128, 2),
+    128: HopperTiles(2, 128, 2),
+    256: HopperTiles(2, 64, 1),
 }
 MANY_KEYS = 2048  # of a query in the mean; half as many again where tiles lie across a diagonal
 HOPPER_FLOPS = 4 << 30  # some 10 µs; below, descriptors cost the CPU more than the GPU gains
@@ -159,8 +157,6 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
         return None
     if whole and head_dim <= 64 and keys >= many and p.page_size % tiles.block_n == 0 and simple:
         tiles = tiles._replace(consumers=3)
-    # So do the masks of a window and of packed rows.
-    tiles = tiles._replace(lazy=tiles.lazy and simple and whole and not p.windowed)
     # A tile lies in one page or is made of whole ones, of 16 keys or more; for those the producer
     # needs registers that consumers of rows of 256, or three of them, can't spare.
     small = p.page_size >= 16 and tiles.block_n % p.page_size == 0 and head_dim <= 128

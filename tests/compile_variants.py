@@ -314,14 +314,32 @@ WAIT = r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]"
 STEP = re.compile(rf"\b(HGMMA|WARPGROUP\.ARRIVE|{WAIT}|MUFU\.EX2|FMNMX|FMUL)")
 
 
+# A warp asks whether any of its rows needs what comes next, and jumps over it.
+VOTE, LINE = re.compile(r"\bVOTE\.ANY"), re.compile(r"/\*([0-9a-f]{4,})\*/ +(.*?);")
+JUMP = re.compile(r"^@!P\d BRA 0x([0-9a-f]+)$")
+
+
+def common(sass: str) -> str:
+    """The machine code without what warps jump over after a vote."""
+    kept, voted, until = [], False, 0
+    for address, line in LINE.findall(sass):
+        if int(address, 16) < until:
+            continue
+        kept.append(line)
+        voted = voted or bool(VOTE.search(line))
+        if voted and (jump := JUMP.match(line.strip())):
+            voted, until = False, int(jump[1], 16)
+    return "\n".join(kept)
+
+
 def schedule(kernel: Any) -> dict[str, int]:
     """Of the Hopper kernel's machine code: what ptxas made of the order that its source asks for.
 
     groups: of matrix products issued together; where ptxas serialises them each stands alone.
     hidden, ahead: exponentials, and maxima, between the wait for the scores and the one for the
-    weighted sum. moves: multiplications after that.
+    weighted sum. moves: multiplications after that, where they are not jumped over.
     """
-    steps = STEP.findall(cuobjdump(kernel, "-sass"))
+    steps = STEP.findall(common(cuobjdump(kernel, "-sass")))
     letters = {"HGMMA": "h", "WARPGROUP.ARRIVE": "a", "MUFU.EX2": "e", "FMNMX": "m", "FMUL": "r"}
     text = "".join(letters.get(x, x[-1]) for x in steps)
     between, after = re.findall(r"1([emr]*)0", text), re.findall(r"1[emr]*0([^a]*)a", text)
@@ -382,16 +400,22 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
             seen.add(compiled.hash)
             row = {"variant": str(variant), "kernel": name, **launch.options, **measured(compiled)}
             if name == "forward_hopper":
-                keys, consumers, _, early, _, scores, _ = launch.constants[-7:]
+                keys, consumers, _, scores, mod = launch.constants[-5:]
+                early = scores == "bounded" and variant.head_dim > 128
+                lazy = variant.head_dim > 64 and scores == "" and mod is None
                 # Exponentials of a thread, one of four a polynomial where there is tanh too;
                 # products before, in and after the loop.
                 row |= schedule(compiled) | {
                     "reused": reused(compiled.asm["ptx"]),
                     "to_hide": early * keys // 2 * (3 if scores == "bounded" else 4) // 4,
                     "to_be_ahead": 0 if scores == "bounded" else keys // 2 - 2,
-                    # Without maxima no sum is moved. A polynomial has a multiplication, and so
-                    # has tanh, which may come late too.
-                    "may_move": 256 if scores != "bounded" else keys * (5, 1)[early] // 8,
+                    # Without maxima no sum is moved, with lazy ones hardly ever. A polynomial has a
+                    # multiplication, and so has tanh, which may come late too.
+                    "may_move": keys // 8
+                    if lazy
+                    else keys * (5, 1)[early] // 8
+                    if scores == "bounded"
+                    else 256,
                     "to_issue": 4 * consumers,
                 }
             results.append({**row, "seconds": round(seconds, 2)})

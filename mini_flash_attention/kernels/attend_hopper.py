@@ -1,9 +1,9 @@
 """The inner loop of Algorithm 1 on Hopper, for a consumer of 64 query rows.
 
 The scores of the next tile of keys are issued together with the weighted sum of this one. While the
-tensor cores are at the sum, the maxima are found and, where EARLY says so, the exponentials worked
-out. Otherwise those come after it, mixed with what moves the sums, and meet another consumer's
-products. Three consumers issue in turn.
+tensor cores are at the sum, the maxima are found. The exponentials come after it and meet another
+consumer's products, but where there are no maxima and rows are long (EARLY). Three consumers issue
+in turn.
 """
 
 from ..rules import mask
@@ -99,14 +99,12 @@ def rescale(m, s, tilt, scale, LAZY: gl.constexpr):
         pieces = gl.reshape(s, [64, s.shape[1] // 8, 4, 2])
         top = gl.max(gl.max(gl.max(pieces, 3), 1) + tilt, 1)
         top = gl.convert_layout(top, m.type.layout, assert_trivial=True)
-    m_new = gl.maximum(m, top)
-    if LAZY:
-        m_new = gl.where((m_new - m) * scale > SLACK, m_new, m)
+    m_new = gl.where(top > m + SLACK / scale, top, m) if LAZY else gl.maximum(m, top)
     # Where scores should be higher, it is lower instead.
     reference = m_new if tilt is None else by_row(m_new, tilt) - tilt
     exponent = reference.to(gl.int32, bitcast=True) & 0x7F800000
     power = (((127 + 26 + 127 << 23) - 2**32) - exponent).to(gl.float32, bitcast=True)
-    factor = gl.where(gl.maximum(reference, -reference) * scale > LARGE, power, scale)
+    factor = gl.where(gl.abs(reference) > LARGE / scale, power, scale)
     alpha = gl.exp2((m - m_new) * scale)
     reference = gl.expand_dims(reference * factor, 1)
     factor = gl.expand_dims(factor, 1)
@@ -184,8 +182,7 @@ def weighed(
 def attend(
     which: gl.constexpr, queries, worked, keys, values, done, turns, turn, left, right, scale,
     changes, LEFT: gl.constexpr, RIGHT: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
-    CONSUMERS: gl.constexpr, EARLY: gl.constexpr, LAZY: gl.constexpr, SCORES: gl.constexpr,
-    SCORE_MOD: gl.constexpr,
+    CONSUMERS: gl.constexpr, SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     """Lines 6 to 12 of Algorithm 1 for 64 rows of a tile of work: (m, l, o).
 
@@ -194,6 +191,8 @@ def attend(
     O: gl.constexpr = hopper.accumulator(D)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     BOUNDED: gl.constexpr = SCORES == "bounded"
+    LAZY: gl.constexpr = D > 64  # fewer columns are as soon moved as asked for
+    EARLY: gl.constexpr = BOUNDED and D > 128
     GROUP: gl.constexpr = queries.tiles.shape[3]
     SLOTS: gl.constexpr = queries.tiles.shape[0] // CONSUMERS
     slot = worked % SLOTS * CONSUMERS + which
@@ -215,16 +214,13 @@ def attend(
     b, head = hopper.word(turns, turn, hopper.B), hopper.word(turns, turn, hopper.HEAD)
 
     hopper.filled(keys, done, True)
-    if CONSUMERS == 3:
-        hopper.my_turn(which)
+    hopper.my_turn(which, CONSUMERS)
     s = scores(q, keys, done, BLOCK_N, D)
-    if CONSUMERS == 3:
-        hopper.your_turn(which, CONSUMERS)
-    if SLOTS > 1:
-        if worked > 0:  # the rows of the tile of work before are written out by now
-            hopper.tma.store_wait(0)
-            before = (worked - 1) % SLOTS * CONSUMERS + which
-            mbarrier.arrive(queries.free.index(before))
+    hopper.your_turn(which, CONSUMERS)
+    if SLOTS > 1 and worked > 0:  # the rows of the tile of work before are written out by now
+        hopper.tma.store_wait(0)
+        before = (worked - 1) % SLOTS * CONSUMERS + which
+        mbarrier.arrive(queries.free.index(before))
     s = warpgroup_mma_wait(0, deps=[s])
     hopper.free(keys, done, CONSUMERS)
     m = gl.full([64], 0.0 if BOUNDED else LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout))
@@ -240,14 +236,12 @@ def attend(
     hopper.filled(keys, done + 1, done + 1 < stop)
     for n in range(done + 1, stop):
         start -= BLOCK_N
-        if CONSUMERS == 3:
-            hopper.my_turn(which)
+        hopper.my_turn(which, CONSUMERS)
         s = scores(q, keys, n, BLOCK_N, D)
         hopper.filled(values, n - 1, True)
         v = hopper.tile(values, n - 1).reshape([BLOCK_N, D])
         o = warpgroup_mma(p, v, o, is_async=True)
-        if CONSUMERS == 3:
-            hopper.your_turn(which, CONSUMERS)
+        hopper.your_turn(which, CONSUMERS)
         s = warpgroup_mma_wait(1, deps=[s])
         hopper.free(keys, n, CONSUMERS)
         cut = (start >= clear_end) | (start < clear_begin if LEFT else False)
@@ -255,7 +249,6 @@ def attend(
             m, s, first, b, head, start, scale, changes, cut, which, turns, turn, left, right,
             LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N, GROUP,
         )  # fmt: skip
-        moved = False if BOUNDED else gl.max((alpha < 1.0).to(gl.int32), 0) > 0 if LAZY else True
         if EARLY:
             p_next = weights(found, factor, reference, SCORES, s)
             l = summed(l, alpha, p_next, SCORES, BLOCK_N)
@@ -263,8 +256,8 @@ def attend(
         hopper.filled(keys, n + 1, n + 1 < stop)
         o, p = warpgroup_mma_wait(0, deps=[o, p])
         hopper.free(values, n - 1, CONSUMERS)
-        if moved:
-            o = o * by_row(alpha, o)
+        if not BOUNDED:
+            o = hopper.scaled(o, by_row(alpha, o)) if LAZY else o * by_row(alpha, o)
         if not EARLY:
             p_next = weights(found, factor, reference, SCORES, s)
             l = summed(l, alpha, p_next, SCORES, BLOCK_N)

@@ -109,7 +109,7 @@ def produce(
 def consume(
     which: gl.constexpr, job,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, HEAD_DIM: gl.constexpr, CONSUMERS: gl.constexpr,
-    EARLY: gl.constexpr, LAZY: gl.constexpr, SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
+    SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each tile of work: attention to their keys, and the rows written out."""
     o_desc, out, lse, cu_seqlens_q, queries, keys, values, turns = job[:8]
@@ -122,7 +122,7 @@ def consume(
     BLOCK_N: gl.constexpr = keys.tiles.shape[2]
     SLOTS: gl.constexpr = queries.tiles.shape[0] // CONSUMERS
     O: gl.constexpr = hopper.accumulator(D)
-    if CONSUMERS == 3 and which == 2:
+    if which == CONSUMERS - 1:
         hopper.your_turn(which, CONSUMERS)  # the first one's first
     turn = 0
     done = 0
@@ -145,7 +145,7 @@ def consume(
                 changes = (factor, softcap, slope, aux)
             m, l, o = attend(
                 which, queries, worked, keys, values, done, turns, turn, left, right, scale,
-                changes, LEFT, RIGHT, D, BLOCK_N, CONSUMERS, EARLY, LAZY, SCORES, SCORE_MOD,
+                changes, LEFT, RIGHT, D, BLOCK_N, CONSUMERS, SCORES, SCORE_MOD,
             )  # fmt: skip
             sink = s_aux
             if s_aux is not None:
@@ -156,9 +156,7 @@ def consume(
         place = hopper.word(turns, turn, hopper.FIRST_Q)
         first_q = first if SPLIT else place + first
         # TMA writes the rows: it stops at a tensor's end, not a sequence's.
-        whole = (end > begin) & (not SPLIT)
-        if PACKED:
-            whole = whole & (first + 64 <= rows_q)
+        whole = (end > begin) & (not SPLIT) & ((not PACKED) | (first + 64 <= rows_q))
         if end > begin:
             slot = worked % SLOTS * CONSUMERS + which
             if whole:  # through the queries' place
@@ -216,7 +214,7 @@ def forward_hopper_kernel(
     scale, left, right, appended, stride_slopes, factor, softcap, splits, part_rows,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
-    EARLY: gl.constexpr, LAZY: gl.constexpr, SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
+    SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = k_desc.block_shape[3]
     Q_TILES: gl.constexpr = SLOTS * CONSUMERS
@@ -250,15 +248,15 @@ def forward_hopper_kernel(
     SMALL_PAGES: gl.constexpr = k_desc.block_shape[1] < BLOCK_N  # the producer has more to hold
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, EARLY, LAZY, SCORES, SCORE_MOD)),
-            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, EARLY, LAZY, SCORES, SCORE_MOD)),
+            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
+            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
             (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS, SPLIT)),
         ], [4, 1], [224, 56] if SMALL_PAGES else [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, EARLY, LAZY, SCORES, SCORE_MOD)),
-            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, EARLY, LAZY, SCORES, SCORE_MOD)),
-            (consume, (2, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, EARLY, LAZY, SCORES, SCORE_MOD)),
+            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
+            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
+            (consume, (2, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
             (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS, SPLIT)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
@@ -286,11 +284,11 @@ def launch(
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
     tiles, (nheads, head_dim) = plan.tiles, p.q.shape[-2:]
     # Triton 3.8 and newer have no registers for these beside rows of 256, or of three consumers.
-    crowded = hopper.NEWER and plans.size_class(head_dim) == 256
+    crowded = plans.size_class(head_dim) == 256 and p.scores.score_mod is not None
     full = hopper.NEWER and tiles.consumers == 3 and p.scores.alibi_slopes is not None
-    if (crowded and p.scores.score_mod is not None) or (full and p.windowed):
+    if (hopper.NEWER and crowded) or (full and p.windowed):
         return otherwise
-    # At 256 one tile's way out of two is no faster, and some exponentials come late.
+    # At 256 one tile's way out of two is no faster.
     change = changes(p, "bounded", "folded", *["linear"] * (head_dim <= 128 and not full))
     packed, group, total = p.cu_seqlens_q is not None, plan.group, plan.rows * plan.units
     splits, part_rows, pointers = 1, 0, POINTERS
@@ -308,16 +306,13 @@ def launch(
     # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was never
     # written; and what lies before every window may be someone else's by now.
     inside = p.cu_seqlens_k is not None or p.seqused_k is not None or p.page_size > 0
-    # Where there is tanh too, no sums are moved that exponentials could be mixed with.
-    early = (tiles.early or (change.flags[0] == "bounded" and head_dim > 64)) and not crowded
     constants = (
-        *where(p, out, lse),
-        p.batch, nheads // group, p.group // group, plan.rows, plan.per_group,
+        *where(p, out, lse), p.batch, nheads // group, p.group // group, plan.rows, plan.per_group,
         total * splits, p.seqlen_q * group, p.seqlen_k, total_q,
         MAX_INT if p.page_size else total_k,
         change.scale, p.left, p.right, p.appended, *change.numbers, splits, part_rows,
         p.left >= 0, p.right >= 0, p.page_size, inside or p.left >= 0,
-        head_dim, tiles.block_n, tiles.consumers, tiles.slots, early, tiles.lazy, *change.flags,
+        head_dim, tiles.block_n, tiles.consumers, tiles.slots, *change.flags,
     )  # fmt: skip
     return hopper.TmaLaunch(
         forward_hopper_kernel, plan.programs, pointers, constants, 4,

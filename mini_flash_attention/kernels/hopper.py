@@ -148,21 +148,21 @@ def barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 @gluon.jit
 def named_barrier(OPERATION: gl.constexpr, barrier, THREADS: gl.constexpr):
     """`sync`: wait until THREADS threads have come, these included. `arrive`: come, and go on."""
-    gl.inline_asm_elementwise(
-        f"bar.{OPERATION} $1, {THREADS}; mov.u32 $0, 0;", "=r,r", [gl.to_tensor(barrier)],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    PTX: gl.constexpr = f"bar.{OPERATION} $1, {THREADS}; mov.u32 $0, 0;"
+    gl.inline_asm_elementwise(PTX, "=r,r", [gl.to_tensor(barrier)], gl.int32, False, 1)
 
 
 @gluon.jit
-def my_turn(which: gl.constexpr):
-    """Wait until the consumer before has issued its products."""
-    named_barrier("sync", TURN + which, 256)
+def my_turn(which: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Where there are three, wait until the consumer before has issued its products."""
+    if CONSUMERS == 3:
+        named_barrier("sync", TURN + which, 256)
 
 
 @gluon.jit
 def your_turn(which: gl.constexpr, CONSUMERS: gl.constexpr):
-    named_barrier("arrive", TURN + (which + 1) % CONSUMERS, 256)
+    if CONSUMERS == 3:
+        named_barrier("arrive", TURN + (which + 1) % CONSUMERS, 256)
 
 
 @gluon.jit
@@ -192,9 +192,36 @@ def exp2(x):
     )
 
 
+@gluon.constexpr_function
+def scaling(count):
+    """PTX: $0, $1, ... times as many factors, unless none in the warp is below 1; its registers.
+
+    Of the 64 rows of a product a thread holds two: one's sums are $0 and $1, the other's $2 and $3.
+    """
+    factors = [f"${2 * count + n}" for n in range(count)]
+    products = "".join(f"mul.f32 ${n}, ${n}, {factors[n]};" for n in range(count))
+    ask = "setp.lt.f32 any, {0}, 0f3F800000; setp.lt.or.f32 any, {2}, 0f3F800000, any;"
+    vote = "vote.sync.any.pred any, any, 0xffffffff; @!any bra.uni DONE;"
+    code = f"{{ .reg .pred any; {ask.format(*factors)} {vote} {products} DONE: }}"
+    return code, ",".join(["=f"] * count + [str(n) for n in range(count)] + ["f"] * count), count
+
+
+@gluon.jit
+def scaled(o, alpha):
+    """o [64, D] times alpha [64, 1], none of it above 1, by the warps where some of it is below."""
+    PTX: gl.constexpr = scaling(o.shape[1] // 2)
+    return gl.inline_asm_elementwise(PTX[0], PTX[1], [o, alpha], gl.float32, False, PTX[2])
+
+
+@gluon.jit
+def place(n):
+    """Where in a ring the n-th tile lies. Products wait for this: n % STAGES takes longer."""
+    return n & STAGES - 1
+
+
 @gluon.jit
 def tile(ring, n):
-    return ring.tiles.index(n % STAGES)
+    return ring.tiles.index(place(n))
 
 
 @gluon.jit
@@ -228,8 +255,7 @@ def fill(ring, n, desc, source, start, wanted, CONSUMERS: gl.constexpr, PAGE_SIZ
     stage = n % STAGES
     if wanted and n >= STAGES:
         named_barrier("sync", ring.freed + stage, 128 * CONSUMERS + 32)
-    tile, barrier = ring.tiles.index(stage), ring.full.index(stage)
-    load_tile(desc, source, start, tile, barrier, wanted, PAGE_SIZE)
+    load_tile(desc, source, start, tile(ring, n), ring.full.index(stage), wanted, PAGE_SIZE)
 
 
 @gluon.jit
@@ -265,13 +291,13 @@ def fill_part(
 @gluon.jit
 def filled(ring, n, wanted):
     """Wait until the n-th tile is there, if it is wanted."""
-    mbarrier.wait(ring.full.index(n % STAGES), n // STAGES & 1, pred=wanted)
+    mbarrier.wait(ring.full.index(place(n)), n // STAGES & 1, pred=wanted)
 
 
 @gluon.jit
 def free(ring, n, CONSUMERS: gl.constexpr):
     """A consumer has read the n-th tile."""
-    named_barrier("arrive", ring.freed + n % STAGES, 128 * CONSUMERS + 32)
+    named_barrier("arrive", ring.freed + place(n), 128 * CONSUMERS + 32)
 
 
 @gluon.jit
