@@ -109,7 +109,8 @@ def run_suite(options: argparse.Namespace) -> int:
     folder = options.out / report.gpu_folder(gpu)
     partial = folder / f"{options.suite}.partial.json"
     if any(implementation.name == "mini" for implementation in implementations):
-        warm.compile_all(workloads, min(options.jobs, os.cpu_count() or 1))
+        each = [i.name for i in implementations if i.compiles]
+        warm.compile_all(workloads, min(options.jobs, os.cpu_count() or 1), each)
 
     rows: list[report.Row] = []
     cells = list(measure.cells(workloads))

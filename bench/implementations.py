@@ -48,6 +48,7 @@ class Implementation:
     on_request: bool = False  # runs only when named
     attends: bool = True  # no: a yardstick, whose result is not looked at
     features: bool = False  # has soft cap, ALiBi, sinks and score_mod, under our names
+    compiles: bool = False  # for each workload anew
 
     def ready(self, workload: Workload, tensors: Tensors) -> Prepared | None:
         """``prepare``, if it has the workload's feature."""
@@ -287,16 +288,13 @@ def prepare_read(workload: Workload, tensors: Tensors) -> Prepared | None:
     return Prepared(lambda: (torch.sum(tensors.k), torch.sum(tensors.v)))
 
 
-OURS = (
+IMPLEMENTATIONS = (
     Implementation("mini", lambda: missing("mini_flash_attention"), prepare_mini, features=True),
     Implementation("portable", portable_available, prepare_portable, portable, features=True),
-)
-IMPLEMENTATIONS = (
-    *OURS,
     Implementation("fa2", fa2_available, prepare_fa2, only(SDPBackend.FLASH_ATTENTION)),
     Implementation("cudnn", cudnn_available, prepare_sdpa, only(SDPBackend.CUDNN_ATTENTION)),
     Implementation("fa3", fa3_available, prepare_fa3),
     Implementation("read", lambda: None, prepare_read, attends=False),
-    Implementation("flex", lambda: None, prepare_flex, on_request=True),
+    Implementation("flex", lambda: None, prepare_flex, on_request=True, compiles=True),
     Implementation("flashinfer", flashinfer_available, prepare_flashinfer, on_request=True),
 )

@@ -1,7 +1,7 @@
-"""Compile our kernels in parallel processes before anything is timed.
+"""Compile our kernels, and what a peer compiles, in parallel processes before anything is timed.
 
-Each worker runs some workloads once on the same GPU. Triton writes what it compiles to its disk
-cache, where the measuring process then finds it.
+Each worker runs some workloads once on the same GPU. Triton and PyTorch write what they compile to
+their disk caches, where the measuring process then finds it.
 """
 
 from __future__ import annotations
@@ -16,27 +16,40 @@ from concurrent.futures.process import BrokenProcessPool
 
 from bench.workloads import Workload
 
+OURS = ("mini", "portable")
 LARGEST = 2**31  # bytes of inputs; a larger workload shares its kernels with smaller ones
 
 
-def tasks(workloads: Sequence[Workload]) -> list[list[Workload]]:
-    """Workloads that may share kernels go to one worker, so that none is compiled twice."""
+Task = tuple[Sequence[str], Sequence[Workload]]  # implementations, by name, and what they are given
+
+
+def tasks(workloads: Sequence[Workload], each: Sequence[str] = ()) -> list[Task]:
+    """Workloads that may share kernels go to one worker, so that none is compiled twice.
+
+    each: implementations that share none between workloads.
+    """
     by_variant: dict[tuple[object, ...], list[Workload]] = defaultdict(list)
     for workload in workloads:
         if workload.tensor_bytes <= LARGEST:
             by_variant[workload.variant].append(workload)
-    return sorted(by_variant.values(), key=len, reverse=True)
+    groups = sorted(by_variant.values(), key=len, reverse=True)
+    alone: list[Task] = [((name,), [w]) for group in groups for w in group for name in each]
+    return [*alone, *((OURS, group) for group in groups)]
 
 
-def run_once(workloads: Sequence[Workload]) -> list[str]:
-    """In a worker: each workload once. What failed is told; the measuring run records it."""
+def run_once(task: Task) -> list[str]:
+    """In a worker: each workload once, by each implementation named, if it can run here.
+
+    What failed is told; the measuring run records it.
+    """
     import torch
 
-    from bench.implementations import OURS
+    from bench.implementations import IMPLEMENTATIONS
 
     failures = []
-    ours = [implementation for implementation in OURS if implementation.available() is None]
-    for workload, implementation in itertools.product(workloads, ours):
+    names, workloads = task
+    asked = [i for i in IMPLEMENTATIONS if i.name in names and i.available() is None]
+    for workload, implementation in itertools.product(workloads, asked):
         try:
             prepared = implementation.ready(workload, workload.tensors(torch.device("cuda")))
             with implementation.context():
@@ -48,8 +61,8 @@ def run_once(workloads: Sequence[Workload]) -> list[str]:
     return failures
 
 
-def compile_all(workloads: Sequence[Workload], jobs: int) -> None:
-    work = tasks(workloads)
+def compile_all(workloads: Sequence[Workload], jobs: int, each: Sequence[str] = ()) -> None:
+    work = tasks(workloads, each)
     if jobs < 2 or not work:
         return
     began = time.monotonic()

@@ -135,7 +135,16 @@ def test_warm_up_gives_each_variant_to_one_worker_and_leaves_out_what_is_too_lar
     huge = small("x/huge", "decode", (2**22,) * 8)
     work = warm.tasks([*PORTABLE, huge])
     assert len(work) == 16  # dense, varlen, two page sizes; two head dims; two masks
-    assert sorted(w.name for task in work for w in task) == sorted(w.name for w in PORTABLE)
+    assert all(names == ("mini", "portable") for names, _ in work)
+    assert sorted(w.name for _, given in work for w in given) == sorted(w.name for w in PORTABLE)
+
+
+def test_warm_up_gives_each_workload_alone_to_what_compiles_for_each():
+    work = warm.tasks(PORTABLE, ["flex"])
+    alone = [given for names, given in work if names == ("flex",)]
+    assert sorted(w.name for given in alone for w in given) == sorted(w.name for w in PORTABLE)
+    assert all(len(given) == 1 for given in alone)
+    assert len(work) == len(PORTABLE) + len(warm.tasks(PORTABLE))
 
 
 # -- the check of outputs ----------------------------------------------------------------------
