@@ -34,7 +34,7 @@ class HopperTiles(NamedTuple):
 
     consumers: int  # of 64 query rows each
     block_n: int
-    slots: int  # Q tiles of a consumer in shared memory
+    q_tiles: int  # of 64 rows in shared memory; twice as many as consumers, results go through them
 
 
 class Decode(NamedTuple):
@@ -108,10 +108,10 @@ def forward(p: Problem, gpu: Gpu) -> Forward:
     tight = head_dim <= 64 or gpu.arch in (100, 103)  # for a score_mod's registers
     more = p.windowed or (p.scores.score_mod is not None and tight)
     tiles = forward_tiles(gpu.arch, head_dim, more, p.page_size, p.cu_seqlens_q is not None)
-    return Forward(tiles, *_work(p, tiles.block_m))
+    return Forward(tiles, *_work(p, gpu, tiles.block_m))
 
 
-def _work(p: Problem, block_m: int, packed: int = 1) -> tuple[int, int, int]:
+def _work(p: Problem, gpu: Gpu, block_m: int, packed: int = 1) -> tuple[int, int, int]:
     """Tiles of query rows of a unit, units, and units per group; `packed` heads in the rows."""
     nheads, head_dim = p.q.shape[-2] // packed, p.q.shape[-1]
     if p.cu_seqlens_q is None:
@@ -120,18 +120,17 @@ def _work(p: Problem, block_m: int, packed: int = 1) -> tuple[int, int, int]:
         # rules/sequence.py counts tiles through all sequences; each may leave one unused.
         rows, units = p.q.shape[0] // block_m + p.batch, nheads
     bytes_of_unit = 2 * p.seqlen_k * head_dim * p.k.element_size() * packed // p.group
-    return rows, units, max(1, min(units, L2_BYTES // max(1, bytes_of_unit)))
+    per_group = min(units, L2_BYTES // max(1, bytes_of_unit))
+    if p.right < 0 and p.cu_seqlens_q is None:  # no tile is the longest: side by side in time
+        per_group = min(per_group, -(-gpu.multiprocessors // max(1, rows)))
+    return rows, units, max(1, per_group)
 
 
 PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"  # without the Hopper kernel
 # By head_dim, measured (bench/NOTES.md). Three consumers hide one another's waiting best, but have
 # registers for head_dim 64 alone; with few keys their larger tiles are a loss.
-HOPPER_TILES = {
-    64: HopperTiles(2, 128, 2),
-    128: HopperTiles(2, 128, 2),
-    256: HopperTiles(2, 64, 1),
-}
-MANY_KEYS = 2048  # of a query in the mean; half as many again where tiles lie across a diagonal
+HOPPER_TILES = {64: HopperTiles(2, 128, 4), 128: HopperTiles(2, 128, 4), 256: HopperTiles(2, 64, 3)}
+MANY_KEYS = 1536  # of a query in the mean
 HOPPER_FLOPS = 4 << 30  # some 10 µs; below, descriptors cost the CPU more than the GPU gains
 
 
@@ -146,17 +145,21 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     if p.v.shape[-1] != head_dim or p.cache_batch_idx is not None or p.cache_leftpad is not None:
         return None
     tiles = HOPPER_TILES[size_class(head_dim)]
-    keys, many = p.seqlen_k, MANY_KEYS
-    if p.right >= 0:
-        keys, many = keys - min(p.seqlen_q, keys) // 2, many * 3 // 2
+    keys = p.seqlen_k - (min(p.seqlen_q, p.seqlen_k) // 2 if p.right >= 0 else 0)
     keys = min(keys, p.left + 1) if p.left >= 0 else keys
     simple = p.scores.score_mod is None  # what else it does is unknown, but takes registers
     group, splits = _packing(p, gpu, tiles.block_n)
     whole = group == splits == 1
     if whole and decodes(p, gpu):
         return None
-    if whole and head_dim <= 64 and keys >= many and p.page_size % tiles.block_n == 0 and simple:
-        tiles = tiles._replace(consumers=3)
+    if (
+        whole
+        and head_dim <= 64
+        and keys >= MANY_KEYS
+        and p.page_size % tiles.block_n == 0
+        and simple
+    ):
+        tiles = tiles._replace(consumers=3, q_tiles=6)
     # A tile lies in one page or is made of whole ones, of 16 keys or more; for those the producer
     # needs registers that consumers of rows of 256, or three of them, can't spare.
     small = p.page_size >= 16 and tiles.block_n % p.page_size == 0 and head_dim <= 128
@@ -166,7 +169,7 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     # With one split the batch decides nothing: a sequence gets the same bits in all of them.
     if p.num_splits != 1 and 4 * p.q.numel() * p.seqlen_k < HOPPER_FLOPS:
         return None
-    rows, units, per_group = _work(p, 64 * tiles.consumers, group)
+    rows, units, per_group = _work(p, gpu, 64 * tiles.consumers, group)
     lse_in_32_bits = p.cu_seqlens_q is not None or nheads * p.seqlen_q < 2**31
     if rows * units >= 2**31 - gpu.multiprocessors or not lse_in_32_bits:
         return None

@@ -6,7 +6,7 @@ consumer's products, but where there are no maxima and rows are long (EARLY). Th
 in turn.
 """
 
-from ..rules import mask
+from ..rules import mask, work
 from ..rules.scores import modified
 from . import hopper
 from .hopper import fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -179,6 +179,14 @@ def weighed(
 
 
 @gluon.jit
+def narrowed(p, like):
+    """p in the dtype of `like`, neighbours together. Left to itself LLVM at times pairs others."""
+    BF16: gl.constexpr = like.dtype == gl.bfloat16
+    PTX: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if BF16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(PTX, "=r,f,f", [p], like.dtype, True, 2)
+
+
+@gluon.jit
 def attend(
     which: gl.constexpr, queries, worked, keys, values, done, turns, turn, left, right, scale,
     changes, LEFT: gl.constexpr, RIGHT: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -194,45 +202,53 @@ def attend(
     LAZY: gl.constexpr = D > 64  # fewer columns are as soon moved as asked for
     EARLY: gl.constexpr = BOUNDED and D > 128
     GROUP: gl.constexpr = queries.tiles.shape[3]
-    SLOTS: gl.constexpr = queries.tiles.shape[0] // CONSUMERS
-    slot = worked % SLOTS * CONSUMERS + which
-    mbarrier.wait(queries.full.index(slot), worked // SLOTS & 1)
+    Q_TILES: gl.constexpr = queries.tiles.shape[0]
+    nth = worked * CONSUMERS + which
+    slot = nth % Q_TILES
+    mbarrier.wait(queries.full.index(slot), nth // Q_TILES & 1)
     q = queries.tiles.index(slot).reshape([64, D])
-    dtype: gl.constexpr = q.dtype
     if SCORES == "folded":  # the scale
         x = q.load(hopper.FOUR_ROWS)
-        q.store((x.to(gl.float32) * changes[0]).to(dtype))
+        q.store((x.to(gl.float32) * changes[0]).to(q.dtype))
         fence_async_shared()
     begin = hopper.word(turns, turn, hopper.BEGIN)
-    end = hopper.word(turns, turn, hopper.END)
-    clear_begin = hopper.word(turns, turn, hopper.CLEAR_BEGIN) if LEFT else 0
-    clear_end = hopper.word(turns, turn, hopper.CLEAR_END)
-    start = end - BLOCK_N
-    # Where the first query stands, and whose it is: for what becomes of scores, else not read.
+    stop = done + hopper.word(turns, turn, hopper.TILES)
     first = hopper.word(turns, turn, hopper.FIRST) + 64 * which
-    first += hopper.word(turns, turn, hopper.LENGTH_K) - hopper.word(turns, turn, hopper.ROWS_Q)
+    rows_q = hopper.word(turns, turn, hopper.ROWS_Q)
+    length_k = hopper.word(turns, turn, hopper.LENGTH_K)
+    # These rows may see fewer tiles than all of the consumers' do. One is looked at in any case.
+    _, clear_begin, clear_end, last = work.key_tiles(
+        first, rows_q, length_k, left, right, None, LEFT, RIGHT, 64, BLOCK_N, GROUP
+    )
+    seen = gl.maximum((last - begin) // BLOCK_N, 1)
+    for n in range(done, stop - seen):
+        hopper.pass_by(which, keys, values, n, CONSUMERS)
+    done = gl.maximum(done, stop - seen)
+    start = begin + (stop - done - 1) * BLOCK_N
+    # Where the first query stands, and whose it is: for what becomes of scores, else not read.
+    first += length_k - rows_q
     b, head = hopper.word(turns, turn, hopper.B), hopper.word(turns, turn, hopper.HEAD)
 
     hopper.filled(keys, done, True)
     hopper.my_turn(which, CONSUMERS)
     s = scores(q, keys, done, BLOCK_N, D)
     hopper.your_turn(which, CONSUMERS)
-    if SLOTS > 1 and worked > 0:  # the rows of the tile of work before are written out by now
+    THROUGH: gl.constexpr = Q_TILES >= 2 * CONSUMERS
+    if THROUGH and worked > 0:  # the rows of the tile of work before are written out by now
         hopper.tma.store_wait(0)
-        before = (worked - 1) % SLOTS * CONSUMERS + which
-        mbarrier.arrive(queries.free.index(before))
+        mbarrier.arrive(queries.free.index((nth - CONSUMERS) % Q_TILES))
     s = warpgroup_mma_wait(0, deps=[s])
     hopper.free(keys, done, CONSUMERS)
     m = gl.full([64], 0.0 if BOUNDED else LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout))
+    cut = (start >= clear_end) | (start < clear_begin if LEFT else False)
     m, alpha, found, factor, reference = weighed(
-        m, s, first, b, head, start, scale, changes, True, which, turns, turn, left, right,
+        m, s, first, b, head, start, scale, changes, cut, which, turns, turn, left, right,
         LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N, GROUP,
     )  # fmt: skip
     p = weights(found, factor, reference, SCORES, s)
     l = sums(p, BLOCK_N)
     o = gl.zeros([64, D], gl.float32, O)
-    p = gl.convert_layout(p.to(dtype), P)
-    stop = done + (end - begin) // BLOCK_N
+    p = gl.convert_layout(narrowed(p, q), P)
     hopper.filled(keys, done + 1, done + 1 < stop)
     for n in range(done + 1, stop):
         start -= BLOCK_N
@@ -261,7 +277,9 @@ def attend(
         if not EARLY:
             p_next = weights(found, factor, reference, SCORES, s)
             l = summed(l, alpha, p_next, SCORES, BLOCK_N)
-        p = gl.convert_layout(p_next.to(dtype), P)
+        p = gl.convert_layout(narrowed(p_next, q), P)
+    if not THROUGH:
+        mbarrier.arrive(queries.free.index(slot))
     hopper.filled(values, stop - 1, True)
     v = hopper.tile(values, stop - 1).reshape([BLOCK_N, D])
     o = warpgroup_mma(p, v, o, is_async=True)

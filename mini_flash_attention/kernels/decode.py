@@ -39,10 +39,8 @@ def decode_tiles(
     """
     (
         q, k, v, out, lse, parts, block_table, lengths, alibi_slopes, s_aux, aux,
-        stride_q_b, stride_q_t, stride_q_h,
-        stride_k_b, stride_k_t, stride_k_h,
-        stride_v_b, stride_v_t, stride_v_h,
-        stride_o_b, stride_o_t, stride_o_h,
+        stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
+        stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
         stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
         scale, stride_slopes, factor, softcap, num_pages,
     ) = given  # fmt: skip
@@ -149,10 +147,8 @@ def decode_tiles(
 def decode_kernel(
     q, k, v, out, lse, parts, owners, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
     cache_batch_idx, cache_leftpad, alibi_slopes, s_aux, aux,
-    stride_q_b, stride_q_t, stride_q_h,
-    stride_k_b, stride_k_t, stride_k_h,
-    stride_v_b, stride_v_t, stride_v_h,
-    stride_o_b, stride_o_t, stride_o_h,
+    stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
+    stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
     stride_lse_b, stride_lse_h, stride_table,
     batch, nheads_k, group, splits, split_tiles, slots, part_rows,
     seqlen_q, seqlen_k, total_q, total_k, num_pages, scale, left, right, appended,
@@ -170,10 +166,8 @@ def decode_kernel(
     )  # fmt: skip
     given = (
         q, k, v, out, lse, parts, block_table, lengths, alibi_slopes, s_aux, aux,
-        stride_q_b, stride_q_t, stride_q_h,
-        stride_k_b, stride_k_t, stride_k_h,
-        stride_v_b, stride_v_t, stride_v_h,
-        stride_o_b, stride_o_t, stride_o_h,
+        stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
+        stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
         stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
         scale, stride_slopes, factor, softcap, num_pages,
     )  # fmt: skip

@@ -21,10 +21,8 @@ def forward_kernel(
     q, k, v, out, lse,
     cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
     cache_batch_idx, cache_leftpad, alibi_slopes, s_aux, aux,
-    stride_q_b, stride_q_t, stride_q_h,
-    stride_k_b, stride_k_t, stride_k_h,
-    stride_v_b, stride_v_t, stride_v_h,
-    stride_o_b, stride_o_t, stride_o_h,
+    stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
+    stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
     stride_lse_b, stride_lse_h, stride_table,
     batch, nheads, group, tiles, per_group,
     seqlen_q, seqlen_k, total_q, total_k, num_pages,
@@ -83,20 +81,15 @@ def forward_kernel(
     begin, clear_begin, clear_end, end = work.key_tiles(
         first, rows_q, length_k, left, right, pad, LEFT, RIGHT, BLOCK_M, BLOCK_N
     )
-    if LEFT:  # cut tiles on both sides: one loop, or three would drain the pipeline three times
-        m, l, o = attend(
-            m, l, o, q_tile, i, begin, clear_begin, clear_end, end, True, k, v, stride_k_t,
-            stride_v_t, stride_k_b, stride_v_b, block_table, num_pages, diagonal, left, right, pad,
-            length_k, scale, entry, head, changes, LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D,
-            HEAD_DIM_V, D_V, WIDE, TWINS, SCORES, SCORE_MOD,
-        )  # fmt: skip
-    else:
-        m, l, o = attend(
-            m, l, o, q_tile, i, begin, 0, 0, clear_end, False, k, v, stride_k_t, stride_v_t,
-            stride_k_b, stride_v_b, block_table, num_pages, diagonal, left, right, pad, length_k,
-            scale, entry, head, changes, LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V,
-            D_V, WIDE, TWINS, SCORES, SCORE_MOD,
-        )  # fmt: skip
+    # With cut tiles on both sides one loop, or three would drain the pipeline three times.
+    stop = end if LEFT else clear_end
+    m, l, o = attend(
+        m, l, o, q_tile, i, begin, clear_begin, clear_end, stop, LEFT, k, v, stride_k_t, stride_v_t,
+        stride_k_b, stride_v_b, block_table, num_pages, diagonal, left, right, pad, length_k, scale,
+        entry, head, changes, LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V, D_V, WIDE,
+        TWINS, SCORES, SCORE_MOD,
+    )  # fmt: skip
+    if not LEFT:
         m, l, o = attend(
             m, l, o, q_tile, i, clear_end, 0, 0, end, True, k, v, stride_k_t, stride_v_t,
             stride_k_b, stride_v_b, block_table, num_pages, diagonal, left, right, pad, length_k,

@@ -8,6 +8,7 @@ Source: FlashAttention-3 (arXiv:2407.08608), sections 3.1 and 3.2.
 """
 
 import torch
+import triton.language as tl
 
 from .. import plan as plans
 from ..plan import Hopper
@@ -22,7 +23,7 @@ from .launch import MAX_INT, SIZES, Launch, changes, strides, where
 @gluon.jit
 def produce(
     loads, LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
-    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, SPLIT: gl.constexpr,
+    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Draw tiles of work; load their queries, and keys and values from the last to the first."""
     (
@@ -31,6 +32,7 @@ def produce(
         total, seqlen_q, seqlen_k, total_q, total_k, left, right, appended, splits,
     ) = loads  # fmt: skip
     GROUP: gl.constexpr = q_desc.block_shape[2]
+    Q_TILES: gl.constexpr = queries.tiles.shape[0]
     turn = 0
     done = 0  # tiles of keys in the turns before
     worked = 0  # turns that had any
@@ -46,7 +48,7 @@ def produce(
         first_k, length_k = work.keys(
             b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended, rows_q // GROUP
         )
-        begin, clear_begin, clear_end, end = work.key_tiles(
+        begin, _, _, end = work.key_tiles(
             first, rows_q, length_k, left, right, None, LEFT, RIGHT, 64 * CONSUMERS, BLOCK_N, GROUP
         )
         place = first_q
@@ -57,28 +59,24 @@ def produce(
             begin += low * BLOCK_N
             block = first // (64 * CONSUMERS)
             place = ((b * nheads + head) * tiles + block) * splits + number % splits
-        hopper.tell(turns, turn, (
-            b, head, place, rows_q, writable, first, length_k, begin, clear_begin, clear_end, end
-        ))  # fmt: skip
-        head_k = heads.kv_head(head, group)
+        n = (end - begin) // BLOCK_N
+        hopper.tell(turns, turn, (b, head, place, rows_q, writable, first, length_k, begin, n))
         # Before it no row sees a key.
         low = first // GROUP + length_k - rows_q // GROUP - left if LEFT else 0
         batch_q = b if cu_seqlens_q is None else 0
         source = (
             block_table if PAGE_SIZE == 0 else block_table + b.to(gl.int64) * stride_table,
-            b if cu_seqlens_k is None else 0, first_k, length_k, head_k,
+            b if cu_seqlens_k is None else 0, first_k, length_k, heads.kv_head(head, group),
         )  # fmt: skip
-        n = (end - begin) // BLOCK_N
         if n > 0:
             for c in gl.static_range(CONSUMERS):
-                slot = worked % SLOTS * CONSUMERS + c
-                mbarrier.wait(queries.free.index(slot), (worked // SLOTS & 1) ^ 1)
-                mbarrier.expect(queries.full.index(slot), q_desc.block_type.nbytes)
+                nth = worked * CONSUMERS + c
+                slot = nth % Q_TILES
+                full, q = queries.full.index(slot), queries.tiles.index(slot)
+                mbarrier.wait(queries.free.index(slot), (nth // Q_TILES & 1) ^ 1)
+                mbarrier.expect(full, q_desc.block_type.nbytes)
                 row = (first_q + first + 64 * c) // GROUP
-                hopper.tma_load(
-                    q_desc, [batch_q, row, head * GROUP, 0],
-                    queries.full.index(slot), queries.tiles.index(slot),
-                )  # fmt: skip
+                hopper.tma_load(q_desc, [batch_q, row, head * GROUP, 0], full, q)
             worked += 1
         drawn = 0
         start = end
@@ -87,10 +85,10 @@ def produce(
             start -= BLOCK_N
             hopper.fill(keys, done + j, k_desc, source, start, j < n, CONSUMERS, PAGE_SIZE)
             if (j + 1 == n) | (n == 0):  # late, which balances; in time for the next queries
-                drawn = gl.atomic_add(counter, 1)
+                drawn = gl.atomic_add(counter, 1, sem="relaxed")
                 # A program draws once for each tile it works on, so there is a last draw.
                 if drawn == total - 1:
-                    gl.atomic_xchg(counter, 0)
+                    gl.atomic_xchg(counter, 0, sem="relaxed")
             m = gl.maximum(done + j - 1, 0)
             if CLEAR and (j > 0) & ((start_v + BLOCK_N > length_k) | (start_v < low)):
                 hopper.fill_part(
@@ -102,7 +100,28 @@ def produce(
         done += n
         turn += 1
         number = gl.num_programs(0) + drawn
-    hopper.tell(turns, turn, (0, 0, 0, 0, 0, -1, 0, 0, 0, 0, 0))  # no more work
+    hopper.tell(turns, turn, (0, 0, 0, 0, 0, -1, 0, 0, 0))  # no more work
+
+
+@gluon.constexpr_function
+def quads(columns):
+    """As an accumulator, but of 16 columns a thread has four that lie side by side."""
+    registers = [[0, 1], [0, 2], [8, 0], *([0, 1 << n] for n in range(4, columns.bit_length() - 1))]
+    lanes = [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns])
+
+
+@gluon.jit
+def store_rows(rows, o, wanted, HEAD_DIM: gl.constexpr):
+    """Write o [64, D] to the wanted ones of 64 rows; where they are long, 8 bytes at a time."""
+    o = o.to(rows.dtype.element_ty)
+    if o.shape[1] > 128 and o.dtype != gl.float32:
+        o = gl.convert_layout(o, quads(o.shape[1]))
+    layout: gl.constexpr = gl.SliceLayout(1, o.type.layout)
+    rows = gl.expand_dims(gl.convert_layout(rows, layout, assert_trivial=True), 1)
+    wanted = gl.expand_dims(gl.convert_layout(wanted, layout, assert_trivial=True), 1)
+    d = gl.expand_dims(gl.arange(0, o.shape[1], gl.SliceLayout(0, o.type.layout)), 0)
+    gl.store(rows + d, o, mask=wanted & (d < HEAD_DIM))
 
 
 @gluon.jit
@@ -120,24 +139,17 @@ def consume(
     PACKED: gl.constexpr = cu_seqlens_q is not None
     D: gl.constexpr = o_desc.block_shape[3]
     BLOCK_N: gl.constexpr = keys.tiles.shape[2]
-    SLOTS: gl.constexpr = queries.tiles.shape[0] // CONSUMERS
+    Q_TILES: gl.constexpr = queries.tiles.shape[0]
     O: gl.constexpr = hopper.accumulator(D)
     if which == CONSUMERS - 1:
         hopper.your_turn(which, CONSUMERS)  # the first one's first
-    turn = 0
-    done = 0
-    worked = 0
+    turn, done, worked = 0, 0, 0
     hopper.hear(turns, turn)
-    first = hopper.word(turns, turn, hopper.FIRST)
-    while first >= 0:
-        rows_q = hopper.word(turns, turn, hopper.ROWS_Q)
-        begin = hopper.word(turns, turn, hopper.BEGIN)
-        end = hopper.word(turns, turn, hopper.END)
-        first += 64 * which
+    while hopper.word(turns, turn, hopper.FIRST) >= 0:
         o = gl.zeros([64, D], gl.float32, O)
         lse_tile = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, O))
         m, l = lse_tile, gl.zeros_like(lse_tile)
-        if end > begin:
+        if hopper.word(turns, turn, hopper.TILES) > 0:
             changes = (factor, softcap, alibi_slopes, aux)
             if alibi_slopes is not None:
                 at = hopper.word(turns, turn, hopper.B).to(gl.int64) * stride_slopes
@@ -151,33 +163,28 @@ def consume(
             if s_aux is not None:
                 sink = gl.load(s_aux + hopper.word(turns, turn, hopper.HEAD)).to(gl.float32)
             o, lse_tile = softmax.finish(m, l, o, scale, sink)
-        b = hopper.word(turns, turn, hopper.B)
-        head = hopper.word(turns, turn, hopper.HEAD)
+        # Read again where they are needed, instead of held in registers all along.
+        seen = hopper.word(turns, turn, hopper.TILES)
+        first = hopper.word(turns, turn, hopper.FIRST) + 64 * which
+        rows_q = hopper.word(turns, turn, hopper.ROWS_Q)
+        b, head = hopper.word(turns, turn, hopper.B), hopper.word(turns, turn, hopper.HEAD)
         place = hopper.word(turns, turn, hopper.FIRST_Q)
         first_q = first if SPLIT else place + first
         # TMA writes the rows: it stops at a tensor's end, not a sequence's.
-        whole = (end > begin) & (not SPLIT) & ((not PACKED) | (first + 64 <= rows_q))
-        if end > begin:
-            slot = worked % SLOTS * CONSUMERS + which
-            if whole:  # through the queries' place
-                tile = queries.tiles.index(slot)
-                tile.reshape([64, D]).store(o.to(o_desc.dtype))
-                fence_async_shared()
-                at_q = [0 if PACKED else b, first_q // GROUP, head * GROUP, 0]
-                hopper.tma_store(o_desc, at_q, tile)
-            if SLOTS == 1:
-                hopper.tma.store_wait(0)
-                mbarrier.arrive(queries.free.index(slot))
-            worked += 1
+        THROUGH: gl.constexpr = Q_TILES >= 2 * CONSUMERS and not SPLIT
+        whole = THROUGH & (seen > 0) & ((not PACKED) | (first + 64 <= rows_q))
+        if THROUGH and whole:
+            tile = queries.tiles.index((worked * CONSUMERS + which) % Q_TILES)
+            tile.reshape([64, D]).store(o.to(o_desc.dtype))
+            fence_async_shared()
+            at_q = [0 if PACKED else b, first_q // GROUP, head * GROUP, 0]
+            hopper.tma_store(o_desc, at_q, tile)
+        worked += (seen > 0).to(gl.int32)
         b, head = b.to(gl.int64), head.to(gl.int64) * GROUP
         row = gl.arange(0, 64, gl.SliceLayout(1, O))
         writable = row < hopper.word(turns, turn, hopper.WRITABLE) - first
         t, member = heads.unpack(first_q + row, GROUP)
         if not whole:
-            base = out + b * hopper.here(stride_o_b) + head * hopper.here(stride_o_h)
-            at = t.to(gl.int64) * hopper.here(stride_o_t)
-            if GROUP > 1:
-                at += member.to(gl.int64) * hopper.here(stride_o_h)
             if SPLIT:
                 base = out
                 at = place.to(gl.int64) * part_rows + 64 * which + row
@@ -186,22 +193,23 @@ def consume(
                 gl.store(out + all_rows * (HEAD_DIM + 1) + at, l, mask=writable)
                 at *= HEAD_DIM
             else:
+                base = out + b * hopper.here(stride_o_b) + head * hopper.here(stride_o_h)
+                at = t.to(gl.int64) * hopper.here(stride_o_t)
+                if GROUP > 1:
+                    at += member.to(gl.int64) * hopper.here(stride_o_h)
                 mine = row < rows_q - first
                 o = gl.where(gl.expand_dims(mine, 1), o, 0.0)
                 lse_tile = gl.where(mine, lse_tile, float("-inf"))
-            d = gl.arange(0, D, gl.SliceLayout(0, O))
-            at = gl.expand_dims(at, 1) + gl.expand_dims(d, 0)
-            wanted = gl.expand_dims(writable, 1) & gl.expand_dims(d < HEAD_DIM, 0)
-            gl.store(base + at, o.to(base.dtype.element_ty), mask=wanted)
+            rows = tl.multiple_of(base + at, 16)  # bytes, as TMA wants it too
+            store_rows(rows, o, writable, HEAD_DIM)
         if lse is not None:
             base = lse + b * hopper.here(stride_lse_b) + head * hopper.here(stride_lse_h)
             at = t + member * hopper.here(stride_lse_h) if GROUP > 1 else t
             gl.store(base + at, lse_tile, mask=writable)
-        done += (end - begin) // BLOCK_N
+        done += seen
         hopper.heard(turns, turn)
         turn += 1
         hopper.hear(turns, turn)
-        first = hopper.word(turns, turn, hopper.FIRST)
     hopper.tma.store_wait(0)
 
 
@@ -213,11 +221,10 @@ def forward_hopper_kernel(
     batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
     scale, left, right, appended, stride_slopes, factor, softcap, splits, part_rows,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
-    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, Q_TILES: gl.constexpr,
     SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = k_desc.block_shape[3]
-    Q_TILES: gl.constexpr = SLOTS * CONSUMERS
     GROUP: gl.constexpr = q_desc.block_shape[2]
     SPLIT: gl.constexpr = out.dtype.element_ty == gl.float32  # out is `parts`
     q_box: gl.constexpr = [Q_TILES, 1, 64 // GROUP, GROUP, D]
@@ -250,14 +257,14 @@ def forward_hopper_kernel(
         gl.warp_specialize([
             (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
             (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
-            (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS, SPLIT)),
+            (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SPLIT)),
         ], [4, 1], [224, 56] if SMALL_PAGES else [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
             (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
             (consume, (2, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
-            (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SLOTS, SPLIT)),
+            (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SPLIT)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
@@ -312,7 +319,7 @@ def launch(
         MAX_INT if p.page_size else total_k,
         change.scale, p.left, p.right, p.appended, *change.numbers, splits, part_rows,
         p.left >= 0, p.right >= 0, p.page_size, inside or p.left >= 0,
-        head_dim, tiles.block_n, tiles.consumers, tiles.slots, *change.flags,
+        head_dim, tiles.block_n, tiles.consumers, tiles.q_tiles, *change.flags,
     )  # fmt: skip
     return hopper.TmaLaunch(
         forward_hopper_kernel, plan.programs, pointers, constants, 4,

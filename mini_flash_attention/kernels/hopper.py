@@ -102,7 +102,7 @@ class TmaLaunch(Launch):
 
 
 class Queries(NamedTuple):
-    """Q tiles, a slot for each consumer of one or two tiles of work, and their barriers."""
+    """Q tiles, which consumers take in turn, and their barriers."""
 
     tiles: Any
     full: Any
@@ -130,10 +130,8 @@ class Turns(NamedTuple):
 
 
 # What the words are.
-WORDS = gl.constexpr(11)
-B, HEAD, FIRST_Q, ROWS_Q, WRITABLE, FIRST, LENGTH_K, BEGIN, CLEAR_BEGIN, CLEAR_END, END = map(
-    gl.constexpr, range(WORDS.value)
-)
+WORDS = gl.constexpr(9)
+B, HEAD, FIRST_Q, ROWS_Q, WRITABLE, FIRST, LENGTH_K, BEGIN, TILES = map(gl.constexpr, range(9))
 
 
 @gluon.jit
@@ -168,9 +166,8 @@ def your_turn(which: gl.constexpr, CONSUMERS: gl.constexpr):
 @gluon.jit
 def here(x):
     """The integer x, of which nothing is worked out before: that would take registers all along."""
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [gl.to_tensor(x)], dtype=gl.int32, is_pure=False, pack=1
-    )
+    x = gl.to_tensor(x)
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
 
 
 # 2^t for |t| < 127 and -inf: 1.5 * 2^23 + 127 rounds t to a whole number n, and leaves n + 127, the
@@ -187,9 +184,7 @@ mov.b32 i, r; shl.b32 i, i, 23; mov.b32 r, i; mul.rn.f32 $0, p, r;
 @gluon.jit
 def exp2(x):
     """2^x, one of four by the units of products: where those of functions have tanh to do too."""
-    return gl.inline_asm_elementwise(
-        EXP2, "=f,=f,=f,=f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=4
-    )
+    return gl.inline_asm_elementwise(EXP2, "=f,=f,=f,=f,f,f,f,f", [x], gl.float32, True, 4)
 
 
 @gluon.constexpr_function
@@ -298,6 +293,17 @@ def filled(ring, n, wanted):
 def free(ring, n, CONSUMERS: gl.constexpr):
     """A consumer has read the n-th tile."""
     named_barrier("arrive", ring.freed + place(n), 128 * CONSUMERS + 32)
+
+
+@gluon.jit
+def pass_by(which: gl.constexpr, keys, values, n, CONSUMERS: gl.constexpr):
+    """A consumer frees the n-th tile without a look, when it is there: the place is one before."""
+    filled(keys, n, True)
+    my_turn(which, CONSUMERS)
+    your_turn(which, CONSUMERS)
+    free(keys, n, CONSUMERS)
+    filled(values, n, True)
+    free(values, n, CONSUMERS)
 
 
 @gluon.jit
