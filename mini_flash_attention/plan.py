@@ -130,7 +130,7 @@ PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"  # without the
 # By head_dim, measured (bench/NOTES.md). Three consumers hide one another's waiting best, but have
 # registers for head_dim 64 alone; with few keys their larger tiles are a loss.
 HOPPER_TILES = {64: HopperTiles(2, 128, 4), 128: HopperTiles(2, 128, 4), 256: HopperTiles(2, 64, 3)}
-MANY_KEYS = 1536  # of a query in the mean
+MANY_KEYS = 1024  # of a query in the mean
 HOPPER_FLOPS = 4 << 30  # some 10 µs; below, descriptors cost the CPU more than the GPU gains
 
 
