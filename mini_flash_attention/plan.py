@@ -128,7 +128,7 @@ def _work(p: Problem, gpu: Gpu, block_m: int, packed: int = 1) -> tuple[int, int
 
 PORTABLE = os.environ.get("MINI_FLASH_ATTENTION_PORTABLE") == "1"  # without the Hopper kernel
 # By head_dim, measured (bench/NOTES.md). Three consumers hide one another's waiting best, but have
-# registers for head_dim 64 alone; with few keys their larger tiles are a loss.
+# registers for head_dim 64 alone; with few keys their larger tiles are a loss, under a mask.
 HOPPER_TILES = {64: HopperTiles(2, 128, 4), 128: HopperTiles(2, 128, 4), 256: HopperTiles(2, 64, 3)}
 MANY_KEYS = 1024  # of a query in the mean
 HOPPER_FLOPS = 4 << 30  # some 10 µs; below, descriptors cost the CPU more than the GPU gains
@@ -147,24 +147,18 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     tiles = HOPPER_TILES[size_class(head_dim)]
     keys = p.seqlen_k - (min(p.seqlen_q, p.seqlen_k) // 2 if p.right >= 0 else 0)
     keys = min(keys, p.left + 1) if p.left >= 0 else keys
-    simple = p.scores.score_mod is None  # what else it does is unknown, but takes registers
     group, splits = _packing(p, gpu, tiles.block_n)
-    whole = group == splits == 1
-    if whole and decodes(p, gpu):
+    alone = group == splits == 1
+    if alone and decodes(p, gpu):
         return None
-    if (
-        whole
-        and head_dim <= 64
-        and keys >= MANY_KEYS
-        and p.page_size % tiles.block_n == 0
-        and simple
-    ):
+    large = p.page_size % tiles.block_n == 0  # or no pages
+    simple = large and p.scores.score_mod is None  # which does what is unknown, and takes registers
+    if alone and simple and head_dim <= 64 and keys >= MANY_KEYS:
         tiles = tiles._replace(consumers=3, q_tiles=6)
     # A tile lies in one page or is made of whole ones, of 16 keys or more; for those the producer
     # needs registers that consumers of rows of 256, or three of them, can't spare.
     small = p.page_size >= 16 and tiles.block_n % p.page_size == 0 and head_dim <= 128
-    fits = p.page_size % tiles.block_n == 0 or small
-    if not fits or not p.seqlen_k or not all(map(tma, (p.q, p.k, p.v, out))):
+    if not (large or small) or not p.seqlen_k or not all(map(tma, (p.q, p.k, p.v, out))):
         return None
     # With one split the batch decides nothing: a sequence gets the same bits in all of them.
     if p.num_splits != 1 and 4 * p.q.numel() * p.seqlen_k < HOPPER_FLOPS:

@@ -311,7 +311,7 @@ def measured(kernel: Any) -> dict[str, int]:
 
 # One of the Hopper kernel's matrix products, the wait for it, or what is worked out meanwhile.
 WAIT = r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]"
-STEP = re.compile(rf"\b(HGMMA|WARPGROUP\.ARRIVE|{WAIT}|MUFU\.EX2|FMNMX|FMUL)")
+STEP = re.compile(rf"\b(HGMMA|WARPGROUP\.ARRIVE|{WAIT}|MUFU\.EX2|FMNMX|FMUL|PRMT)")
 
 
 # A warp asks whether any of its rows needs what comes next, and jumps over it.
@@ -337,15 +337,18 @@ def schedule(kernel: Any) -> dict[str, int]:
 
     groups: of matrix products issued together; where ptxas serialises them each stands alone.
     hidden, ahead: exponentials, and maxima, between the wait for the scores and the one for the
-    weighted sum. moves: multiplications after that, where they are not jumped over.
+    weighted sum. moves: multiplications after that, where they are not jumped over. repairs: of
+    weights that were not converted with their neighbours.
     """
     steps = STEP.findall(common(cuobjdump(kernel, "-sass")))
-    letters = {"HGMMA": "h", "WARPGROUP.ARRIVE": "a", "MUFU.EX2": "e", "FMNMX": "m", "FMUL": "r"}
+    letters = {"HGMMA": "h", "WARPGROUP.ARRIVE": "a", "MUFU.EX2": "e", "FMNMX": "m"}
+    letters |= {"FMUL": "r", "PRMT": "p"}
     text = "".join(letters.get(x, x[-1]) for x in steps)
-    between, after = re.findall(r"1([emr]*)0", text), re.findall(r"1[emr]*0([^a]*)a", text)
+    between, after = re.findall(r"1([emrp]*)0", text), re.findall(r"1[emrp]*0([^a]*)a", text)
     hidden, ahead = (min((x.count(letter) for x in between), default=0) for letter in "em")
-    moves = max((x.count("r") for x in after), default=0)
-    return {"groups": text.count("a"), "hidden": hidden, "ahead": ahead, "moves": moves}
+    moves, repairs = (max((x.count(letter) for x in after), default=0) for letter in "rp")
+    counts = {"hidden": hidden, "ahead": ahead, "moves": moves, "repairs": repairs}
+    return {"groups": text.count("a"), **counts}
 
 
 # Of PTX: an address in shared memory worked out, a barrier made, a number stored or loaded.

@@ -70,6 +70,8 @@ def complaint(result: dict[str, Any], shared: int) -> str:
         problems.append(f"finds {result['ahead']} maxima of {result['to_be_ahead']} ahead of a sum")
     if result.get("moves", 0) > result.get("may_move", 0):
         problems.append(f"multiplies {result['moves']} times after a sum, of {result['may_move']}")
+    if result.get("repairs"):
+        problems.append(f"puts weights right with {result['repairs']} instructions")
     if not problems:
         return ""
     how = f"{result['num_warps']} warps, {result['num_stages']} stages"

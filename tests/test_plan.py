@@ -382,11 +382,11 @@ def test_hopper(arguments, block_n):
 @pytest.mark.parametrize(
     ("seqlen", "changes", "consumers"),
     [
-        (1024, {}, 2),
-        (2048, {}, 3),
+        (512, {}, 2),
+        (1024, {}, 3),
         (16384, {}, 3),
-        (4096, {"right": 0}, 2),
-        (8192, {"right": 0}, 3),
+        (1024, {"right": 0}, 2),
+        (2048, {"right": 0}, 3),
         (16384, {"right": 0, "left": 1000}, 2),
         (16384, {"right": 0, "left": 4096}, 3),
         (8192, {"head_dim": 72}, 2),
@@ -504,6 +504,25 @@ def test_programs_of_a_group_find_their_keys_in_the_cache(seqlen):
     chosen = on_hopper(prefill(batch=2**14 // seqlen, seqlen=seqlen))
     assert chosen.programs == 132
     assert chosen.per_group * 2 * seqlen * 128 * 2 <= plan.L2_BYTES
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("seqlen", [300, 512, 4096, 16384])
+def test_without_a_mask_heads_stand_side_by_side(seqlen, head_dim):
+    """Tiles of a head are worked on at the same time, by no more heads than that takes."""
+    p = prefill(batch=8, seqlen=seqlen, head_dim=head_dim, nheads=32)
+    chosen = on_hopper(p)
+    assert chosen.per_group <= -(-132 // chosen.rows) < chosen.per_group + 132 // chosen.rows + 1
+    assert on_hopper(p._replace(right=0)).per_group >= chosen.per_group
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_results_leave_through_the_place_of_their_queries_where_there_are_two(head_dim):
+    """Else queries are loaded ahead into the places that are left."""
+    for tiles in (plan.HOPPER_TILES[head_dim], on_hopper(prefill(head_dim=head_dim)).tiles):
+        assert tiles.consumers < tiles.q_tiles <= 2 * tiles.consumers
+        keys_and_values = 2 * 2 * tiles.block_n * head_dim * 2
+        assert keys_and_values + 64 * tiles.q_tiles * head_dim * 2 <= 227 << 10
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -451,6 +451,28 @@ def test_key_tiles_of_a_tile_of_rows(tile, rows_q, length_k, bounds, pad, group)
         assert (begin, clear_begin, clear_end, end) == wanted
 
 
+@given(
+    tile=st.integers(0, 3), consumers=st.sampled_from([2, 3]), rows_q=st.integers(1, 600),
+    length_k=st.integers(0, 900), bounds=BOUNDS, block=st.sampled_from([64, 128]),
+    group=st.sampled_from([1, 4, 64]),
+)  # fmt: skip
+@sampled
+def test_a_consumer_sees_no_tile_that_is_not_loaded(
+    tile, consumers, rows_q, length_k, bounds, block, group
+):
+    """What 64 rows see lies among the tiles of all rows, and what they pass by is at the end."""
+    left, right = (-1 if x is None else x for x in bounds)
+    numbers = (Int32(rows_q * group), Int32(length_k), left, right, None, left >= 0, right >= 0)
+    first = 64 * consumers * tile
+    begin, _, _, end = work.key_tiles(Int32(first), *numbers, 64 * consumers, block, group)
+    ranges = [
+        work.key_tiles(Int32(first + 64 * n), *numbers, 64, block, group) for n in range(consumers)
+    ]
+    seen = [own for own in ranges if own[0] < own[3]]
+    assert all(begin <= own[0] and own[3] <= end for own in seen)
+    assert max((own[3] for own in seen), default=begin) == end
+
+
 # -- paging and heads -----------------------------------------------------------------------------
 
 

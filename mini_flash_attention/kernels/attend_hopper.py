@@ -205,7 +205,7 @@ def attend(
     Q_TILES: gl.constexpr = queries.tiles.shape[0]
     nth = worked * CONSUMERS + which
     slot = nth % Q_TILES
-    mbarrier.wait(queries.full.index(slot), nth // Q_TILES & 1)
+    mbarrier.wait(hopper.arrival(queries, worked, which, CONSUMERS), worked // 2 & 1)
     q = queries.tiles.index(slot).reshape([64, D])
     if SCORES == "folded":  # the scale
         x = q.load(hopper.FOUR_ROWS)
@@ -220,11 +220,10 @@ def attend(
     _, clear_begin, clear_end, last = work.key_tiles(
         first, rows_q, length_k, left, right, None, LEFT, RIGHT, 64, BLOCK_N, GROUP
     )
-    seen = gl.maximum((last - begin) // BLOCK_N, 1)
-    for n in range(done, stop - seen):
+    own = gl.maximum(done, stop - gl.maximum((last - begin) // BLOCK_N, 1))
+    for n in range(done, own):
         hopper.pass_by(which, keys, values, n, CONSUMERS)
-    done = gl.maximum(done, stop - seen)
-    start = begin + (stop - done - 1) * BLOCK_N
+    done, start = own, begin + (stop - own - 1) * BLOCK_N
     # Where the first query stands, and whose it is: for what becomes of scores, else not read.
     first += length_k - rows_q
     b, head = hopper.word(turns, turn, hopper.B), hopper.word(turns, turn, hopper.HEAD)

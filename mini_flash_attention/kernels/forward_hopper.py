@@ -32,11 +32,11 @@ def produce(
         total, seqlen_q, seqlen_k, total_q, total_k, left, right, appended, splits,
     ) = loads  # fmt: skip
     GROUP: gl.constexpr = q_desc.block_shape[2]
+    PACKED: gl.constexpr = cu_seqlens_q is not None
     Q_TILES: gl.constexpr = queries.tiles.shape[0]
-    turn = 0
-    done = 0  # tiles of keys in the turns before
-    worked = 0  # turns that had any
-    cleared = 0  # tiles of values that are someone else's, or nobody's, in part
+    # Tiles of keys in the turns before, turns that had any, and tiles of values that are someone
+    # else's, or nobody's, in part.
+    turn, done, worked, cleared = 0, 0, 0, 0
     number = gl.program_id(0)
     while number < total:
         tile = number
@@ -63,7 +63,6 @@ def produce(
         hopper.tell(turns, turn, (b, head, place, rows_q, writable, first, length_k, begin, n))
         # Before it no row sees a key.
         low = first // GROUP + length_k - rows_q // GROUP - left if LEFT else 0
-        batch_q = b if cu_seqlens_q is None else 0
         source = (
             block_table if PAGE_SIZE == 0 else block_table + b.to(gl.int64) * stride_table,
             b if cu_seqlens_k is None else 0, first_k, length_k, heads.kv_head(head, group),
@@ -72,14 +71,13 @@ def produce(
             for c in gl.static_range(CONSUMERS):
                 nth = worked * CONSUMERS + c
                 slot = nth % Q_TILES
-                full, q = queries.full.index(slot), queries.tiles.index(slot)
+                full, q = hopper.arrival(queries, worked, c, CONSUMERS), queries.tiles.index(slot)
                 mbarrier.wait(queries.free.index(slot), (nth // Q_TILES & 1) ^ 1)
                 mbarrier.expect(full, q_desc.block_type.nbytes)
-                row = (first_q + first + 64 * c) // GROUP
-                hopper.tma_load(q_desc, [batch_q, row, head * GROUP, 0], full, q)
+                at = [0 if PACKED else b, (first_q + first + 64 * c) // GROUP, head * GROUP, 0]
+                hopper.tma_load(q_desc, at, full, q)
             worked += 1
-        drawn = 0
-        start = end
+        drawn, start = 0, end
         for j in range(n + 1):  # keys are a tile ahead of values
             start_v = start
             start -= BLOCK_N
@@ -235,7 +233,9 @@ def forward_hopper_kernel(
     words = gl.allocate_shared_memory(
         gl.int32, [2 * hopper.WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    queries = hopper.Queries(q_tiles, hopper.barriers(Q_TILES, 1), hopper.barriers(Q_TILES, 1))
+    queries = hopper.Queries(
+        q_tiles, hopper.barriers(2 * CONSUMERS, 1), hopper.barriers(Q_TILES, 1)
+    )
     keys = hopper.Ring(k_tiles, hopper.barriers(hopper.STAGES, 1), hopper.K_FREED)
     # One more for parts. By itself it would be nobody's where CLEAR is False, and Triton would have
     # the producer's draws in its place: a mere number there did not survive a change of contexts.
@@ -290,9 +290,10 @@ def launch(
 ) -> Launch:  # fmt: skip
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
     tiles, (nheads, head_dim) = plan.tiles, p.q.shape[-2:]
-    # Triton 3.8 and newer have no registers for these beside rows of 256, or of three consumers.
+    # Triton 3.8 and newer have no registers for these beside rows of 256, or with three consumers.
+    # How many there are must change no bits, so two don't get them either.
     crowded = plans.size_class(head_dim) == 256 and p.scores.score_mod is not None
-    full = hopper.NEWER and tiles.consumers == 3 and p.scores.alibi_slopes is not None
+    full = hopper.NEWER and head_dim <= 64 and p.scores.alibi_slopes is not None
     if (hopper.NEWER and crowded) or (full and p.windowed):
         return otherwise
     # At 256 one tile's way out of two is no faster.

@@ -102,11 +102,19 @@ class TmaLaunch(Launch):
 
 
 class Queries(NamedTuple):
-    """Q tiles, which consumers take in turn, and their barriers."""
+    """Q tiles, which consumers take in turn, a barrier for each that it is free, and `arrival`s."""
 
     tiles: Any
     full: Any
     free: Any
+
+
+@gluon.jit
+def arrival(queries, worked, which, CONSUMERS: gl.constexpr):
+    """What says that a consumer's queries are there. Its own, in every second turn with any work:
+    where two share one, the first to wait could take the other's turn for its own.
+    """
+    return queries.full.index(worked % 2 * CONSUMERS + which)
 
 
 class Ring(NamedTuple):
