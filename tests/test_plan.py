@@ -509,11 +509,10 @@ def test_programs_of_a_group_find_their_keys_in_the_cache(seqlen):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("seqlen", [300, 512, 4096, 16384])
 def test_without_a_mask_heads_stand_side_by_side(seqlen, head_dim):
-    """Tiles of a head are worked on at the same time, by no more heads than that takes."""
+    """Tiles of a head are worked on at the same time, of no more heads than that takes."""
     p = prefill(batch=8, seqlen=seqlen, head_dim=head_dim, nheads=32)
-    chosen = on_hopper(p)
-    assert chosen.per_group <= -(-132 // chosen.rows) < chosen.per_group + 132 // chosen.rows + 1
-    assert on_hopper(p._replace(right=0)).per_group >= chosen.per_group
+    chosen, masked = on_hopper(p), on_hopper(p._replace(right=0))
+    assert chosen.per_group == min(-(-132 // chosen.rows), masked.per_group)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -540,6 +539,24 @@ def test_what_the_hopper_kernel_is_told_of_scores(head_dim):
         p = prefill(head_dim=head_dim, scores=scores)
         launch = forward_hopper.launch(p, p.q, None, on_hopper(p), otherwise=None, fold=None)
         assert launch.constants[-2:] == (way, None)
+
+
+@pytest.mark.parametrize("left", [-1, 100])
+@pytest.mark.parametrize("newer", [False, True])
+def test_the_way_of_alibi_does_not_depend_on_the_batch(newer, left, monkeypatch):
+    """Nor does the kernel: a longer sequence beside it brings in a third consumer, and no more."""
+    forward_hopper = pytest.importorskip("mini_flash_attention.kernels.forward_hopper")
+    monkeypatch.setattr(forward_hopper.hopper, "NEWER", newer)
+    scores = problem.Scores(alibi_slopes=torch.empty(16, device="meta"))
+    p = prefill(head_dim=64, scores=scores, left=left, right=0)
+    ways, consumers = set(), set()
+    for many in (0, 2**31):
+        monkeypatch.setattr(plan, "MANY_KEYS", many)
+        chosen, otherwise = on_hopper(p), object()
+        launch = forward_hopper.launch(p, p.q, None, chosen, otherwise=otherwise, fold=None)
+        ways.add("otherwise" if launch is otherwise else launch.constants[-2])
+        consumers.add(chosen.tiles.consumers)
+    assert len(ways) == 1 and consumers == {2, 3}
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -202,9 +202,7 @@ def attend(
     LAZY: gl.constexpr = D > 64  # fewer columns are as soon moved as asked for
     EARLY: gl.constexpr = BOUNDED and D > 128
     GROUP: gl.constexpr = queries.tiles.shape[3]
-    Q_TILES: gl.constexpr = queries.tiles.shape[0]
-    nth = worked * CONSUMERS + which
-    slot = nth % Q_TILES
+    slot = hopper.q_place(queries, worked, which, CONSUMERS)
     mbarrier.wait(hopper.arrival(queries, worked, which, CONSUMERS), worked // 2 & 1)
     q = queries.tiles.index(slot).reshape([64, D])
     if SCORES == "folded":  # the scale
@@ -232,10 +230,10 @@ def attend(
     hopper.my_turn(which, CONSUMERS)
     s = scores(q, keys, done, BLOCK_N, D)
     hopper.your_turn(which, CONSUMERS)
-    THROUGH: gl.constexpr = Q_TILES >= 2 * CONSUMERS
+    THROUGH: gl.constexpr = queries.tiles.shape[0] >= 2 * CONSUMERS
     if THROUGH and worked > 0:  # the rows of the tile of work before are written out by now
         hopper.tma.store_wait(0)
-        mbarrier.arrive(queries.free.index((nth - CONSUMERS) % Q_TILES))
+        mbarrier.arrive(queries.free.index(hopper.q_place(queries, worked - 1, which, CONSUMERS)))
     s = warpgroup_mma_wait(0, deps=[s])
     hopper.free(keys, done, CONSUMERS)
     m = gl.full([64], 0.0 if BOUNDED else LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout))

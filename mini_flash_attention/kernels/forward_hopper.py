@@ -55,8 +55,7 @@ def produce(
         if SPLIT:  # where this part's result lies; queries are dense, their first is 0
             seen = (end - begin) // BLOCK_N
             low, high = split.part(seen, gl.cdiv(seen, splits), number % splits)
-            end = begin + high * BLOCK_N
-            begin += low * BLOCK_N
+            begin, end = begin + low * BLOCK_N, begin + high * BLOCK_N
             block = first // (64 * CONSUMERS)
             place = ((b * nheads + head) * tiles + block) * splits + number % splits
         n = (end - begin) // BLOCK_N
@@ -69,10 +68,11 @@ def produce(
         )  # fmt: skip
         if n > 0:
             for c in gl.static_range(CONSUMERS):
-                nth = worked * CONSUMERS + c
-                slot = nth % Q_TILES
+                slot = hopper.q_place(queries, worked, c, CONSUMERS)
                 full, q = hopper.arrival(queries, worked, c, CONSUMERS), queries.tiles.index(slot)
-                mbarrier.wait(queries.free.index(slot), (nth // Q_TILES & 1) ^ 1)
+                mbarrier.wait(
+                    queries.free.index(slot), ((worked * CONSUMERS + c) // Q_TILES & 1) ^ 1
+                )
                 mbarrier.expect(full, q_desc.block_type.nbytes)
                 at = [0 if PACKED else b, (first_q + first + 64 * c) // GROUP, head * GROUP, 0]
                 hopper.tma_load(q_desc, at, full, q)
@@ -137,7 +137,6 @@ def consume(
     PACKED: gl.constexpr = cu_seqlens_q is not None
     D: gl.constexpr = o_desc.block_shape[3]
     BLOCK_N: gl.constexpr = keys.tiles.shape[2]
-    Q_TILES: gl.constexpr = queries.tiles.shape[0]
     O: gl.constexpr = hopper.accumulator(D)
     if which == CONSUMERS - 1:
         hopper.your_turn(which, CONSUMERS)  # the first one's first
@@ -169,10 +168,10 @@ def consume(
         place = hopper.word(turns, turn, hopper.FIRST_Q)
         first_q = first if SPLIT else place + first
         # TMA writes the rows: it stops at a tensor's end, not a sequence's.
-        THROUGH: gl.constexpr = Q_TILES >= 2 * CONSUMERS and not SPLIT
+        THROUGH: gl.constexpr = queries.tiles.shape[0] >= 2 * CONSUMERS and not SPLIT
         whole = THROUGH & (seen > 0) & ((not PACKED) | (first + 64 <= rows_q))
         if THROUGH and whole:
-            tile = queries.tiles.index((worked * CONSUMERS + which) % Q_TILES)
+            tile = queries.tiles.index(hopper.q_place(queries, worked, which, CONSUMERS))
             tile.reshape([64, D]).store(o.to(o_desc.dtype))
             fence_async_shared()
             at_q = [0 if PACKED else b, first_q // GROUP, head * GROUP, 0]

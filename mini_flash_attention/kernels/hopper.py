@@ -110,6 +110,12 @@ class Queries(NamedTuple):
 
 
 @gluon.jit
+def q_place(queries, worked, which, CONSUMERS: gl.constexpr):
+    """Where a consumer's queries lie: consumers take places in turn."""
+    return (worked * CONSUMERS + which) % queries.tiles.shape[0]
+
+
+@gluon.jit
 def arrival(queries, worked, which, CONSUMERS: gl.constexpr):
     """What says that a consumer's queries are there. Its own, in every second turn with any work:
     where two share one, the first to wait could take the other's turn for its own.
@@ -138,8 +144,8 @@ class Turns(NamedTuple):
 
 
 # What the words are.
-WORDS = gl.constexpr(9)
 B, HEAD, FIRST_Q, ROWS_Q, WRITABLE, FIRST, LENGTH_K, BEGIN, TILES = map(gl.constexpr, range(9))
+WORDS = gl.constexpr(TILES.value + 1)
 
 
 @gluon.jit
