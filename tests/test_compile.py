@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from registers import unwritten
 
 HERE = Path(__file__).parent
 # Bytes of shared memory that a program can have (CUDA C++ Programming Guide, compute capabilities).
@@ -60,6 +61,8 @@ def complaint(result: dict[str, Any], shared: int) -> str:
         problems.append(f"needs {result['shared']} bytes of shared memory, there are {shared}")
     if result["tensor_memory"] > TENSOR_MEMORY:
         problems.append(f"needs {result['tensor_memory']} columns of tensor memory")
+    if result["unwritten"]:
+        problems.append(f"reads {result['unwritten']} registers that may not be written yet")
     if result.get("groups") != result.get("to_issue"):
         problems.append(f"issues its products in {result['groups']} groups of {result['to_issue']}")
     if result.get("reused"):
@@ -85,3 +88,19 @@ def test_no_kernel_is_left_out() -> None:
         name for file in kernels for name in re.findall(r"def (\w+)_kernel\(", file.read_text())
     ]
     assert len(names) >= 4 and all(f'("{name}", ' in listed for name in names)
+
+
+def test_registers_read_before_they_are_written() -> None:
+    jump, low, high, product = (
+        "/*0000*/ @P0 BRA 0x20 ;",
+        "/*0010*/ UMOV UR8, 0x2000 ;",
+        "/*0020*/ UIADD3 UR6, UP0, UR8, 0x20, URZ ;",
+        "/*0030*/ HGMMA.64x16x16.F32.BF16 R56, R24, gdesc[UR4].tnspB, R56 ;",
+    )
+    upper, end = "/*0028*/ UMOV UR7, 0xc0000010 ;", "/*0040*/ EXIT ;"
+    straight = jump.replace("@P0 BRA 0x20", "NOP")
+    assert unwritten("\n".join((straight, low, high, upper, product, end))) == []
+    [found] = unwritten("\n".join((jump, low, high, upper, product, end)))
+    assert "UR8, 0x20" in found
+    [found] = unwritten("\n".join((straight, low, high, product, end)))
+    assert "gdesc[UR4]" in found

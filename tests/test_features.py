@@ -193,6 +193,18 @@ def test_values_of_another_head_dim(head_dim_v, mask, place):
         check(varlen(2, [5, 0, 19], [12, 7, 40], page_size, *sizes, head_dim_v=head_dim_v, **mask))
 
 
+@pytest.mark.parametrize("head_dims", [(24, 15), (40, 16), (40, 32), (72, 16)], ids=str)
+def test_tiles_of_keys_and_values_that_are_not_as_wide(head_dims, place):
+    """Without a part of shared memory that is either's for good (bench/NOTES.md, 113)."""
+    device, dtype, _, n = place
+    sizes = (NHEADS, NHEADS_K, head_dims[0], dtype, device)
+    for page_size in (0, 16):
+        for mask in ({}, {"causal": True}, {"window_size": (9, 3)}):
+            words = {"head_dim_v": head_dims[1], **mask}
+            check(varlen(2, [17, 0, 40], [24, 18 * n, 40], page_size, *sizes, **words))
+            check(kvcache(3, 40, [24, 18 * n, 0], 0, page_size, *sizes, 2, **words))
+
+
 def test_a_tree_of_drafts(place):
     """Speculative decoding: the nodes of a tree attend to the context and their ancestors."""
     device, dtype, head_dim, n = place

@@ -32,6 +32,7 @@ NAMES = {
     "fa3": "FA3",
     "portable": "portable kernel",
     "flashinfer": "FlashInfer",
+    "flex": "FlexAttention",
 }
 MASKS = {"none": "–", "causal": "causal"}
 MOST_DECODE_ROWS = 16  # a suite with more workloads gets a line for each group of them

@@ -245,8 +245,8 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode
         p.batch, p.k.shape[-2], p.group, plan.splits, plan.split_tiles, plan.slots,
         plan.rows, p.seqlen_q, p.seqlen_k, p.q.shape[0], total_k, p.k.shape[0],
         change.scale, p.left, p.right, p.appended, *change.numbers,
-        p.left >= 0, p.right >= 0, p.page_size, head_dim, padded(head_dim),
-        head_dim_v, padded(head_dim_v), tiles.block_m, tiles.block_n,
+        p.left >= 0, p.right >= 0, p.page_size, head_dim, padded(head_dim, head_dim_v),
+        head_dim_v, padded(head_dim_v, head_dim), tiles.block_m, tiles.block_n,
         wide(p, tiles.block_n), twins(p, tiles.block_n), *change.flags,
         plan.shares, plan.overlapped,
     )  # fmt: skip

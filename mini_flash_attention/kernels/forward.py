@@ -130,8 +130,8 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forwar
         p.batch, nheads, p.group, plan.rows, plan.per_group,
         p.seqlen_q, p.seqlen_k, p.q.shape[0], MAX_INT if paged else p.k.shape[0], p.k.shape[0],
         change.scale, p.left, p.right, p.appended, *change.numbers,
-        p.left >= 0, p.right >= 0, p.page_size, head_dim, padded(head_dim),
-        head_dim_v, padded(head_dim_v), tiles.block_m, tiles.block_n,
+        p.left >= 0, p.right >= 0, p.page_size, head_dim, padded(head_dim, head_dim_v),
+        head_dim_v, padded(head_dim_v, head_dim), tiles.block_m, tiles.block_n,
         wide(p, tiles.block_n), twins(p, tiles.block_n), *change.flags,
     )  # fmt: skip
     return Launch(forward_kernel, plan.rows * plan.units, POINTERS, constants, *tiles[2:])

@@ -40,9 +40,13 @@ def where(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> tuple[int,
     return (*strides(out), *lse_strides, row)
 
 
-def padded(head_dim: int) -> int:
-    """Columns of a tile that holds head_dim: a power of two, as many as a product wants."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+def padded(head_dim: int, other: int) -> int:
+    """Columns of a tile that holds head_dim: a power of two, as many as a product wants.
+
+    Up to 64 no fewer than `other` has, the tile of V or of K: where the two were swizzled in
+    different ways, ptxas 12.8 had a product read V from somewhere else (bench/NOTES.md, 113).
+    """
+    return max(16, 1 << (max(head_dim, min(other, 64)) - 1).bit_length())
 
 
 class Changes(NamedTuple):
