@@ -73,6 +73,7 @@ def masked(
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # of fp32: no score lies below
 SLACK = gl.constexpr(8.0)  # powers of 2 by which a weight may exceed 1 where sums are moved lazily
 LARGE = gl.constexpr(2.0**27)  # from here on rounding m * scale is off by more than 2^4
+LIMIT = gl.constexpr(2.0**64)  # of a sum of weights: then maxima have to be followed
 
 
 @gluon.jit
@@ -121,9 +122,12 @@ def weights(s, factor, reference, SCORES: gl.constexpr, like):
 
 
 @gluon.jit
-def summed(l, alpha, p, SCORES: gl.constexpr, BLOCK_N: gl.constexpr):
-    """The sums with those of weights p."""
-    return (l if SCORES == "bounded" else l * by_row(alpha, l)) + sums(p, BLOCK_N)
+def moved(l, o, alpha, LAZY: gl.constexpr, FAST: gl.constexpr):
+    """Sums so far, times alpha. FAST: what is beyond LIMIT stays there."""
+    o = hopper.scaled(o, by_row(alpha, o)) if LAZY else o * by_row(alpha, o)
+    beyond = l > LIMIT
+    l = l * by_row(alpha, l)
+    return gl.where(beyond, float("inf"), l) if FAST else l, o
 
 
 @gluon.jit
@@ -154,12 +158,14 @@ def tilted(s, first, start, changes, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def weighed(
-    m, s, first, b, head, start, scale, changes, cut, which: gl.constexpr, turns, turn, left, right,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, LAZY: gl.constexpr,
+    m, s, factor, reference, first, b, head, start, scale, changes, cut, exact,
+    which: gl.constexpr, turns, turn, left, right,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LAZY: gl.constexpr, FAST: gl.constexpr,
     SCORES: gl.constexpr, SCORE_MOD: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """`rescale` of what becomes of scores of queries from `first` and keys from `start`, with the
-    mask where it is `cut`.
+    mask where it is `cut`. FAST: only of an `exact` tile, a cut one too; others go by the factor
+    and the reference of the tile before.
     """
     tilt = None
     if SCORES == "linear":
@@ -170,11 +176,17 @@ def weighed(
         s = as_before(pieces, s)
     elif SCORES != "":
         s = modified(s, 0, 0, 0, 0, 0, changes, SCORES, SCORE_MOD)
-    if cut:
-        s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N, GROUP)
-    alpha, factor, reference = m, scale, m
-    if SCORES != "bounded":
-        m, alpha, s, factor, reference = rescale(m, s, tilt, scale, LAZY)
+    alpha = m
+    if FAST:
+        if exact:
+            if cut:
+                s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N, GROUP)
+            m, alpha, s, factor, reference = rescale(m, s, tilt, scale, LAZY)
+    else:
+        if cut:
+            s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N, GROUP)
+        if SCORES != "bounded":
+            m, alpha, s, factor, reference = rescale(m, s, tilt, scale, LAZY)
     return m, alpha, s, factor, reference
 
 
@@ -190,7 +202,7 @@ def narrowed(p, like):
 def attend(
     which: gl.constexpr, queries, worked, keys, values, done, turns, turn, left, right, scale,
     changes, LEFT: gl.constexpr, RIGHT: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
-    CONSUMERS: gl.constexpr, SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
+    CONSUMERS: gl.constexpr, FAST: gl.constexpr, SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     """Lines 6 to 12 of Algorithm 1 for 64 rows of a tile of work: (m, l, o).
 
@@ -222,6 +234,13 @@ def attend(
     for n in range(done, own):
         hopper.pass_by(which, keys, values, n, CONSUMERS)
     done, start = own, begin + (stop - own - 1) * BLOCK_N
+    # Up to the last key that all of them see, in tiles from the last on, maxima are followed.
+    every = length_k
+    if RIGHT:
+        every = gl.minimum(every, (first - rows_q) // GROUP + length_k + right + 1)
+    fast = stop - gl.maximum(gl.cdiv(every - begin, BLOCK_N) - 1, 0)
+    if hopper.word(turns, turn, hopper.AGAIN + which) > 0:
+        fast = stop
     # Where the first query stands, and whose it is: for what becomes of scores, else not read.
     first += length_k - rows_q
     b, head = hopper.word(turns, turn, hopper.B), hopper.word(turns, turn, hopper.HEAD)
@@ -239,8 +258,9 @@ def attend(
     m = gl.full([64], 0.0 if BOUNDED else LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout))
     cut = (start >= clear_end) | (start < clear_begin if LEFT else False)
     m, alpha, found, factor, reference = weighed(
-        m, s, first, b, head, start, scale, changes, cut, which, turns, turn, left, right,
-        LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N, GROUP,
+        m, s, scale, m, first, b, head, start, scale, changes, cut, True,
+        which, turns, turn, left, right,
+        LEFT, RIGHT, LAZY, False, SCORES, SCORE_MOD, BLOCK_N, GROUP,
     )  # fmt: skip
     p = weights(found, factor, reference, SCORES, s)
     l = sums(p, BLOCK_N)
@@ -258,22 +278,26 @@ def attend(
         s = warpgroup_mma_wait(1, deps=[s])
         hopper.free(keys, n, CONSUMERS)
         cut = (start >= clear_end) | (start < clear_begin if LEFT else False)
+        exact = (n < fast) | (start < clear_begin if LEFT else False)
         m, alpha, found, factor, reference = weighed(
-            m, s, first, b, head, start, scale, changes, cut, which, turns, turn, left, right,
-            LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N, GROUP,
+            m, s, factor, reference, first, b, head, start, scale, changes, cut, exact,
+            which, turns, turn, left, right,
+            LEFT, RIGHT, LAZY, FAST, SCORES, SCORE_MOD, BLOCK_N, GROUP,
         )  # fmt: skip
         if EARLY:
             p_next = weights(found, factor, reference, SCORES, s)
-            l = summed(l, alpha, p_next, SCORES, BLOCK_N)
         # A branch: else ptxas moves the next wait to before the maxima.
         hopper.filled(keys, n + 1, n + 1 < stop)
         o, p = warpgroup_mma_wait(0, deps=[o, p])
         hopper.free(values, n - 1, CONSUMERS)
-        if not BOUNDED:
-            o = hopper.scaled(o, by_row(alpha, o)) if LAZY else o * by_row(alpha, o)
+        if FAST:
+            if exact:
+                l, o = moved(l, o, alpha, LAZY, FAST)
+        elif not BOUNDED:
+            l, o = moved(l, o, alpha, LAZY, FAST)
         if not EARLY:
             p_next = weights(found, factor, reference, SCORES, s)
-            l = summed(l, alpha, p_next, SCORES, BLOCK_N)
+        l += sums(p_next, BLOCK_N)
         p = gl.convert_layout(narrowed(p_next, q), P)
     if not THROUGH:
         mbarrier.arrive(queries.free.index(slot))

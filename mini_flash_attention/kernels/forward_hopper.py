@@ -15,7 +15,7 @@ from ..plan import Hopper
 from ..problem import Problem
 from ..rules import heads, softmax, split, work
 from . import hopper
-from .attend_hopper import attend
+from .attend_hopper import LIMIT, attend
 from .hopper import fence_async_shared, gl, gluon, mbarrier
 from .launch import MAX_INT, SIZES, Launch, changes, strides, where
 
@@ -38,10 +38,11 @@ def produce(
     # else's, or nobody's, in part.
     turn, done, worked, cleared = 0, 0, 0, 0
     number = gl.program_id(0)
-    while number < total:
-        tile = number
+    mine, again = hopper.take(turns, turn, number, total, CONSUMERS)
+    while mine < total:
+        tile = mine
         if SPLIT:
-            tile, per_group = number // splits, 1
+            tile, per_group = mine // splits, 1
         b, head, first_q, rows_q, writable, first = work.queries(
             tile, cu_seqlens_q, batch, nheads, tiles, per_group, seqlen_q, total_q, 64 * CONSUMERS
         )
@@ -54,12 +55,12 @@ def produce(
         place = first_q
         if SPLIT:  # where this part's result lies; queries are dense, their first is 0
             seen = (end - begin) // BLOCK_N
-            low, high = split.part(seen, gl.cdiv(seen, splits), number % splits)
+            low, high = split.part(seen, gl.cdiv(seen, splits), mine % splits)
             begin, end = begin + low * BLOCK_N, begin + high * BLOCK_N
             block = first // (64 * CONSUMERS)
-            place = ((b * nheads + head) * tiles + block) * splits + number % splits
+            place = ((b * nheads + head) * tiles + block) * splits + mine % splits
         n = (end - begin) // BLOCK_N
-        hopper.tell(turns, turn, (b, head, place, rows_q, writable, first, length_k, begin, n))
+        hopper.tell(turns, turn, (b, head, place, rows_q, writable, first, length_k, begin, n, mine))
         # Before it no row sees a key.
         low = first // GROUP + length_k - rows_q // GROUP - left if LEFT else 0
         source = (
@@ -82,7 +83,8 @@ def produce(
             start_v = start
             start -= BLOCK_N
             hopper.fill(keys, done + j, k_desc, source, start, j < n, CONSUMERS, PAGE_SIZE)
-            if (j + 1 == n) | (n == 0):  # late, which balances; in time for the next queries
+            # Late, which balances; in time for the next queries.
+            if ((j + 1 == n) | (n == 0)) & (not again):
                 drawn = gl.atomic_add(counter, 1, sem="relaxed")
                 # A program draws once for each tile it works on, so there is a last draw.
                 if drawn == total - 1:
@@ -97,8 +99,9 @@ def produce(
                 hopper.fill(values, m, v_desc, source, start_v, j > 0, CONSUMERS, PAGE_SIZE)
         done += n
         turn += 1
-        number = gl.num_programs(0) + drawn
-    hopper.tell(turns, turn, (0, 0, 0, 0, 0, -1, 0, 0, 0))  # no more work
+        number = gl.where(again, number, gl.num_programs(0) + drawn)
+        mine, again = hopper.take(turns, turn, number, total, CONSUMERS)
+    hopper.tell(turns, turn, (0, 0, 0, 0, 0, -1, 0, 0, 0, 0))  # no more work
 
 
 @gluon.constexpr_function
@@ -138,6 +141,11 @@ def consume(
     D: gl.constexpr = o_desc.block_shape[3]
     BLOCK_N: gl.constexpr = keys.tiles.shape[2]
     O: gl.constexpr = hopper.accumulator(D)
+    # Most tiles of keys do without maxima (`attend`), where weights have the range for it.
+    FAST: gl.constexpr = (
+        SCORES == "" and SCORE_MOD is None and alibi_slopes is None and D <= 128
+        and o_desc.dtype == gl.bfloat16
+    )  # fmt: skip
     if which == CONSUMERS - 1:
         hopper.your_turn(which, CONSUMERS)  # the first one's first
     turn, done, worked = 0, 0, 0
@@ -154,8 +162,11 @@ def consume(
                 changes = (factor, softcap, slope, aux)
             m, l, o = attend(
                 which, queries, worked, keys, values, done, turns, turn, left, right, scale,
-                changes, LEFT, RIGHT, D, BLOCK_N, CONSUMERS, SCORES, SCORE_MOD,
+                changes, LEFT, RIGHT, D, BLOCK_N, CONSUMERS, FAST, SCORES, SCORE_MOD,
             )  # fmt: skip
+            if FAST:
+                again = (gl.max(l, 0) > LIMIT) & (hopper.word(turns, turn, hopper.AGAIN + which) == 0)
+                hopper.say(turns, turn, hopper.AGAIN + which, again.to(gl.int32), hopper.FOUR)
             sink = s_aux
             if s_aux is not None:
                 sink = gl.load(s_aux + hopper.word(turns, turn, hopper.HEAD)).to(gl.float32)
@@ -169,7 +180,8 @@ def consume(
         first_q = first if SPLIT else place + first
         # TMA writes the rows: it stops at a tensor's end, not a sequence's.
         THROUGH: gl.constexpr = queries.tiles.shape[0] >= 2 * CONSUMERS and not SPLIT
-        whole = THROUGH & (seen > 0) & ((not PACKED) | (first + 64 <= rows_q))
+        again = hopper.word(turns, turn, hopper.AGAIN + which) > 0  # then this was for nothing
+        whole = THROUGH & (seen > 0) & ((not PACKED) | (first + 64 <= rows_q)) & (not again)
         if THROUGH and whole:
             tile = queries.tiles.index(hopper.q_place(queries, worked, which, CONSUMERS))
             tile.reshape([64, D]).store(o.to(o_desc.dtype))
@@ -179,7 +191,7 @@ def consume(
         worked += (seen > 0).to(gl.int32)
         b, head = b.to(gl.int64), head.to(gl.int64) * GROUP
         row = gl.arange(0, 64, gl.SliceLayout(1, O))
-        writable = row < hopper.word(turns, turn, hopper.WRITABLE) - first
+        writable = (row < hopper.word(turns, turn, hopper.WRITABLE) - first) & (not again)
         t, member = heads.unpack(first_q + row, GROUP)
         if not whole:
             if SPLIT:
@@ -240,6 +252,8 @@ def forward_hopper_kernel(
     # the producer's draws in its place: a mere number there did not survive a change of contexts.
     values = hopper.Ring(v_tiles, hopper.barriers(hopper.STAGES + 1, 1), hopper.V_FREED)
     turns = hopper.Turns(words, hopper.barriers(2, 1), hopper.barriers(2, CONSUMERS))
+    for n in gl.static_range(2 * CONSUMERS):
+        hopper.say(turns, n % 2, hopper.AGAIN + n // 2, 0, hopper.FOUR)
     fence_async_shared()
     job = (
         o_desc, out, lse, cu_seqlens_q, queries, keys, values, turns,
