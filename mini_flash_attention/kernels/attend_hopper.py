@@ -8,7 +8,7 @@ in turn.
 
 from ..rules import mask, work
 from ..rules.scores import modified
-from . import hopper
+from . import handover, hopper
 from .hopper import fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 
@@ -61,9 +61,9 @@ def masked(
 ):  # fmt: skip
     """Scores with -inf where the query of a row does not see the key; keys from `start`."""
     # Read again where they are needed, instead of held in registers all along.
-    length_k = hopper.word(turns, turn, hopper.LENGTH_K)
-    diagonal = length_k - hopper.word(turns, turn, hopper.ROWS_Q) // GROUP
-    first = hopper.word(turns, turn, hopper.FIRST) + 64 * which
+    length_k = handover.word(turns, turn, handover.LENGTH_K)
+    diagonal = length_k - handover.word(turns, turn, handover.ROWS_Q) // GROUP
+    first = handover.word(turns, turn, handover.FIRST) + 64 * which
     pieces, i, shift, n = by_place(s, start, BLOCK_N)
     i = (first + i) // GROUP - shift
     seen = mask.sees(i, n, diagonal, left, right, None, length_k - shift, LEFT, RIGHT)
@@ -221,11 +221,11 @@ def attend(
         x = q.load(hopper.FOUR_ROWS)
         q.store((x.to(gl.float32) * changes[0]).to(q.dtype))
         fence_async_shared()
-    begin = hopper.word(turns, turn, hopper.BEGIN)
-    stop = done + hopper.word(turns, turn, hopper.TILES)
-    first = hopper.word(turns, turn, hopper.FIRST) + 64 * which
-    rows_q = hopper.word(turns, turn, hopper.ROWS_Q)
-    length_k = hopper.word(turns, turn, hopper.LENGTH_K)
+    begin = handover.word(turns, turn, handover.BEGIN)
+    stop = done + handover.word(turns, turn, handover.TILES)
+    first = handover.word(turns, turn, handover.FIRST) + 64 * which
+    rows_q = handover.word(turns, turn, handover.ROWS_Q)
+    length_k = handover.word(turns, turn, handover.LENGTH_K)
     # These rows may see fewer tiles than all of the consumers' do. One is looked at in any case.
     _, clear_begin, clear_end, last = work.key_tiles(
         first, rows_q, length_k, left, right, None, LEFT, RIGHT, 64, BLOCK_N, GROUP
@@ -234,16 +234,14 @@ def attend(
     for n in range(done, own):
         hopper.pass_by(which, keys, values, n, CONSUMERS)
     done, start = own, begin + (stop - own - 1) * BLOCK_N
-    # Up to the last key that all of them see, in tiles from the last on, maxima are followed.
-    every = length_k
-    if RIGHT:
-        every = gl.minimum(every, (first - rows_q) // GROUP + length_k + right + 1)
-    fast = stop - gl.maximum(gl.cdiv(every - begin, BLOCK_N) - 1, 0)
-    if hopper.word(turns, turn, hopper.AGAIN + which) > 0:
-        fast = stop
+    fast = stop
+    if FAST and handover.word(turns, turn, handover.AGAIN + which) == 0:
+        # From the last tile down to the one of the last key that all rows see.
+        seen = (first - rows_q) // GROUP + length_k + right + 1 if RIGHT else length_k
+        fast -= gl.maximum(gl.cdiv(gl.minimum(seen, length_k) - begin, BLOCK_N) - 1, 0)
     # Where the first query stands, and whose it is: for what becomes of scores, else not read.
     first += length_k - rows_q
-    b, head = hopper.word(turns, turn, hopper.B), hopper.word(turns, turn, hopper.HEAD)
+    b, head = handover.word(turns, turn, handover.B), handover.word(turns, turn, handover.HEAD)
 
     hopper.filled(keys, done, True)
     hopper.my_turn(which, CONSUMERS)

@@ -14,7 +14,7 @@ from .. import plan as plans
 from ..plan import Hopper
 from ..problem import Problem
 from ..rules import heads, softmax, split, work
-from . import hopper
+from . import handover, hopper
 from .attend_hopper import LIMIT, attend
 from .hopper import fence_async_shared, gl, gluon, mbarrier
 from .launch import MAX_INT, SIZES, Launch, changes, strides, where
@@ -23,7 +23,7 @@ from .launch import MAX_INT, SIZES, Launch, changes, strides, where
 @gluon.jit
 def produce(
     loads, LEFT: gl.constexpr, RIGHT: gl.constexpr, PAGE_SIZE: gl.constexpr, CLEAR: gl.constexpr,
-    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SPLIT: gl.constexpr,
+    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, SPLIT: gl.constexpr, FAST: gl.constexpr,
 ):  # fmt: skip
     """Draw tiles of work; load their queries, and keys and values from the last to the first."""
     (
@@ -38,7 +38,7 @@ def produce(
     # else's, or nobody's, in part.
     turn, done, worked, cleared = 0, 0, 0, 0
     number = gl.program_id(0)
-    mine, again = hopper.take(turns, turn, number, total, CONSUMERS)
+    mine, again = handover.take(turns, turn, number, total, CONSUMERS, FAST)
     while mine < total:
         tile = mine
         if SPLIT:
@@ -60,7 +60,8 @@ def produce(
             block = first // (64 * CONSUMERS)
             place = ((b * nheads + head) * tiles + block) * splits + mine % splits
         n = (end - begin) // BLOCK_N
-        hopper.tell(turns, turn, (b, head, place, rows_q, writable, first, length_k, begin, n, mine))
+        words = (b, head, place, rows_q, writable, first, length_k, begin, n, mine)
+        handover.tell(turns, turn, words)
         # Before it no row sees a key.
         low = first // GROUP + length_k - rows_q // GROUP - left if LEFT else 0
         source = (
@@ -100,8 +101,8 @@ def produce(
         done += n
         turn += 1
         number = gl.where(again, number, gl.num_programs(0) + drawn)
-        mine, again = hopper.take(turns, turn, number, total, CONSUMERS)
-    hopper.tell(turns, turn, (0, 0, 0, 0, 0, -1, 0, 0, 0, 0))  # no more work
+        mine, again = handover.take(turns, turn, number, total, CONSUMERS, FAST)
+    handover.tell(turns, turn, (0, 0, 0, 0, 0, -1, 0, 0, 0, 0))  # no more work
 
 
 @gluon.constexpr_function
@@ -129,7 +130,7 @@ def store_rows(rows, o, wanted, HEAD_DIM: gl.constexpr):
 def consume(
     which: gl.constexpr, job,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, HEAD_DIM: gl.constexpr, CONSUMERS: gl.constexpr,
-    SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
+    FAST: gl.constexpr, SCORES: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each tile of work: attention to their keys, and the rows written out."""
     o_desc, out, lse, cu_seqlens_q, queries, keys, values, turns = job[:8]
@@ -141,47 +142,47 @@ def consume(
     D: gl.constexpr = o_desc.block_shape[3]
     BLOCK_N: gl.constexpr = keys.tiles.shape[2]
     O: gl.constexpr = hopper.accumulator(D)
-    # Most tiles of keys do without maxima (`attend`), where weights have the range for it.
-    FAST: gl.constexpr = (
-        SCORES == "" and SCORE_MOD is None and alibi_slopes is None and D <= 128
-        and o_desc.dtype == gl.bfloat16
-    )  # fmt: skip
     if which == CONSUMERS - 1:
         hopper.your_turn(which, CONSUMERS)  # the first one's first
     turn, done, worked = 0, 0, 0
-    hopper.hear(turns, turn)
-    while hopper.word(turns, turn, hopper.FIRST) >= 0:
+    handover.hear(turns, turn)
+    while handover.word(turns, turn, handover.FIRST) >= 0:
         o = gl.zeros([64, D], gl.float32, O)
         lse_tile = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, O))
         m, l = lse_tile, gl.zeros_like(lse_tile)
-        if hopper.word(turns, turn, hopper.TILES) > 0:
+        if handover.word(turns, turn, handover.TILES) > 0:
             changes = (factor, softcap, alibi_slopes, aux)
             if alibi_slopes is not None:
-                at = hopper.word(turns, turn, hopper.B).to(gl.int64) * stride_slopes
-                slope = gl.load(alibi_slopes + at + hopper.word(turns, turn, hopper.HEAD))
+                at = handover.word(turns, turn, handover.B).to(gl.int64) * stride_slopes
+                slope = gl.load(alibi_slopes + at + handover.word(turns, turn, handover.HEAD))
                 changes = (factor, softcap, slope, aux)
             m, l, o = attend(
                 which, queries, worked, keys, values, done, turns, turn, left, right, scale,
                 changes, LEFT, RIGHT, D, BLOCK_N, CONSUMERS, FAST, SCORES, SCORE_MOD,
             )  # fmt: skip
             if FAST:
-                again = (gl.max(l, 0) > LIMIT) & (hopper.word(turns, turn, hopper.AGAIN + which) == 0)
-                hopper.say(turns, turn, hopper.AGAIN + which, again.to(gl.int32), hopper.FOUR)
+                again = (gl.max(l, 0) > LIMIT) & (
+                    handover.word(turns, turn, handover.AGAIN + which) == 0
+                )
+                handover.say(turns, turn, handover.AGAIN + which, again.to(gl.int32), hopper.FOUR)
             sink = s_aux
             if s_aux is not None:
-                sink = gl.load(s_aux + hopper.word(turns, turn, hopper.HEAD)).to(gl.float32)
+                sink = gl.load(s_aux + handover.word(turns, turn, handover.HEAD)).to(gl.float32)
             o, lse_tile = softmax.finish(m, l, o, scale, sink)
         # Read again where they are needed, instead of held in registers all along.
-        seen = hopper.word(turns, turn, hopper.TILES)
-        first = hopper.word(turns, turn, hopper.FIRST) + 64 * which
-        rows_q = hopper.word(turns, turn, hopper.ROWS_Q)
-        b, head = hopper.word(turns, turn, hopper.B), hopper.word(turns, turn, hopper.HEAD)
-        place = hopper.word(turns, turn, hopper.FIRST_Q)
+        seen = handover.word(turns, turn, handover.TILES)
+        first = handover.word(turns, turn, handover.FIRST) + 64 * which
+        rows_q = handover.word(turns, turn, handover.ROWS_Q)
+        b, head = handover.word(turns, turn, handover.B), handover.word(turns, turn, handover.HEAD)
+        place = handover.word(turns, turn, handover.FIRST_Q)
         first_q = first if SPLIT else place + first
         # TMA writes the rows: it stops at a tensor's end, not a sequence's.
         THROUGH: gl.constexpr = queries.tiles.shape[0] >= 2 * CONSUMERS and not SPLIT
-        again = hopper.word(turns, turn, hopper.AGAIN + which) > 0  # then this was for nothing
-        whole = THROUGH & (seen > 0) & ((not PACKED) | (first + 64 <= rows_q)) & (not again)
+        whole = THROUGH & (seen > 0) & ((not PACKED) | (first + 64 <= rows_q))
+        writable = handover.word(turns, turn, handover.WRITABLE) - first
+        if FAST:
+            if handover.word(turns, turn, handover.AGAIN + which) > 0:  # this was for nothing
+                whole, writable = False, 0
         if THROUGH and whole:
             tile = queries.tiles.index(hopper.q_place(queries, worked, which, CONSUMERS))
             tile.reshape([64, D]).store(o.to(o_desc.dtype))
@@ -191,7 +192,7 @@ def consume(
         worked += (seen > 0).to(gl.int32)
         b, head = b.to(gl.int64), head.to(gl.int64) * GROUP
         row = gl.arange(0, 64, gl.SliceLayout(1, O))
-        writable = (row < hopper.word(turns, turn, hopper.WRITABLE) - first) & (not again)
+        writable = row < writable
         t, member = heads.unpack(first_q + row, GROUP)
         if not whole:
             if SPLIT:
@@ -216,9 +217,9 @@ def consume(
             at = t + member * hopper.here(stride_lse_h) if GROUP > 1 else t
             gl.store(base + at, lse_tile, mask=writable)
         done += seen
-        hopper.heard(turns, turn)
+        handover.heard(turns, turn)
         turn += 1
-        hopper.hear(turns, turn)
+        handover.hear(turns, turn)
     hopper.tma.store_wait(0)
 
 
@@ -236,13 +237,16 @@ def forward_hopper_kernel(
     D: gl.constexpr = k_desc.block_shape[3]
     GROUP: gl.constexpr = q_desc.block_shape[2]
     SPLIT: gl.constexpr = out.dtype.element_ty == gl.float32  # out is `parts`
+    # Most tiles of keys can do without maxima (`attend`), where weights have the range for it.
+    PLAIN: gl.constexpr = SCORES == "" and SCORE_MOD is None and alibi_slopes is None
+    FAST: gl.constexpr = PLAIN and D <= 128 and q_desc.dtype == gl.bfloat16
     q_box: gl.constexpr = [Q_TILES, 1, 64 // GROUP, GROUP, D]
     k_box: gl.constexpr = [hopper.STAGES, 1, BLOCK_N, 1, D]
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, q_box, q_desc.layout)
     k_tiles = gl.allocate_shared_memory(k_desc.dtype, k_box, k_desc.layout)
     v_tiles = gl.allocate_shared_memory(v_desc.dtype, k_box, v_desc.layout)
     words = gl.allocate_shared_memory(
-        gl.int32, [2 * hopper.WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.int32, [2 * handover.WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     queries = hopper.Queries(
         q_tiles, hopper.barriers(2 * CONSUMERS, 1), hopper.barriers(Q_TILES, 1)
@@ -251,9 +255,9 @@ def forward_hopper_kernel(
     # One more for parts. By itself it would be nobody's where CLEAR is False, and Triton would have
     # the producer's draws in its place: a mere number there did not survive a change of contexts.
     values = hopper.Ring(v_tiles, hopper.barriers(hopper.STAGES + 1, 1), hopper.V_FREED)
-    turns = hopper.Turns(words, hopper.barriers(2, 1), hopper.barriers(2, CONSUMERS))
+    turns = handover.Turns(words, hopper.barriers(2, 1), hopper.barriers(2, CONSUMERS))
     for n in gl.static_range(2 * CONSUMERS):
-        hopper.say(turns, n % 2, hopper.AGAIN + n // 2, 0, hopper.FOUR)
+        handover.say(turns, n % 2, handover.AGAIN + n // 2, 0, hopper.FOUR)
     fence_async_shared()
     job = (
         o_desc, out, lse, cu_seqlens_q, queries, keys, values, turns,
@@ -268,16 +272,16 @@ def forward_hopper_kernel(
     SMALL_PAGES: gl.constexpr = k_desc.block_shape[1] < BLOCK_N  # the producer has more to hold
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
-            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
-            (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SPLIT)),
+            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, FAST, SCORES, SCORE_MOD)),
+            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, FAST, SCORES, SCORE_MOD)),
+            (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SPLIT, FAST)),
         ], [4, 1], [224, 56] if SMALL_PAGES else [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
-            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
-            (consume, (2, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, SCORES, SCORE_MOD)),
-            (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SPLIT)),
+            (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, FAST, SCORES, SCORE_MOD)),
+            (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, FAST, SCORES, SCORE_MOD)),
+            (consume, (2, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, FAST, SCORES, SCORE_MOD)),
+            (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SPLIT, FAST)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 

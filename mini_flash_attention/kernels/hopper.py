@@ -135,21 +135,6 @@ class Ring(NamedTuple):
     freed: Any
 
 
-class Turns(NamedTuple):
-    """Tiles of work on their way from the producer to the consumers, WORDS numbers each."""
-
-    words: Any
-    full: Any
-    empty: Any
-
-
-# What the words are, and, said by each consumer, whether it wants the tile of work again.
-(
-    B, HEAD, FIRST_Q, ROWS_Q, WRITABLE, FIRST, LENGTH_K, BEGIN, TILES, NUMBER, AGAIN,
-) = map(gl.constexpr, range(11))  # fmt: skip
-WORDS = gl.constexpr(AGAIN.value + 3)
-
-
 @gluon.jit
 def barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
     """New mbarriers that COUNT arrivals complete."""
@@ -320,59 +305,3 @@ def pass_by(which: gl.constexpr, keys, values, n, CONSUMERS: gl.constexpr):
     free(keys, n, CONSUMERS)
     filled(values, n, True)
     free(values, n, CONSUMERS)
-
-
-@gluon.jit
-def say(turns, turn, n, word, LAYOUT: gl.constexpr):
-    turns.words.index(turn % 2 * WORDS + n).store(gl.full([1], gl.to_tensor(word), gl.int32, LAYOUT))
-
-
-@gluon.jit
-def word(turns, turn, n, LAYOUT: gl.constexpr = FOUR):
-    return gl.max(turns.words.index(turn % 2 * WORDS + n).load(LAYOUT), 0)
-
-
-@gluon.jit
-def wanted_again(turns, turn, CONSUMERS: gl.constexpr):
-    """Wait until the consumers are through with a turn; whether one wants it again."""
-    mbarrier.wait(turns.empty.index(turn % 2), (turn // 2 & 1) ^ 1)
-    again = word(turns, turn, AGAIN, ONE)
-    for c in gl.static_range(1, CONSUMERS):
-        again |= word(turns, turn, AGAIN + c, ONE)
-    return again > 0
-
-
-@gluon.jit
-def take(turns, turn, number, total, CONSUMERS: gl.constexpr):
-    """The tile of work to tell of in this turn, and whether it is one again, not the `number`-th.
-
-    A consumer says so two turns later at most; without more work, the last turn is waited for.
-    """
-    again = wanted_again(turns, turn, CONSUMERS)
-    mine = gl.where(again, word(turns, turn, NUMBER, ONE), number)
-    if mine >= total:
-        again = wanted_again(turns, turn + 1, CONSUMERS)
-        mine = gl.where(again, word(turns, turn + 1, NUMBER, ONE), number)
-        for c in gl.static_range(CONSUMERS):
-            say(turns, turn, AGAIN + c, word(turns, turn + 1, AGAIN + c, ONE), ONE)
-            say(turns, turn + 1, AGAIN + c, 0, ONE)
-    return mine, again
-
-
-@gluon.jit
-def tell(turns, turn, words):
-    """The producer, who has taken the turn, hands its words to the consumers."""
-    for n in gl.static_range(AGAIN):
-        say(turns, turn, n, words[n], ONE)
-    mbarrier.arrive(turns.full.index(turn % 2))
-
-
-@gluon.jit
-def hear(turns, turn):
-    """A consumer waits for them; it may read them until it says that it has heard."""
-    mbarrier.wait(turns.full.index(turn % 2), turn // 2 & 1)
-
-
-@gluon.jit
-def heard(turns, turn):
-    mbarrier.arrive(turns.empty.index(turn % 2))
