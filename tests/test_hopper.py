@@ -1,5 +1,6 @@
 """The Hopper kernel on a GPU: cases of test_gpu.py, which by itself are too small to reach it."""
 
+import itertools
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -240,11 +241,66 @@ def test_both_kernels_agree(head_dim, chosen, monkeypatch):
         assert (ours - other).abs().max() <= 2**-7 * other.abs().max()
 
 
+RAISED = ("a ramp", "a key", "some keys", "the first half")
+
+
+def raise_scores(case, how):
+    """Scores that grow, from the last key to the first, by far more than weights have room for."""
+    for _, _, q, k, _ in case.rows:
+        if how == "a ramp":
+            q[..., 0] = 10.0
+            k[..., 0] = torch.linspace(300, 0, len(k), device="cuda")[:, None]
+        elif how == "a key":
+            k[len(k) // 5 : len(k) // 5 + 1] *= 60
+        elif how == "some keys":
+            k[3::37] *= 40
+        elif how == "the first half":
+            k[: len(k) // 2] *= 20
+
+
+@pytest.mark.parametrize("how", RAISED)
+@pytest.mark.parametrize("meaning", MASKS, ids=str)
+def test_scores_that_grow(how, meaning, head_dim, chosen, programs, monkeypatch):
+    """Tiles of work that a consumer has to do twice, among others and at the end."""
+    sizes = (4, 2, head_dim, torch.bfloat16, "cuda")
+    for n, seqlen_q, seqlen_k in ((1, 700, 700), (3, 300, 1500), (132, 1300, 1000)):
+        programs(n)
+        case = dense(n, 2, seqlen_q, seqlen_k, *sizes, **meaning)
+        raise_scores(case, how)
+        check(case)
+        case = varlen(n, *LENGTHS[3], 0, *sizes, **meaning)
+        raise_scores(case, how)
+        check(case)
+    monkeypatch.setattr(plan, "SPLIT_KEYS", 0)  # in parts
+    case = dense(5, 2, 40, 3000, 8, 2, head_dim, torch.bfloat16, "cuda", **meaning)
+    raise_scores(case, how)
+    check(case)
+    assert all(chosen[:6])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_a_sequence_that_is_no_number_stays_alone(value, head_dim, chosen, programs):
+    """It is done twice, too, and no more often."""
+    q, k, v = (random(3, 900, 4, head_dim, seed=seed) for seed in range(3))
+    bad = k.clone()
+    bad[1, 100:140] = value
+    for n in (1, 3, 132):
+        programs(n)
+        for meaning in MASKS:
+            clean, out = (mfa.flash_attn_func(q, x, v, **meaning) for x in (k, bad))
+            assert torch.equal(out[::2], clean[::2])
+    assert chosen.every()
+
+
 def test_consumers_do_not_change_the_bits(chosen, monkeypatch):
     """How many there are follows the longest sequence; another beside it must not notice."""
-    lengths_q, lengths_k = LENGTHS[0]
-    for meaning in MASKS:
-        case = varlen(7, lengths_q, lengths_k, 128, 4, 2, 64, torch.bfloat16, "cuda", **meaning)
+    lengths_q, lengths_k = LENGTHS[3]
+    for meaning, page_size, how in itertools.product(MASKS, (0, 128), (None, *RAISED)):
+        sizes = (page_size, 4, 2, 64, torch.bfloat16, "cuda")
+        case = varlen(7, lengths_q, lengths_k, *sizes, **meaning)
+        if how and page_size:  # those of a case in pages are copies
+            continue
+        raise_scores(case, how)
         outs = []
         for many in (0, 2**31):
             monkeypatch.setattr(plan, "MANY_KEYS", many)

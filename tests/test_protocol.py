@@ -1,9 +1,10 @@
 """The barriers between the Hopper kernel's producer and its consumers, in schedules at random.
 
 Gluon has no interpreter, a deadlock hangs the card, and a tile that comes too early may show once
-in a million calls. So what kernels/hopper.py, forward_hopper.py and attend_hopper.py wait for, and
-where they arrive, stands here again under their names and in their order. Loads and stores end in
-any order. The four warps of a consumer are one thread here: its products keep them together.
+in a million calls. So what kernels/hopper.py, handover.py, forward_hopper.py and attend_hopper.py
+wait for, and where they arrive, stands here again under their names and in their order. Loads and
+stores end in any order. The four warps of a consumer are one thread here: its products keep them
+together.
 """
 
 import itertools
@@ -110,11 +111,16 @@ class Program:
         self.copies = []  # on their way: what their ends do
         self.random = draw = random.Random(seed)
         tiles = [min(draw.randrange(8), draw.randrange(8)) for _ in range(draw.randint(1, 8))]
-        # Tiles of keys in each turn, and how many of them each consumer passes by.
+        # Tiles of keys in each tile of work, and how many of them each consumer passes by.
         self.work = [
             (n, [draw.choice((0, draw.randrange(max(n, 1)))) for _ in range(consumers)])
             for n in tiles
         ]
+        # Which consumers can't do with a tile of work the first time, and how each was done last.
+        share = draw.choice((0, 0, 0.3, 1))
+        self.hard = [[n > 0 and draw.random() < share for _ in range(consumers)] for n in tiles]
+        self.done = [[None] * consumers for _ in tiles]
+        self.told, self.again = [None, None], [[False] * consumers, [False] * consumers]
         # Shares of values to be cleared in part, and of results that leave through shared memory.
         self.parts, self.whole = draw.choice((0, 0.2)), draw.choice((0, 0.8, 1))
 
@@ -139,6 +145,7 @@ class Program:
             else:
                 waits[who] = wait
         assert not threads, f"deadlock of {list(threads)}"
+        assert self.done == self.hard, "a tile of work was not done in the way that it takes"
 
     def load(self, place, number, barrier):
         barrier.arrive(loads=1)
@@ -195,9 +202,27 @@ class Program:
         yield self.filled(self.values, n)
         yield self.free(self.values, n, which)
 
-    def tell(self, turn):
+    def ended(self, turn):
         yield self.words_empty[turn % 2].wait((turn // 2 & 1) ^ 1)
+
+    def take(self, turn, number):
+        """The tile of work for this turn, and whether it is wanted again."""
+        here, other = turn % 2, (turn + 1) % 2
+        yield from self.ended(turn)
+        if any(self.again[here]):
+            return self.told[here], True
+        if number < len(self.work):
+            return number, False
+        yield from self.ended(turn + 1)
+        if not any(self.again[other]):
+            return number, False
+        self.again[here], self.again[other] = self.again[other], [False] * self.consumers
+        yield
+        return self.told[other], True
+
+    def tell(self, turn, number):
         yield self.words[turn % 2].write()
+        self.told[turn % 2] = number
         yield self.words[turn % 2].written(turn)
         yield self.words_full[turn % 2].arrive()
 
@@ -206,9 +231,13 @@ class Program:
         yield self.words[turn % 2].read(which, turn)
 
     def produce(self):
-        done = worked = cleared = 0
-        for turn, (tiles, _) in enumerate(self.work):
-            yield from self.tell(turn)
+        done = worked = cleared = turn = number = 0
+        while True:
+            mine, again = yield from self.take(turn, number)
+            yield from self.tell(turn, mine)
+            if mine == len(self.work):  # no more work
+                return
+            tiles, _ = self.work[mine]
             if tiles > 0:
                 for c in range(self.consumers):
                     nth = worked * self.consumers + c
@@ -223,31 +252,37 @@ class Program:
                 if j > 0:
                     yield from self.fill(self.values, done + j - 1, cleared if part else None)
                     cleared += part
-            done += tiles
-        yield from self.tell(len(self.work))  # no more work
+            done, turn, number = done + tiles, turn + 1, number + (not again)
 
     def consume(self, which):
         if which == self.consumers - 1:
             yield self.your_turn(which)
-        done = worked = 0
+        done = worked = turn = 0
         yield from self.hear(0, which)
-        for turn, (tiles, _) in enumerate(self.work):
+        while (number := self.told[turn % 2]) < len(self.work):
+            tiles, _ = self.work[number]
+            careful, again = self.again[turn % 2][which], False
             if tiles > 0:
-                yield from self.attend(which, worked, done, turn)
+                yield from self.attend(which, worked, done, number)
+                again = self.hard[number][which] and not careful
+                self.again[turn % 2][which] = again
                 if self.through:
                     tile = self.queries[(worked * self.consumers + which) % self.q_tiles]
-                    if self.random.random() < self.whole:
+                    if not again and self.random.random() < self.whole:
                         yield self.store(tile, which)
                     yield tile.users.remove(which)
                 worked += 1
+            if not again:
+                self.done[number][which] = careful
             done += tiles
             self.words[turn % 2].users.remove(which)
             yield self.words_empty[turn % 2].arrive()
-            yield from self.hear(turn + 1, which)
+            turn += 1
+            yield from self.hear(turn, which)
         yield self.store_wait(which)
 
-    def attend(self, which, worked, done, turn):
-        tiles, passed = self.work[turn]
+    def attend(self, which, worked, done, number):
+        tiles, passed = self.work[number]
         nth = worked * self.consumers + which
         slot = nth % self.q_tiles
         full, parity = self.arrival(worked, which)
@@ -311,8 +346,18 @@ class Hasty(Program):
         yield self.free(self.values, n, which)
 
 
+class Hurried(Program):
+    """Without more work the producer ends, whatever is wanted of the last turns."""
+
+    def take(self, turn, number):
+        yield from self.ended(turn)
+        return number, False
+
+
 # Where each consumer has two places, they and their barriers are its own.
-WRONG = [(SharedArrivals, (c, n)) for c, n in CASES if n < 2 * c] + [(Hasty, x) for x in CASES]
+WRONG = [(SharedArrivals, (c, n)) for c, n in CASES if n < 2 * c] + [
+    (wrong, x) for wrong in (Hasty, Hurried) for x in CASES
+]
 
 
 @pytest.mark.parametrize(("program", "case"), WRONG)

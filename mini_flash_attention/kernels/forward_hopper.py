@@ -85,7 +85,7 @@ def produce(
             start -= BLOCK_N
             hopper.fill(keys, done + j, k_desc, source, start, j < n, CONSUMERS, PAGE_SIZE)
             # Late, which balances; in time for the next queries.
-            if ((j + 1 == n) | (n == 0)) & (not again):
+            if ((j + 1 == n) | (n == 0)) & (not again if FAST else True):
                 drawn = gl.atomic_add(counter, 1, sem="relaxed")
                 # A program draws once for each tile it works on, so there is a last draw.
                 if drawn == total - 1:
@@ -100,7 +100,8 @@ def produce(
                 hopper.fill(values, m, v_desc, source, start_v, j > 0, CONSUMERS, PAGE_SIZE)
         done += n
         turn += 1
-        number = gl.where(again, number, gl.num_programs(0) + drawn)
+        drawn += gl.num_programs(0)
+        number = gl.where(again, number, drawn) if FAST else drawn
         mine, again = handover.take(turns, turn, number, total, CONSUMERS, FAST)
     handover.tell(turns, turn, (0, 0, 0, 0, 0, -1, 0, 0, 0, 0))  # no more work
 
@@ -179,10 +180,9 @@ def consume(
         # TMA writes the rows: it stops at a tensor's end, not a sequence's.
         THROUGH: gl.constexpr = queries.tiles.shape[0] >= 2 * CONSUMERS and not SPLIT
         whole = THROUGH & (seen > 0) & ((not PACKED) | (first + 64 <= rows_q))
-        writable = handover.word(turns, turn, handover.WRITABLE) - first
         if FAST:
-            if handover.word(turns, turn, handover.AGAIN + which) > 0:  # this was for nothing
-                whole, writable = False, 0
+            again = handover.word(turns, turn, handover.AGAIN + which) > 0
+            whole &= not again
         if THROUGH and whole:
             tile = queries.tiles.index(hopper.q_place(queries, worked, which, CONSUMERS))
             tile.reshape([64, D]).store(o.to(o_desc.dtype))
@@ -192,7 +192,9 @@ def consume(
         worked += (seen > 0).to(gl.int32)
         b, head = b.to(gl.int64), head.to(gl.int64) * GROUP
         row = gl.arange(0, 64, gl.SliceLayout(1, O))
-        writable = row < writable
+        writable = row < handover.word(turns, turn, handover.WRITABLE) - first
+        if FAST:
+            writable &= not again
         t, member = heads.unpack(first_q + row, GROUP)
         if not whole:
             if SPLIT:
