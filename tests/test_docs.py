@@ -162,7 +162,8 @@ def code_lines(path):
 def test_the_package_stays_small():
     """The budget of CONTRIBUTING.md, in lines of code and for each file in lines of any kind."""
     files = {str(p.relative_to(PACKAGE)): p for p in PACKAGE.rglob("*.py")}
-    beside = {f for f in files if f.startswith("integrations/") or f == "__main__.py"}
+    apart = {"__main__.py", "reference.py"}  # no call runs through them
+    beside = {f for f in files if f.startswith("integrations/") or f in apart}
     assert sum(code_lines(files[f]) for f in files.keys() - beside) <= 3400
     assert sum(code_lines(files[f]) for f in beside) <= 700
     assert max(len(p.read_text().splitlines()) for p in files.values()) <= 350

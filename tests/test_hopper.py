@@ -278,6 +278,42 @@ def test_scores_that_grow(how, meaning, head_dim, chosen, programs, monkeypatch)
     assert all(chosen[:6])
 
 
+@pytest.mark.parametrize("growth", [1, 4, 8, 12])
+def test_values_of_any_size_beside_scores_that_grow(growth, head_dim, chosen):
+    """Where weights are large, their products with values may leave fp32's range before they do."""
+    q, k, v = (random(1, 1500, 2, head_dim, seed=seed) for seed in range(3))
+    k[:, 3::37] *= growth
+    large = 2.0**100
+    for meaning in MASKS:
+        out, scaled = (mfa.flash_attn_func(q, k, x, **meaning).float() for x in (v, v * large))
+        assert ((scaled / large - out).abs() <= 2**-7 * out.abs().max()).all()
+    assert chosen.every()
+
+
+def test_rows_of_the_next_sequence_have_no_say(head_dim, chosen):
+    """They lie in the last rows of a tile, and their scores may be anything."""
+    lengths_q, lengths_k = [74, 300, 10], [900, 500, 1200]
+    starts, starts_k = (
+        torch.tensor([0, *lengths]).cumsum(0).int().cuda() for lengths in (lengths_q, lengths_k)
+    )
+    q = random(sum(lengths_q) + 200, 4, head_dim)
+    k, v = (random(sum(lengths_k), 2, head_dim, seed=seed) for seed in (1, 2))
+    k[7::37] *= 4
+    loud = q.clone()
+    loud[74:374] *= 100
+    loud[384:] = 1e4
+    for meaning in MASKS:
+        outs = [
+            mfa.flash_attn_varlen_func(
+                x, k, v, starts, starts_k, 300, 1200, num_splits=1, **meaning
+            )
+            for x in (q, loud)
+        ]
+        for mine in (slice(0, 74), slice(374, None)):
+            assert torch.equal(outs[0][mine], outs[1][mine])
+    assert chosen.every()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_a_sequence_that_is_no_number_stays_alone(value, head_dim, chosen, programs):
     """It is done twice, too, and no more often."""

@@ -1,9 +1,9 @@
 """The inner loop of Algorithm 1 on Hopper, for a consumer of 64 query rows.
 
 The scores of the next tile of keys are issued together with the weighted sum of this one. While the
-tensor cores are at the sum, the maxima are found. The exponentials come after it and meet another
-consumer's products, but where there are no maxima and rows are long (EARLY). Three consumers issue
-in turn.
+tensor cores are at the sum, the maxima are found, where they are (FAST). The exponentials come
+after it and meet another consumer's products, but where there are never any maxima and rows are
+long (EARLY). Three consumers issue in turn.
 """
 
 from ..rules import mask, work
@@ -73,7 +73,9 @@ def masked(
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # of fp32: no score lies below
 SLACK = gl.constexpr(8.0)  # powers of 2 by which a weight may exceed 1 where sums are moved lazily
 LARGE = gl.constexpr(2.0**27)  # from here on rounding m * scale is off by more than 2^4
-LIMIT = gl.constexpr(2.0**64)  # of a sum of weights: then maxima have to be followed
+# Of sums of weights where maxima are not followed: up to SAFE products have as much room as ever,
+# up to LIMIT an LSE is right.
+SAFE, LIMIT = gl.constexpr(2.0**20), gl.constexpr(2.0**32)
 
 
 @gluon.jit
@@ -123,11 +125,26 @@ def weights(s, factor, reference, SCORES: gl.constexpr, like):
 
 @gluon.jit
 def moved(l, o, alpha, LAZY: gl.constexpr, FAST: gl.constexpr):
-    """Sums so far, times alpha. FAST: what is beyond LIMIT stays there."""
+    """Sums so far, times alpha. FAST: a sum that was not SAFE does not get away with that."""
     o = hopper.scaled(o, by_row(alpha, o)) if LAZY else o * by_row(alpha, o)
-    beyond = l > LIMIT
-    l = l * by_row(alpha, l)
-    return gl.where(beyond, float("inf"), l) if FAST else l, o
+    alpha = by_row(alpha, l)
+    unsafe = (l > SAFE) & (alpha < 1.0)
+    return gl.where(unsafe, float("inf"), l * alpha) if FAST else l * alpha, o
+
+
+@gluon.jit
+def outgrown(m, l, o, mine, scale):
+    """Whether any of the rows that are `mine` has outgrown its reference m, in l or in o.
+
+    Nor can those do without maxima whose factor is not the scale (`rescale`).
+    """
+    top = gl.where((gl.abs(m) > LARGE / scale) & (l > 0.0), float("inf"), l)
+    top = gl.max(gl.where(mine, top, 0.0), 0)
+    found = top > LIMIT
+    if top > SAFE:
+        infinite = gl.where(gl.expand_dims(mine, 1) & (not (gl.abs(o) < float("inf"))), 1, 0)
+        found |= gl.max(gl.max(infinite, 1), 0) > 0
+    return found
 
 
 @gluon.jit
@@ -160,12 +177,12 @@ def tilted(s, first, start, changes, BLOCK_N: gl.constexpr):
 def weighed(
     m, s, factor, reference, first, b, head, start, scale, changes, cut, exact,
     which: gl.constexpr, turns, turn, left, right,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, LAZY: gl.constexpr, FAST: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LAZY: gl.constexpr,
     SCORES: gl.constexpr, SCORE_MOD: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """`rescale` of what becomes of scores of queries from `first` and keys from `start`, with the
-    mask where it is `cut`. FAST: only of an `exact` tile, a cut one too; others go by the factor
-    and the reference of the tile before.
+    mask where it is `cut`. A tile that is not `exact`, and not cut, goes by the factor and the
+    reference of the one before.
     """
     tilt = None
     if SCORES == "linear":
@@ -177,12 +194,7 @@ def weighed(
     elif SCORES != "":
         s = modified(s, 0, 0, 0, 0, 0, changes, SCORES, SCORE_MOD)
     alpha = m
-    if FAST:
-        if exact:
-            if cut:
-                s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N, GROUP)
-            m, alpha, s, factor, reference = rescale(m, s, tilt, scale, LAZY)
-    else:
+    if exact:
         if cut:
             s = masked(s, which, turns, turn, start, left, right, LEFT, RIGHT, BLOCK_N, GROUP)
         if SCORES != "bounded":
@@ -258,7 +270,7 @@ def attend(
     m, alpha, found, factor, reference = weighed(
         m, s, scale, m, first, b, head, start, scale, changes, cut, True,
         which, turns, turn, left, right,
-        LEFT, RIGHT, LAZY, False, SCORES, SCORE_MOD, BLOCK_N, GROUP,
+        LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N, GROUP,
     )  # fmt: skip
     p = weights(found, factor, reference, SCORES, s)
     l = sums(p, BLOCK_N)
@@ -278,9 +290,9 @@ def attend(
         cut = (start >= clear_end) | (start < clear_begin if LEFT else False)
         exact = (n < fast) | (start < clear_begin if LEFT else False)
         m, alpha, found, factor, reference = weighed(
-            m, s, factor, reference, first, b, head, start, scale, changes, cut, exact,
-            which, turns, turn, left, right,
-            LEFT, RIGHT, LAZY, FAST, SCORES, SCORE_MOD, BLOCK_N, GROUP,
+            m, s, factor, reference, first, b, head, start, scale, changes, cut,
+            exact if FAST else True, which, turns, turn, left, right,
+            LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N, GROUP,
         )  # fmt: skip
         if EARLY:
             p_next = weights(found, factor, reference, SCORES, s)
@@ -288,10 +300,7 @@ def attend(
         hopper.filled(keys, n + 1, n + 1 < stop)
         o, p = warpgroup_mma_wait(0, deps=[o, p])
         hopper.free(values, n - 1, CONSUMERS)
-        if FAST:
-            if exact:
-                l, o = moved(l, o, alpha, LAZY, FAST)
-        elif not BOUNDED:
+        if not BOUNDED and (exact if FAST else True):
             l, o = moved(l, o, alpha, LAZY, FAST)
         if not EARLY:
             p_next = weights(found, factor, reference, SCORES, s)

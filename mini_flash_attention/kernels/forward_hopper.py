@@ -15,7 +15,7 @@ from ..plan import Hopper
 from ..problem import Problem
 from ..rules import heads, softmax, split, work
 from . import handover, hopper
-from .attend_hopper import LIMIT, attend
+from .attend_hopper import attend, outgrown
 from .hopper import fence_async_shared, gl, gluon, mbarrier
 from .launch import MAX_INT, SIZES, Launch, changes, strides, where
 
@@ -84,7 +84,7 @@ def produce(
             start_v = start
             start -= BLOCK_N
             hopper.fill(keys, done + j, k_desc, source, start, j < n, CONSUMERS, PAGE_SIZE)
-            # Late, which balances; in time for the next queries.
+            # Late, which balances; in time for the next queries. For a tile again there was one.
             if ((j + 1 == n) | (n == 0)) & (not again if FAST else True):
                 drawn = gl.atomic_add(counter, 1, sem="relaxed")
                 # A program draws once for each tile it works on, so there is a last draw.
@@ -161,11 +161,6 @@ def consume(
                 which, queries, worked, keys, values, done, turns, turn, left, right, scale,
                 changes, LEFT, RIGHT, D, BLOCK_N, CONSUMERS, FAST, SCORES, SCORE_MOD,
             )  # fmt: skip
-            if FAST:
-                again = (gl.max(l, 0) > LIMIT) & (
-                    handover.word(turns, turn, handover.AGAIN + which) == 0
-                )
-                handover.say(turns, turn, handover.AGAIN + which, again.to(gl.int32), hopper.FOUR)
             sink = s_aux
             if s_aux is not None:
                 sink = gl.load(s_aux + handover.word(turns, turn, handover.HEAD)).to(gl.float32)
@@ -180,8 +175,11 @@ def consume(
         # TMA writes the rows: it stops at a tensor's end, not a sequence's.
         THROUGH: gl.constexpr = queries.tiles.shape[0] >= 2 * CONSUMERS and not SPLIT
         whole = THROUGH & (seen > 0) & ((not PACKED) | (first + 64 <= rows_q))
-        if FAST:
-            again = handover.word(turns, turn, handover.AGAIN + which) > 0
+        row = gl.arange(0, 64, gl.SliceLayout(1, O))
+        if FAST:  # rows after a sequence's end are someone else's, and have no say
+            again = outgrown(m, l, o, row < rows_q - first, scale)
+            again &= handover.word(turns, turn, handover.AGAIN + which) == 0
+            handover.say(turns, turn, handover.AGAIN + which, again.to(gl.int32), hopper.FOUR)
             whole &= not again
         if THROUGH and whole:
             tile = queries.tiles.index(hopper.q_place(queries, worked, which, CONSUMERS))
@@ -191,7 +189,6 @@ def consume(
             hopper.tma_store(o_desc, at_q, tile)
         worked += (seen > 0).to(gl.int32)
         b, head = b.to(gl.int64), head.to(gl.int64) * GROUP
-        row = gl.arange(0, 64, gl.SliceLayout(1, O))
         writable = row < handover.word(turns, turn, handover.WRITABLE) - first
         if FAST:
             writable &= not again
@@ -271,13 +268,13 @@ def forward_hopper_kernel(
         cu_seqlens_k, seqused_k, block_table, stride_table, batch, nheads, group, tiles, per_group,
         total, seqlen_q, seqlen_k, total_q, total_k, left, right, appended, splits,
     )  # fmt: skip
-    SMALL_PAGES: gl.constexpr = k_desc.block_shape[1] < BLOCK_N  # the producer has more to hold
+    LARGE: gl.constexpr = k_desc.block_shape[1] == BLOCK_N  # else the producer has more to hold
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, FAST, SCORES, SCORE_MOD)),
             (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, FAST, SCORES, SCORE_MOD)),
             (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SPLIT, FAST)),
-        ], [4, 1], [224, 56] if SMALL_PAGES else [240, 24])  # fmt: skip
+        ], [4, 1], [240, 24] if LARGE else [208, 96] if D == 64 else [224, 56])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, FAST, SCORES, SCORE_MOD)),

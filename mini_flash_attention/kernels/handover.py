@@ -1,7 +1,8 @@
 """Tiles of work on their way from the Hopper kernel's producer to its consumers, and back.
 
-The producer tells of a tile in a turn. Two turns at most are under way. A consumer that could not
-do with what it was told (`attend_hopper.py`) wants the tile again, and gets it two turns later.
+The producer tells of a tile in a turn. Two turns at most are under way. A consumer whose rows have
+outgrown their reference (`attend_hopper.py`) wants the tile again, and gets it two turns later, or
+next if there is no other work.
 """
 
 from typing import Any, NamedTuple
