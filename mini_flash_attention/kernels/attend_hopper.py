@@ -248,7 +248,7 @@ def attend(
     done, start = own, begin + (stop - own - 1) * BLOCK_N
     fast = stop
     if FAST and handover.word(turns, turn, handover.AGAIN + which) == 0:
-        # From the last tile down to the one of the last key that all rows see.
+        # The first tile without maxima: the next one after that of the last key that all rows see.
         seen = (first - rows_q) // GROUP + length_k + right + 1 if RIGHT else length_k
         fast -= gl.maximum(gl.cdiv(gl.minimum(seen, length_k) - begin, BLOCK_N) - 1, 0)
     # Where the first query stands, and whose it is: for what becomes of scores, else not read.
