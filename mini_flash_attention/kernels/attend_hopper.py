@@ -125,19 +125,20 @@ def weights(s, factor, reference, SCORES: gl.constexpr, like):
 
 @gluon.jit
 def moved(l, o, alpha, LAZY: gl.constexpr, FAST: gl.constexpr):
-    """Sums so far, times alpha. FAST: a sum that was not SAFE does not get away with that."""
+    """o times alpha. FAST: l too; a sum that was not SAFE does not get away with that."""
     o = hopper.scaled(o, by_row(alpha, o)) if LAZY else o * by_row(alpha, o)
     alpha = by_row(alpha, l)
     unsafe = (l > SAFE) & (alpha < 1.0)
-    return gl.where(unsafe, float("inf"), l * alpha) if FAST else l * alpha, o
+    return gl.where(unsafe, float("inf"), l * alpha) if FAST else l, o
 
 
 @gluon.jit
-def outgrown(m, l, o, mine, scale):
-    """Whether any of the rows that are `mine` has outgrown its reference m, in l or in o.
+def outgrown(m, l, o, rows, scale):
+    """Whether any of the first so many rows has outgrown its reference m, in l or in o.
 
     Nor can those do without maxima whose factor is not the scale (`rescale`).
     """
+    mine = gl.arange(0, 64, l.type.layout) < rows
     top = gl.where((gl.abs(m) > LARGE / scale) & (l > 0.0), float("inf"), l)
     top = gl.max(gl.where(mine, top, 0.0), 0)
     found = top > LIMIT
@@ -304,7 +305,7 @@ def attend(
             l, o = moved(l, o, alpha, LAZY, FAST)
         if not EARLY:
             p_next = weights(found, factor, reference, SCORES, s)
-        l += sums(p_next, BLOCK_N)
+        l = (l if FAST or BOUNDED else l * by_row(alpha, l)) + sums(p_next, BLOCK_N)
         p = gl.convert_layout(narrowed(p_next, q), P)
     if not THROUGH:
         mbarrier.arrive(queries.free.index(slot))

@@ -175,9 +175,8 @@ def consume(
         # TMA writes the rows: it stops at a tensor's end, not a sequence's.
         THROUGH: gl.constexpr = queries.tiles.shape[0] >= 2 * CONSUMERS and not SPLIT
         whole = THROUGH & (seen > 0) & ((not PACKED) | (first + 64 <= rows_q))
-        row = gl.arange(0, 64, gl.SliceLayout(1, O))
         if FAST:  # rows after a sequence's end are someone else's, and have no say
-            again = outgrown(m, l, o, row < rows_q - first, scale)
+            again = outgrown(m, l, o, rows_q - first, scale)
             again &= handover.word(turns, turn, handover.AGAIN + which) == 0
             handover.say(turns, turn, handover.AGAIN + which, again.to(gl.int32), hopper.FOUR)
             whole &= not again
@@ -189,6 +188,7 @@ def consume(
             hopper.tma_store(o_desc, at_q, tile)
         worked += (seen > 0).to(gl.int32)
         b, head = b.to(gl.int64), head.to(gl.int64) * GROUP
+        row = gl.arange(0, 64, gl.SliceLayout(1, O))
         writable = row < handover.word(turns, turn, handover.WRITABLE) - first
         if FAST:
             writable &= not again
