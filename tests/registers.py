@@ -2,7 +2,8 @@
 
 The compiler of machine code is not always right: with ptxas 12.8, a matrix product took its
 tile from an address that nobody had worked out (bench/NOTES.md, 113). Addresses of products
-lie in uniform registers (UR, one for a whole warp), so those are looked at.
+lie in uniform registers (UR, one for a whole warp), so those are looked at. This knows the
+instructions of compute capability 8.0 to 9.0.
 """
 
 import re
@@ -10,8 +11,7 @@ from typing import NamedTuple
 
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?);")
 REGISTER = re.compile(r"(gdesc\[|desc\[)?\bUR(\d+)\b")
-WRITER = re.compile(r"U|R2UR|S2UR|REDUX")  # instructions that write one, if it is named first
-FIRST = re.compile(r"(?:!?U?P[T\d]+, )*UR")
+WRITTEN = re.compile(r"(?:!?U?P[T\d]+, )*UR")  # what is named first, after predicates
 TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 
 
@@ -33,7 +33,7 @@ def steps(sass: str) -> list[Step]:
         name, *words = operation.split(".")
         pair = [0, 1] if {"64", "WIDE"} & set(words) else [0]
         for at, (kind, number) in enumerate(REGISTER.findall(operands)):
-            if not kind and at == 0 and WRITER.match(name) and FIRST.match(operands):
+            if not kind and at == 0 and WRITTEN.match(operands):
                 writes = [int(number) + m for m in pair]
             elif kind == "gdesc[":  # two descriptors, the first for an A in shared memory
                 both = re.match(r"R\d+, gdesc", operands)

@@ -119,7 +119,7 @@ class Program:
         # Which consumers can't do with a tile of work the first time, and how each was done last.
         share = draw.choice((0, 0, 0.3, 1))
         self.hard = [[n > 0 and draw.random() < share for _ in range(consumers)] for n in tiles]
-        self.done = [[None] * consumers for _ in tiles]
+        self.done, self.times = [[None] * consumers for _ in tiles], [0] * len(tiles)
         self.told, self.again = [None, None], [[False] * consumers, [False] * consumers]
         # Shares of values to be cleared in part, and of results that leave through shared memory.
         self.parts, self.whole = draw.choice((0, 0.2)), draw.choice((0, 0.8, 1))
@@ -146,6 +146,7 @@ class Program:
                 waits[who] = wait
         assert not threads, f"deadlock of {list(threads)}"
         assert self.done == self.hard, "a tile of work was not done in the way that it takes"
+        assert self.times == [1 + any(hard) for hard in self.hard], "a tile was done too often"
 
     def load(self, place, number, barrier):
         barrier.arrive(loads=1)
@@ -272,6 +273,7 @@ class Program:
                         yield self.store(tile, which)
                     yield tile.users.remove(which)
                 worked += 1
+            self.times[number] += which == 0
             if not again:
                 self.done[number][which] = careful
             done += tiles

@@ -73,9 +73,9 @@ def masked(
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # of fp32: no score lies below
 SLACK = gl.constexpr(8.0)  # powers of 2 by which a weight may exceed 1 where sums are moved lazily
 LARGE = gl.constexpr(2.0**27)  # from here on rounding m * scale is off by more than 2^4
-# Of sums of weights where maxima are not followed: up to SAFE products have as much room as ever,
-# up to LIMIT an LSE is right.
-SAFE, LIMIT = gl.constexpr(2.0**20), gl.constexpr(2.0**32)
+# Of sums of weights where maxima are not followed: up to SAFE products have about as much room as
+# ever, up to LIMIT an LSE is right.
+SAFE, LIMIT = gl.constexpr(2.0**12), gl.constexpr(2.0**32)
 
 
 @gluon.jit
@@ -125,24 +125,23 @@ def weights(s, factor, reference, SCORES: gl.constexpr, like):
 
 @gluon.jit
 def moved(l, o, alpha, LAZY: gl.constexpr, FAST: gl.constexpr):
-    """o times alpha. FAST: l too; a sum that was not SAFE does not get away with that."""
+    """o times alpha. FAST: l too, elsewhere later."""
     o = hopper.scaled(o, by_row(alpha, o)) if LAZY else o * by_row(alpha, o)
-    alpha = by_row(alpha, l)
-    unsafe = (l > SAFE) & (alpha < 1.0)
-    return gl.where(unsafe, float("inf"), l * alpha) if FAST else l, o
+    return l * by_row(alpha, l) if FAST else l, o
 
 
 @gluon.jit
-def outgrown(m, l, o, rows, scale):
+def outgrown(m, l, o, rows, scale, LEFT: gl.constexpr):
     """Whether any of the first so many rows has outgrown its reference m, in l or in o.
 
-    Nor can those do without maxima whose factor is not the scale (`rescale`).
+    Nor can those do without maxima whose factor is not the scale (`rescale`). Behind a window's
+    left end sums may have been scaled down again.
     """
     mine = gl.arange(0, 64, l.type.layout) < rows
-    top = gl.where((gl.abs(m) > LARGE / scale) & (l > 0.0), float("inf"), l)
+    top = gl.where((gl.abs(m) > LARGE / 2 / scale) & (l > 0.0), float("inf"), l)
     top = gl.max(gl.where(mine, top, 0.0), 0)
     found = top > LIMIT
-    if top > SAFE:
+    if LEFT or top > SAFE:
         infinite = gl.where(gl.expand_dims(mine, 1) & (not (gl.abs(o) < float("inf"))), 1, 0)
         found |= gl.max(gl.max(infinite, 1), 0) > 0
     return found

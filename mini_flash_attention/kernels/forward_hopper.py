@@ -176,7 +176,7 @@ def consume(
         THROUGH: gl.constexpr = queries.tiles.shape[0] >= 2 * CONSUMERS and not SPLIT
         whole = THROUGH & (seen > 0) & ((not PACKED) | (first + 64 <= rows_q))
         if FAST:  # rows after a sequence's end are someone else's, and have no say
-            again = outgrown(m, l, o, rows_q - first, scale)
+            again = outgrown(m, l, o, rows_q - first, scale, LEFT)
             again &= handover.word(turns, turn, handover.AGAIN + which) == 0
             handover.say(turns, turn, handover.AGAIN + which, again.to(gl.int32), hopper.FOUR)
             whole &= not again
