@@ -11,7 +11,7 @@ from cases import dense, kvcache, varlen
 from test_gpu import DTYPES, LENGTHS, MASKS, SHAPES, check
 
 import mini_flash_attention as mfa
-from mini_flash_attention import dispatch, plan
+from mini_flash_attention import dispatch, plan, reference
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -276,6 +276,19 @@ def test_scores_that_grow(how, meaning, head_dim, chosen, programs, monkeypatch)
     raise_scores(case, how)
     check(case)
     assert all(chosen[:6])
+
+
+def test_large_sums_in_a_tile_that_is_done_again(head_dim, chosen):
+    """Weights of up to 2^8 of many keys, and then a maximum that grows."""
+    score = torch.full((20480,), 5.5)
+    score[-128:], score[5] = 0.0, 30.0
+    q, k = torch.zeros(1, 192, 1, head_dim), torch.zeros(1, 20480, 1, head_dim)
+    q[..., 0], k[..., 0] = 1.0, score[:, None]
+    q, k, v = (*(x.bfloat16().cuda() for x in (q, k)), random(1, 20480, 1, head_dim))
+    out, lse, _ = mfa.flash_attn_func(q, k, v, softmax_scale=1.0, return_attn_probs=True)
+    expected, expected_lse = reference.attention(q[0], k[0], v[0], softmax_scale=1.0)
+    assert (out[0] - expected).abs().max() <= 2**-7 * expected.abs().max()
+    assert torch.allclose(lse[0].double(), expected_lse, rtol=1e-5) and chosen.every()
 
 
 @pytest.mark.parametrize("growth", [1, 4, 8, 12])
