@@ -7,7 +7,7 @@ from .packed import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     merge_attention_states,
-)  # fmt: skip
+)
 
 __version__ = "0.1.0"
 __all__ = [
