@@ -124,10 +124,10 @@ def weights(s, factor, reference, SCORES: gl.constexpr, like):
 
 
 @gluon.jit
-def moved(l, o, alpha, LAZY: gl.constexpr, FAST: gl.constexpr):
-    """o times alpha. FAST: l too, elsewhere later."""
+def moved(l, o, alpha, LAZY: gl.constexpr):
+    """Sums over earlier tiles, to the new reference."""
     o = hopper.scaled(o, by_row(alpha, o)) if LAZY else o * by_row(alpha, o)
-    return l * by_row(alpha, l) if FAST else l, o
+    return l * by_row(alpha, l), o
 
 
 @gluon.jit
@@ -301,10 +301,10 @@ def attend(
         o, p = warpgroup_mma_wait(0, deps=[o, p])
         hopper.free(values, n - 1, CONSUMERS)
         if not BOUNDED and (exact if FAST else True):
-            l, o = moved(l, o, alpha, LAZY, FAST)
+            l, o = moved(l, o, alpha, LAZY)
         if not EARLY:
             p_next = weights(found, factor, reference, SCORES, s)
-        l = (l if FAST or BOUNDED else l * by_row(alpha, l)) + sums(p_next, BLOCK_N)
+        l += sums(p_next, BLOCK_N)
         p = gl.convert_layout(narrowed(p_next, q), P)
     if not THROUGH:
         mbarrier.arrive(queries.free.index(slot))
