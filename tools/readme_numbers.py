@@ -345,6 +345,7 @@ CALLS = {
     "host/paged": "packed, paged keys",
     "host/decode": "decoding",
     "host/decode-paged": "decoding, paged keys",
+    "host/decode-parts": "decoding, keys in parts",
 }
 NO_WAIT = "None of the calls of this package waits for the GPU."
 
