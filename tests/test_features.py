@@ -193,7 +193,7 @@ def test_values_of_another_head_dim(head_dim_v, mask, place):
         check(varlen(2, [5, 0, 19], [12, 7, 40], page_size, *sizes, head_dim_v=head_dim_v, **mask))
 
 
-@pytest.mark.parametrize("head_dims", [(24, 15), (40, 16), (40, 32), (72, 16)], ids=str)
+@pytest.mark.parametrize("head_dims", [(24, 15), (36, 12), (36, 28), (40, 16), (72, 16)], ids=str)
 def test_tiles_of_keys_and_values_that_are_not_as_wide(head_dims, place):
     """Without a part of shared memory that is either's for good (bench/NOTES.md, 113)."""
     device, dtype, _, n = place

@@ -248,6 +248,21 @@ def test_offsets_of_pages_count_what_lies_inside_them():
     assert launch.wide(p._replace(k=far), 64) and launch.wide(p._replace(v=far), 64)
 
 
+def test_rows_of_eights():
+    eights = pytest.importorskip("mini_flash_attention.kernels.launch").eights
+
+    def rows(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    for head_dim, nheads, told in ((72, 3, True), (64, 3, False), (36, 3, False), (72, 2, True)):
+        assert eights(rows(2, 5, nheads, head_dim)) == told, head_dim
+    cache = rows(4, 16, 2, 40)
+    assert eights(rows(9, 6, 64), cache, cache[..., :15])
+    assert not eights(rows(9, 6, 64), cache, rows(4, 16, 2, 15))
+    # What is never stepped over has no say.
+    assert eights(rows(2, 5, 1, 8)) and not eights(rows(1, 1, 1, 40))
+
+
 def test_no_count_overflows():
     """Programs count tiles of the whole batch times shares in 32 bits."""
     window = 1985 * 64 - 1

@@ -7,6 +7,12 @@ from ..rules import mask, paging, scores, softmax
 
 
 @triton.jit
+def in_eights(b, t, h, EIGHTS: tl.constexpr):
+    """Strides, which the compiler is told are multiples of 8 if EIGHTS (`launch.eights`)."""
+    return (b // 8 * 8, t // 8 * 8, h // 8 * 8) if EIGHTS else (b, t, h)
+
+
+@triton.jit
 def load_rows(base, offset, row_ok, WHOLE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr):
     """Rows at base + offset as a tile [N, D]; zero past HEAD_DIM, and where row_ok is false."""
     d = tl.arange(0, D)

@@ -21,8 +21,8 @@ from ..plan import Decode
 from ..problem import Problem
 from ..rules import heads, mask, sequence, softmax, split
 from . import shares
-from .attend import attend
-from .launch import MAX_INT, SIZES, Launch, changes, padded, strides, twins, where, wide
+from .attend import attend, in_eights, load_rows
+from .launch import MAX_INT, SIZES, Launch, changes, eights, padded, strides, twins, where, wide
 
 
 @triton.jit
@@ -81,20 +81,13 @@ def decode_tiles(
 
     entry = b
     b = b.to(tl.int64)
-    d = tl.arange(0, D)
     if lengths[0] is not None:
         q += tl.cast(first_q, tl.int64) * stride_q_t
         out += tl.cast(first_q, tl.int64) * stride_o_t
         if lse is not None:
             lse += first_q
-    q_tile = tl.load(
-        q
-        + b * stride_q_b
-        + (i.to(tl.int64) * stride_q_t + head * stride_q_h)[:, None]
-        + d[None, :],
-        mask=(row < rows)[:, None] & (d < HEAD_DIM)[None, :],
-        other=0.0,
-    )
+    offset_q = i.to(tl.int64) * stride_q_t + head * stride_q_h
+    q_tile = load_rows(q + b * stride_q_b, offset_q, row < rows, False, HEAD_DIM, D)
     k += head_k * stride_k_h
     v += head_k * stride_v_h
     if PAGE_SIZE == 0:
@@ -156,7 +149,8 @@ def decode_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
-    SCORES: tl.constexpr, SCORE_MOD: tl.constexpr, SHARES: tl.constexpr, PDL: tl.constexpr,
+    EIGHTS: tl.constexpr, SCORES: tl.constexpr, SCORE_MOD: tl.constexpr,
+    SHARES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:  # `combine` may take its place as soon as there is room, and waits there
         gdc_launch_dependents()
@@ -164,6 +158,10 @@ def decode_kernel(
         cu_seqlens_q, cu_seqlens_k, seqused_k, cache_leftpad, cache_batch_idx,
         seqlen_q, seqlen_k, total_q, total_k, num_pages, left, right, appended,
     )  # fmt: skip
+    stride_q_b, stride_q_t, stride_q_h = in_eights(stride_q_b, stride_q_t, stride_q_h, EIGHTS)
+    stride_k_b, stride_k_t, stride_k_h = in_eights(stride_k_b, stride_k_t, stride_k_h, EIGHTS)
+    stride_v_b, stride_v_t, stride_v_h = in_eights(stride_v_b, stride_v_t, stride_v_h, EIGHTS)
+    stride_o_b, stride_o_t, stride_o_h = in_eights(stride_o_b, stride_o_t, stride_o_h, EIGHTS)
     given = (
         q, k, v, out, lse, parts, block_table, lengths, alibi_slopes, s_aux, aux,
         stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
@@ -247,7 +245,7 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode
         change.scale, p.left, p.right, p.appended, *change.numbers,
         p.left >= 0, p.right >= 0, p.page_size, head_dim, padded(head_dim, head_dim_v),
         head_dim_v, padded(head_dim_v, head_dim), tiles.block_m, tiles.block_n,
-        wide(p, tiles.block_n), twins(p, tiles.block_n), *change.flags,
+        wide(p, tiles.block_n), twins(p, tiles.block_n), eights(p.q, p.k, p.v, out), *change.flags,
         plan.shares, plan.overlapped,
     )  # fmt: skip
     # Tuned without a limit at head_dim 128, where ptxas spills for the sake of a second program.

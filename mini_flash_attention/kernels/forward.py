@@ -12,8 +12,8 @@ import triton.language as tl
 from ..plan import Forward
 from ..problem import Problem
 from ..rules import heads, sequence, softmax, work
-from .attend import attend
-from .launch import MAX_INT, SIZES, Launch, changes, padded, strides, twins, where, wide
+from .attend import attend, in_eights, load_rows
+from .launch import MAX_INT, SIZES, Launch, changes, eights, padded, strides, twins, where, wide
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -30,8 +30,13 @@ def forward_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
-    SCORES: tl.constexpr, SCORE_MOD: tl.constexpr,
+    EIGHTS: tl.constexpr, SCORES: tl.constexpr, SCORE_MOD: tl.constexpr,
 ):  # fmt: skip
+    stride_q_b, stride_q_t, stride_q_h = in_eights(stride_q_b, stride_q_t, stride_q_h, EIGHTS)
+    stride_k_b, stride_k_t, stride_k_h = in_eights(stride_k_b, stride_k_t, stride_k_h, EIGHTS)
+    stride_v_b, stride_v_t, stride_v_h = in_eights(stride_v_b, stride_v_t, stride_v_h, EIGHTS)
+    stride_o_b, stride_o_t, stride_o_h = in_eights(stride_o_b, stride_o_t, stride_o_h, EIGHTS)
+
     # Which rows are mine?
     b, head, first_q, rows_q, writable, first = work.queries(
         tl.program_id(0), cu_seqlens_q, batch, nheads, tiles, per_group, seqlen_q, total_q, BLOCK_M
@@ -58,14 +63,9 @@ def forward_kernel(
     if s_aux is not None:
         sink = tl.load(s_aux + head).to(tl.float32)
 
-    d = tl.arange(0, D)
     q += b * stride_q_b + head.to(tl.int64) * stride_q_h
     row_q = (first_q + i).to(tl.int64)
-    q_tile = tl.load(
-        q + row_q[:, None] * stride_q_t + d[None, :],
-        mask=(i < rows_q)[:, None] & (d < HEAD_DIM)[None, :],
-        other=0.0,
-    )
+    q_tile = load_rows(q, row_q * stride_q_t, i < rows_q, False, HEAD_DIM, D)
     k += heads.kv_head(head, group).to(tl.int64) * stride_k_h
     v += heads.kv_head(head, group).to(tl.int64) * stride_v_h
     if PAGE_SIZE == 0:
@@ -132,6 +132,6 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forwar
         change.scale, p.left, p.right, p.appended, *change.numbers,
         p.left >= 0, p.right >= 0, p.page_size, head_dim, padded(head_dim, head_dim_v),
         head_dim_v, padded(head_dim_v, head_dim), tiles.block_m, tiles.block_n,
-        wide(p, tiles.block_n), twins(p, tiles.block_n), *change.flags,
+        wide(p, tiles.block_n), twins(p, tiles.block_n), eights(p.q, p.k, p.v, out), *change.flags,
     )  # fmt: skip
     return Launch(forward_kernel, plan.rows * plan.units, POINTERS, constants, *tiles[2:])

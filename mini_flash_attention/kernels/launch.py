@@ -40,6 +40,14 @@ def where(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> tuple[int,
     return (*strides(out), *lse_strides, row)
 
 
+def eights(*tensors: torch.Tensor) -> bool:
+    """Whether rows begin at multiples of 8 elements, 16 bytes, which loads want, but not of 16.
+
+    Multiples of 16 Triton finds by itself; others it takes for odd, and loads two bytes at a time.
+    """
+    return math.gcd(*(step for x in tensors for step in strides(x))) % 16 == 8
+
+
 def padded(head_dim: int, other: int) -> int:
     """Columns of a tile that holds head_dim: a power of two, as many as a product wants.
 
