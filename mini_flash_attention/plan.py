@@ -87,7 +87,7 @@ def size_class(head_dim: int) -> int:
 
 
 def forward_tiles(arch: int, head_dim: int, window: bool, page_size: int, packed: bool) -> Tiles:
-    """Tiles of the forward kernel; each fits the architecture's shared memory without a spill."""
+    """Tiles of the forward kernel; each fits the shared memory, and hardly any spills."""
     size = size_class(head_dim)
     choice = TILES.get(arch, SMALL)[size]
     if window or head_dim & (head_dim - 1) or (packed and size == 64):

@@ -110,8 +110,7 @@ RARE = [
     ("decode", (64,), "none", "packed", "splits=3 alibi lse"),
     ("combine", (128,), "causal", "dense", "q=1 splits=16 sinks v=64"),
     ("append", (128,), "causal", "pages 16", "q=16 append=16 rotary"),
-    # Multiples of 8 and not of 16, which spill where loads are of two bytes.
-    ("forward", (72, 40), "causal", "dense", "lse"),
+    ("forward", (72, 40), "causal", "dense", "lse"),  # multiples of 8 and not of 16
     ("decode", (88, 40), "window", "pages 16", "q=16 lse"),
 ]
 
@@ -122,6 +121,9 @@ HOPPER = [
     ("forward", (36,), "causal", "pages 16", "lse v=12 unaligned"),
     ("forward", (36,), "none", "packed", "lse v=28 unaligned"),
     ("decode", (24,), "causal", "used", "q=64 splits=2 v=15"),
+    ("forward", (40,), "causal", "dense", "v=24"),  # multiples of 8 and not of 16
+    ("forward", (72,), "window", "pages 16", "lse"),
+    ("decode", (88,), "none", "pages 256", "q=1 wide shares"),
     ("forward_hopper", (128,), "window", "pages 16", "lse fp16"),
     ("forward_hopper", (256,), "window", "pages 256", "lse fp16"),
 ]
@@ -390,6 +392,13 @@ def reused(ptx: str) -> int:
     return len(barriers & numbers)
 
 
+def wide(variant: Variant) -> bool:
+    """Whether q, k and v can be loaded 16 bytes at a time, and nothing else has two bytes."""
+    head_dims = (variant.head_dim, *map(int, re.findall(r"\bv=(\d+)", variant.words)))
+    odd = {"unaligned", "sinks"} & set(variant.words.split())
+    return not odd and all(head_dim % 8 == 0 for head_dim in head_dims)
+
+
 def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
     """What came of each kernel that the variant launches, except those seen before."""
     launched: list[tuple[str, Launch, Any]] = []
@@ -422,6 +431,8 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
         if compiled.hash not in seen:
             seen.add(compiled.hash)
             row = {"variant": str(variant), "kernel": name, **launch.options, **measured(compiled)}
+            if name in ("forward", "decode") and wide(variant):
+                row["narrow"] = len(re.findall(r"\bLDG\.\S*U16\b", machine_code(compiled)))
             if name == "forward_hopper":
                 keys, consumers, _, scores, mod = launch.constants[-5:]
                 early = scores == "bounded" and variant.head_dim > 128

@@ -29,7 +29,11 @@ TRITONS = ("3.6.0", "3.9.0")
 @pytest.mark.parametrize("arch", SHARED, ids="sm_{}".format)
 @pytest.mark.parametrize("version", TRITONS[::-1], ids="triton-{}".format)
 def test_fits(version: str, arch: int) -> None:
-    """No kernel spills registers or needs more memory than there is on the chip."""
+    """No kernel spills registers or needs more memory than there is on the chip.
+
+    Of those that are dealt out to it. With Triton 3.9 dense causal kernels of head_dims between 64
+    and 128 spill 32 to 48 bytes on SM 120, which gets none of them (bench/NOTES.md, 119).
+    """
     folder = Path(sys.prefix) / f"triton-{version}"
     if not folder.is_dir():
         pytest.skip(f"Triton {version} is not installed beside the tests (tools/make_env.py)")
@@ -57,6 +61,8 @@ def complaint(result: dict[str, Any], shared: int) -> str:
     # Loads of two bytes at a time cost far more than the registers that they make spill.
     if result["spilled"] and "unaligned" not in result["variant"]:
         problems.append(f"spills {result['spilled']} bytes a thread")
+    if result.get("narrow"):
+        problems.append(f"has {result['narrow']} loads of two bytes")
     if result["shared"] > shared:
         problems.append(f"needs {result['shared']} bytes of shared memory, there are {shared}")
     if result["tensor_memory"] > TENSOR_MEMORY:

@@ -195,7 +195,9 @@ def test_values_of_another_head_dim(head_dim_v, mask, place):
 
 @pytest.mark.parametrize("head_dims", [(24, 15), (36, 12), (36, 28), (40, 16), (72, 16)], ids=str)
 def test_tiles_of_keys_and_values_that_are_not_as_wide(head_dims, place):
-    """Without a part of shared memory that is either's for good (bench/NOTES.md, 113)."""
+    """Loaded through registers K and V share shared memory (bench/NOTES.md, 113); the last two
+    pairs, of multiples of 8, are not (119).
+    """
     device, dtype, _, n = place
     sizes = (NHEADS, NHEADS_K, head_dims[0], dtype, device)
     for page_size in (0, 16):

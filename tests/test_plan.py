@@ -257,10 +257,11 @@ def test_rows_of_eights():
     for head_dim, nheads, told in ((72, 3, True), (64, 3, False), (36, 3, False), (72, 2, True)):
         assert eights(rows(2, 5, nheads, head_dim)) == told, head_dim
     cache = rows(4, 16, 2, 40)
-    assert eights(rows(9, 6, 64), cache, cache[..., :15])
-    assert not eights(rows(9, 6, 64), cache, rows(4, 16, 2, 15))
+    assert eights(rows(9, 6, 64), cache, cache[..., :15], rows(4, 16, 2, 15)) == 0b0110
+    assert not eights(cache.as_strided(cache.shape, (16 * 80 + 4, 80, 40, 1)))  # pages apart
     # What is never stepped over has no say.
-    assert eights(rows(2, 5, 1, 8)) and not eights(rows(1, 1, 1, 40))
+    assert eights(rows(2, 5, 1, 8).as_strided((2, 5, 1, 8), (40, 8, 3, 1)))
+    assert not eights(rows(1, 1, 1, 40))
 
 
 def test_no_count_overflows():

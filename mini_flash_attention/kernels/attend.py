@@ -8,7 +8,7 @@ from ..rules import mask, paging, scores, softmax
 
 @triton.jit
 def in_eights(b, t, h, EIGHTS: tl.constexpr):
-    """Strides, which the compiler is told are multiples of 8 if EIGHTS (`launch.eights`)."""
+    """Strides, which the compiler sees to be multiples of 8 if EIGHTS (`launch.eights`)."""
     return (b // 8 * 8, t // 8 * 8, h // 8 * 8) if EIGHTS else (b, t, h)
 
 

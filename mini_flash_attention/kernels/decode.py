@@ -86,8 +86,9 @@ def decode_tiles(
         out += tl.cast(first_q, tl.int64) * stride_o_t
         if lse is not None:
             lse += first_q
+    q += b * stride_q_b
     offset_q = i.to(tl.int64) * stride_q_t + head * stride_q_h
-    q_tile = load_rows(q + b * stride_q_b, offset_q, row < rows, False, HEAD_DIM, D)
+    q_tile = load_rows(q, offset_q, row < rows, False, HEAD_DIM, D)
     k += head_k * stride_k_h
     v += head_k * stride_v_h
     if PAGE_SIZE == 0:
@@ -158,10 +159,10 @@ def decode_kernel(
         cu_seqlens_q, cu_seqlens_k, seqused_k, cache_leftpad, cache_batch_idx,
         seqlen_q, seqlen_k, total_q, total_k, num_pages, left, right, appended,
     )  # fmt: skip
-    stride_q_b, stride_q_t, stride_q_h = in_eights(stride_q_b, stride_q_t, stride_q_h, EIGHTS)
-    stride_k_b, stride_k_t, stride_k_h = in_eights(stride_k_b, stride_k_t, stride_k_h, EIGHTS)
-    stride_v_b, stride_v_t, stride_v_h = in_eights(stride_v_b, stride_v_t, stride_v_h, EIGHTS)
-    stride_o_b, stride_o_t, stride_o_h = in_eights(stride_o_b, stride_o_t, stride_o_h, EIGHTS)
+    stride_q_b, stride_q_t, stride_q_h = in_eights(stride_q_b, stride_q_t, stride_q_h, EIGHTS & 1)
+    stride_k_b, stride_k_t, stride_k_h = in_eights(stride_k_b, stride_k_t, stride_k_h, EIGHTS & 2)
+    stride_v_b, stride_v_t, stride_v_h = in_eights(stride_v_b, stride_v_t, stride_v_h, EIGHTS & 4)
+    stride_o_b, stride_o_t, stride_o_h = in_eights(stride_o_b, stride_o_t, stride_o_h, EIGHTS & 8)
     given = (
         q, k, v, out, lse, parts, block_table, lengths, alibi_slopes, s_aux, aux,
         stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,

@@ -32,10 +32,10 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
     EIGHTS: tl.constexpr, SCORES: tl.constexpr, SCORE_MOD: tl.constexpr,
 ):  # fmt: skip
-    stride_q_b, stride_q_t, stride_q_h = in_eights(stride_q_b, stride_q_t, stride_q_h, EIGHTS)
-    stride_k_b, stride_k_t, stride_k_h = in_eights(stride_k_b, stride_k_t, stride_k_h, EIGHTS)
-    stride_v_b, stride_v_t, stride_v_h = in_eights(stride_v_b, stride_v_t, stride_v_h, EIGHTS)
-    stride_o_b, stride_o_t, stride_o_h = in_eights(stride_o_b, stride_o_t, stride_o_h, EIGHTS)
+    stride_q_b, stride_q_t, stride_q_h = in_eights(stride_q_b, stride_q_t, stride_q_h, EIGHTS & 1)
+    stride_k_b, stride_k_t, stride_k_h = in_eights(stride_k_b, stride_k_t, stride_k_h, EIGHTS & 2)
+    stride_v_b, stride_v_t, stride_v_h = in_eights(stride_v_b, stride_v_t, stride_v_h, EIGHTS & 4)
+    stride_o_b, stride_o_t, stride_o_h = in_eights(stride_o_b, stride_o_t, stride_o_h, EIGHTS & 8)
 
     # Which rows are mine?
     b, head, first_q, rows_q, writable, first = work.queries(

@@ -40,12 +40,13 @@ def where(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> tuple[int,
     return (*strides(out), *lse_strides, row)
 
 
-def eights(*tensors: torch.Tensor) -> bool:
-    """Whether rows begin at multiples of 8 elements, 16 bytes, which loads want, but not of 16.
+def eights(*tensors: torch.Tensor) -> int:
+    """A bit for each tensor whose strides are multiples of 8 elements, but not all of 16.
 
-    Multiples of 16 Triton finds by itself; others it takes for odd, and loads two bytes at a time.
+    Multiples of 16 Triton finds by itself; others it takes for odd, and loads two bytes at a time
+    instead of 16.
     """
-    return math.gcd(*(step for x in tensors for step in strides(x))) % 16 == 8
+    return sum((math.gcd(*strides(x)) % 16 == 8) << n for n, x in enumerate(tensors))
 
 
 def padded(head_dim: int, other: int) -> int:
