@@ -121,7 +121,8 @@ HOPPER = [
     ("forward", (36,), "causal", "pages 16", "lse v=12 unaligned"),
     ("forward", (36,), "none", "packed", "lse v=28 unaligned"),
     ("decode", (24,), "causal", "used", "q=64 splits=2 v=15"),
-    ("forward", (40,), "causal", "dense", "v=24"),  # multiples of 8 and not of 16
+    ("forward", (40,), "causal", "pages 16", "lse v=16"),  # multiples of 8 and not of 16
+    ("forward", (40,), "none", "packed", "lse v=32"),
     ("forward", (72,), "window", "pages 16", "lse"),
     ("decode", (88,), "none", "pages 256", "q=1 wide shares"),
     ("forward_hopper", (128,), "window", "pages 16", "lse fp16"),
@@ -392,7 +393,7 @@ def reused(ptx: str) -> int:
     return len(barriers & numbers)
 
 
-def wide(variant: Variant) -> bool:
+def aligned(variant: Variant) -> bool:
     """Whether q, k and v can be loaded 16 bytes at a time, and nothing else has two bytes."""
     head_dims = (variant.head_dim, *map(int, re.findall(r"\bv=(\d+)", variant.words)))
     odd = {"unaligned", "sinks"} & set(variant.words.split())
@@ -431,7 +432,7 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
         if compiled.hash not in seen:
             seen.add(compiled.hash)
             row = {"variant": str(variant), "kernel": name, **launch.options, **measured(compiled)}
-            if name in ("forward", "decode") and wide(variant):
+            if name in ("forward", "decode") and aligned(variant):
                 row["narrow"] = len(re.findall(r"\bLDG\.\S*U16\b", machine_code(compiled)))
             if name == "forward_hopper":
                 keys, consumers, _, scores, mod = launch.constants[-5:]

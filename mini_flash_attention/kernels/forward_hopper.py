@@ -268,13 +268,14 @@ def forward_hopper_kernel(
         cu_seqlens_k, seqused_k, block_table, stride_table, batch, nheads, group, tiles, per_group,
         total, seqlen_q, seqlen_k, total_q, total_k, left, right, appended, splits,
     )  # fmt: skip
-    LARGE: gl.constexpr = k_desc.block_shape[1] == BLOCK_N  # else the producer has more to hold
+    # A copy brings a whole tile of keys; of pages smaller than it the producer has more to hold.
+    WHOLE: gl.constexpr = k_desc.block_shape[1] == BLOCK_N
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, FAST, SCORES, SCORE_MOD)),
             (consume, (1, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, FAST, SCORES, SCORE_MOD)),
             (produce, (loads, LEFT, RIGHT, PAGE_SIZE, CLEAR, BLOCK_N, CONSUMERS, SPLIT, FAST)),
-        ], [4, 1], [240, 24] if LARGE else [208, 96] if D == 64 else [224, 56])  # fmt: skip
+        ], [4, 1], [240, 24] if WHOLE else [208, 96] if D == 64 else [224, 56])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (0, job, LEFT, RIGHT, HEAD_DIM, CONSUMERS, FAST, SCORES, SCORE_MOD)),
