@@ -7,7 +7,7 @@ import torch
 from . import dispatch, problem
 from .refusals import either
 
-Window = tuple[int | None, int | None]
+Window = tuple[int | None, int | None] | list[int | None] | list[int] | torch.Tensor
 
 
 def flash_attn_func(
@@ -46,7 +46,8 @@ def flash_attn_func(
             the last key.
         window_size: (left, right) in tokens: query i sees the keys from
             `i + seqlen_k - seqlen_q - left` to `i + seqlen_k - seqlen_q + right`. -1 or None is
-            unbounded. `causal` sets right to 0.
+            unbounded. `causal` sets right to 0. A list or a tensor of two ints will do; a tensor is
+            read, which waits for the GPU if it lives there.
         softcap: scaled scores become `softcap * tanh(score / softcap)`; 0 is none.
         alibi_slopes: (nheads,) or (batch, nheads), fp32: `slope * distance` is subtracted from a
             score, distance the tokens between the key and where the query stands
@@ -105,6 +106,7 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
     *,
+    seqused_q: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
     page_table: torch.Tensor | None = None,
@@ -131,6 +133,8 @@ def flash_attn_varlen_func(
         block_table: (batch, max_blocks), int32: key j of sequence b lies in page
             `block_table[b, j // page_size]`. Entries past a sequence's end may hold anything.
             `page_table` is another name.
+        seqused_q: (batch,), int32: query rows of each sequence in use, the first ones. Masks are
+            aligned to the last of them. The other rows give 0 and an LSE of -inf.
         seqused_k: (batch,), int32: keys of each sequence in use.
         num_splits: programs that share the keys of one sequence; 0 decides from the shapes. With
             1 a sequence gets the same bits whatever else is in the batch.
@@ -150,9 +154,9 @@ def flash_attn_varlen_func(
         "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "dropout_p": dropout_p,
         "softmax_scale": softmax_scale, "causal": causal, "window_size": window_size,
         "softcap": softcap, "alibi_slopes": alibi_slopes, "deterministic": deterministic,
-        "return_attn_probs": return_attn_probs, "block_table": block_table, "seqused_k": seqused_k,
-        "s_aux": s_aux, "score_mod": score_mod, "score_mod_args": score_mod_args,
-        "num_splits": num_splits, "out": out,
+        "return_attn_probs": return_attn_probs, "block_table": block_table, "seqused_q": seqused_q,
+        "seqused_k": seqused_k, "s_aux": s_aux, "score_mod": score_mod,
+        "score_mod_args": score_mod_args, "num_splits": num_splits, "out": out,
     }  # fmt: skip
     result, lse = dispatch.run(problem.varlen, arguments, {})
     return (result, lse, None) if return_attn_probs else result
@@ -210,8 +214,8 @@ def flash_attn_with_kvcache(
             of the two halves of rotary_dim.
         cache_seqlens: keys in use before k and v: an int, or (batch,) int32 on the device. It is
             not changed. None means the whole cache. 0 gives 0 and an LSE of -inf.
-        cache_batch_idx: (batch,), int32: the row of the caches that each sequence uses. One that
-            does not exist counts as empty.
+        cache_batch_idx: (batch,), int32: the row of the caches that each sequence uses, or of the
+            block table, which then has any number of rows. One that does not exist counts as empty.
         cache_leftpad: (batch,), int32: the first key of each sequence that is in use.
         block_table: as in `flash_attn_varlen_func`.
         cu_seqlens_q, max_seqlen_q: as in `flash_attn_varlen_func`: one call for sequences that

@@ -7,6 +7,7 @@ for service.
 """
 
 import os
+import warnings
 from functools import cache
 from itertools import pairwise
 from typing import NoReturn
@@ -19,6 +20,7 @@ from .refusals import refuse
 SWITCH = "MINI_FLASH_ATTENTION_CHECK"
 ON = os.environ.get(SWITCH) == "1"
 OLDEST_TRITON = (3, 6)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it when it is imported
 
 
 def values(p: Problem) -> None:
@@ -29,12 +31,19 @@ def values(p: Problem) -> None:
     queries = [p.seqlen_q] * p.batch
     if p.cu_seqlens_q is not None:
         queries = _differences(p, "cu_seqlens_q", p.cu_seqlens_q, p.q.shape[0])
+        if p.seqused_q is not None:
+            wanted = "0 to the {end} queries of sequence {b}"
+            _up_to(p, "seqused_q", p.seqused_q, queries, wanted)
+            queries = p.seqused_q.tolist()
         if max(queries, default=0) > p.seqlen_q:
             _wrong(p, "max_seqlen_q", f"at least {max(queries)}", p.seqlen_q)
     new = queries if p.appended < 0 else [p.appended] * p.batch
     keys = _key_lengths(p, new)
     longest = max(keys, default=0)
     hint = "the keys to append count too" if p.appended else ""
+    if p.cache_batch_idx is not None:
+        last = p.cache_rows - 1
+        _up_to(p, "cache_batch_idx", p.cache_batch_idx, [last] * p.batch, "rows from 0 to {end}")
     if p.block_table is not None:
         room = p.block_table.shape[1] * p.page_size
         if longest > room:
@@ -44,9 +53,6 @@ def values(p: Problem) -> None:
         if _used(p) == "cache_seqlens":
             _wrong(p, "cache_seqlens", f"at most the cache's {p.seqlen_k} tokens", longest, hint)
         _wrong(p, "max_seqlen_k", f"at least {longest}", p.seqlen_k)
-    if p.cache_batch_idx is not None:
-        last = p.k.shape[0] - 1
-        _up_to(p, "cache_batch_idx", p.cache_batch_idx, [last] * p.batch, "rows from 0 to {end}")
     if p.cache_leftpad is not None:
         _up_to(p, "cache_leftpad", p.cache_leftpad, keys, "0 to the {end} keys of sequence {b}")
     if p.rotary is not None:
@@ -95,7 +101,10 @@ def _key_lengths(p: Problem, new: list[int]) -> list[int]:
 def _pages(p: Problem, block_table: torch.Tensor, lengths: list[int]) -> None:
     num_pages = p.k.shape[0]
     pads = [0] * p.batch if p.cache_leftpad is None else p.cache_leftpad.tolist()
-    for b, (row, length) in enumerate(zip(block_table.tolist(), lengths, strict=True)):
+    rows = block_table.tolist()
+    if p.cache_batch_idx is not None:
+        rows = [rows[row] for row in p.cache_batch_idx.tolist()]
+    for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         unused = max(pads[b], 0) // p.page_size  # before the first key in use
         for column, page in enumerate(row[: -(-length // p.page_size)]):
             if column >= unused and not 0 <= page < num_pages:
@@ -124,13 +133,41 @@ def _positions(
 
 @cache
 def require_triton() -> None:
-    """Say what is missing before a kernel is imported: there is no Triton, or one too old."""
-    wanted = ".".join(map(str, OLDEST_TRITON)) + " or newer"
+    """Refuse, before a kernel is imported, where it could not run: Triton is missing or too old,
+    a module that it imports is missing, or TRITON_INTERPRET was changed after it was read.
+    """
+    package, wanted = "mini_flash_attention", ".".join(map(str, OLDEST_TRITON)) + " or newer"
     hint = "pip install --upgrade triton; tensors on the CPU need none"
     try:
         import triton
-    except ImportError:
-        refuse(ImportError, "mini_flash_attention", "triton", wanted, "none", hint)
+    except ImportError as error:
+        name = (error.name or "triton").partition(".")[0]
+        if name != "triton":
+            what = "'mini-flash-attention[interpreter]'" if name == "numpy" else name
+            expected = "a module that Triton imports"
+            refuse(ImportError, package, name, expected, "none", f"pip install {what}")
+        got = "none" if error.name == name else f"one that can't be imported: {error}"
+        refuse(ImportError, package, name, wanted, got, hint)
     found = triton.__version__
     if tuple(int(n) for n in found.split(".")[:2]) < OLDEST_TRITON:
-        refuse(ImportError, "mini_flash_attention", "triton", wanted, found, hint)
+        refuse(ImportError, package, "triton", wanted, found, hint)
+    compiled = isinstance(triton.language.sigmoid, triton.JITFunction)
+    if not INTERPRETED == triton.knobs.runtime.interpret == (not compiled):
+        expected = "one value while Triton and this package are imported"
+        hint = "set it before Python starts"
+        refuse(RuntimeError, package, "TRITON_INTERPRET", expected, "two", hint)
+
+
+def warn_of_late_switch() -> None:
+    """Say once a process that TRITON_INTERPRET=1 came too late."""
+    if not INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1":
+        _warn_of_late_switch()
+
+
+@cache
+def _warn_of_late_switch() -> None:
+    message = (
+        "mini_flash_attention: TRITON_INTERPRET=1 has no effect, because it was set after "
+        "mini_flash_attention was imported (set it before Python starts)"
+    )
+    warnings.warn(message, RuntimeWarning, stacklevel=6)  # the caller of a public function

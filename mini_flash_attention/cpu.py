@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from . import language
+from .memory import overlaps_itself
 from .problem import Problem, Rotary
-from .refusals import overlaps_itself
 
 
 def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -56,12 +56,18 @@ def _attention(
     if not k.shape[2] or not q.numel():
         empty = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device="cpu")
         return q.new_zeros((*q.shape[:3], v.shape[3])).transpose(1, 2), empty
-    seen = _seen(p, seqlen_q, seqlen_k, skipped)
     plain = not p.scores.changed and p.scores.s_aux is None
+    # PyTorch's causal mask is aligned top left, which is the same for equal lengths, and is not
+    # materialised: 2.4 times as fast at 8k tokens.
+    causal = plain and p.left < 0 and p.right == 0 and seqlen_q == seqlen_k
+    seen = None
+    if p.need_lse or not causal:
+        seen = _seen(p, seqlen_q, seqlen_k, skipped)
     if plain:
         result = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, scale=p.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+            q, k, v, attn_mask=None if causal else seen, is_causal=causal, scale=p.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
         if seen is not None:
             result = result.masked_fill(~seen.any(-1, keepdim=True), 0.0)
         if not p.need_lse:
@@ -119,8 +125,11 @@ def _seen(p: Problem, seqlen_q: int, seqlen_k: int, skipped: int) -> torch.Tenso
 
 
 def _queries(p: Problem, b: int) -> int | slice:
-    """Where in q those of sequence b are."""
-    return b if p.cu_seqlens_q is None else _rows(b, p.cu_seqlens_q, p.q, p.seqlen_q)
+    """Where in q those of sequence b are that are in use."""
+    if p.cu_seqlens_q is None:
+        return b
+    most = p.seqlen_q if p.seqused_q is None else min(max(int(p.seqused_q[b]), 0), p.seqlen_q)
+    return _rows(b, p.cu_seqlens_q, p.q, most)
 
 
 def _rows(b: int, cu_seqlens: torch.Tensor, x: torch.Tensor, most: int) -> slice:
@@ -141,6 +150,9 @@ def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     if p.seqused_k is not None:
         appended = p.q[_queries(p, b)].shape[0] if p.appended < 0 else p.appended
         length = min(min(max(int(p.seqused_k[b]), 0), length) + appended, length)
+    row = b if p.cache_batch_idx is None else int(p.cache_batch_idx[b])
+    if p.cache_batch_idx is not None and not 0 <= row < p.cache_rows:
+        row, length = 0, 0
     if p.page_size:
         if not p.k.shape[0]:  # no page at all
             return p.k.new_zeros(length, *p.k.shape[2:]), p.v.new_zeros(length, *p.v.shape[2:])
@@ -150,9 +162,6 @@ def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     if p.cu_seqlens_k is not None:
         rows = _rows(b, p.cu_seqlens_k, p.k, length)
         return p.k[rows], p.v[rows]
-    row = b if p.cache_batch_idx is None else int(p.cache_batch_idx[b])
-    if not 0 <= row < p.k.shape[0]:
-        row, length = 0, 0
     return p.k[row, :length], p.v[row, :length]
 
 
@@ -162,7 +171,10 @@ def _locate(p: Problem, b: int, j: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     """
     page, slot = torch.full_like(j, b), j
     if p.block_table is not None:
-        page, slot = p.block_table[b, j // p.page_size].long(), j % p.page_size
+        row = b if p.cache_batch_idx is None else int(p.cache_batch_idx[b])
+        if not 0 <= row < p.cache_rows:
+            return page.zero_(), slot, torch.zeros_like(page, dtype=torch.bool)
+        page, slot = p.block_table[row, j // p.page_size].long(), j % p.page_size
     elif p.cache_batch_idx is not None:
         page = p.cache_batch_idx[page].long()
     real = (page >= 0) & (page < p.k.shape[0])

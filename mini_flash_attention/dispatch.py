@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from . import checks, cpu, plan, refusals
+from . import checks, cpu, memory, plan, refusals
 from .problem import Problem, empty_out
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
 MAX_RECIPES = 4096
 PLAIN = (int, float, bool, type(None))
+OWN_MEMORY = frozenset((torch.Tensor, torch.nn.Parameter, torch.nn.Buffer))
 
 Arguments = dict[str, Any]
 Reader = Callable[..., Problem]  # of the arguments of a public function
@@ -42,6 +43,7 @@ class Recipe(NamedTuple):
     head_dim: int = 0  # of the result, 0 where it is q's
     rotates: bool = False  # the queries, to a tensor of their own
     clears: bool = False  # rows that no program writes
+    subclassed: bool = False  # whether some tensor's class could go without memory
 
 
 _recipes: dict[Hashable, Recipe] = {}
@@ -53,6 +55,8 @@ def run(describe: Reader, arguments: Arguments, names: Arguments) -> Result:
     `names` says which argument stands for a tensor that kernels know under another name. Whoever
     traces the call, or looks at operators, is shown one.
     """
+    if type(arguments["window_size"]) is not tuple:
+        arguments["window_size"] = refusals.pair(arguments["window_size"])
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         from . import ops
 
@@ -64,9 +68,12 @@ def compute(describe: Reader, arguments: Arguments, names: Arguments, keep: bool
     """`run` without an operator. keep: the workspace, for the next call."""
     key, recipe = _look_up(describe, arguments)
     if recipe is not None:
+        if recipe.subclassed:
+            memory.without_memory(recipe.function, arguments)
         _keep_apart(recipe.function, arguments)
         return _follow(recipe, arguments, keep)
     p = check(describe, arguments)
+    memory.without_memory(p.function, arguments)
     arguments["score_mod_args"] = p.scores.aux or ()
     if checks.ON:
         checks.values(p)
@@ -89,6 +96,7 @@ def compute(describe: Reader, arguments: Arguments, names: Arguments, keep: bool
 
 def check(describe: Reader, arguments: Arguments) -> Problem:
     """The call described, if nothing about it is to be refused."""
+    refusals.traced()
     p = describe(**arguments)
     _keep_apart(p.function, arguments)
     if p.q.is_cuda:
@@ -105,7 +113,7 @@ def _keep_apart(function: str, arguments: Arguments) -> None:
     if arguments["out"] is not None:
         others = [x for name, x in arguments.items() if name != "out"]
         others += arguments["score_mod_args"]
-        refusals.apart(function, arguments["out"], *filter(torch.is_tensor, others))
+        memory.apart(function, arguments["out"], *filter(torch.is_tensor, others))
 
 
 def _look_up(describe: Reader, arguments: Arguments) -> tuple[Any, Recipe | None]:
@@ -183,12 +191,16 @@ def _recipe(p: Problem, arguments: Arguments, names: Arguments) -> Recipe:
             workspace["counter"] = 1
     head_dim = 0 if p.v.shape[-1] == p.q.shape[-1] else p.v.shape[-1]
     given = [name for name, x in arguments.items() if isinstance(x, torch.Tensor)]
+    classes = {type(x) for x in (*map(arguments.get, given), *arguments["score_mod_args"])}
     known = {name: name for name in (*given, "out", "lse", "aux", *workspace)}
     known |= {name: x if x in given else "nothing" for name, x in names.items()}
     known |= {"given_q": "q", "q": "rotated_q"} if p.rotary else {}
     for launch in launches:
         launch.find(known)
-    return Recipe(p.function, launches, p.lse_shape, workspace, head_dim, bool(p.rotary), clears)
+    return Recipe(
+        p.function, launches, p.lse_shape, workspace, head_dim, bool(p.rotary), clears,
+        not classes <= OWN_MEMORY,
+    )  # fmt: skip
 
 
 def _follow(recipe: Recipe, tensors: Arguments, keep: bool = True) -> Result:

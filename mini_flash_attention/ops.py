@@ -24,11 +24,19 @@ LENGTHS = (
     "Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table, SymInt num_splits, "
     "SymInt? fixed_split_size"
 )
+# Of arguments that an operator has beside these, after SCORES.
+OPTIONAL = {
+    "varlen": (
+        "Tensor? seqused_q=None, Tensor? max_seqlen_q_tensor=None, Tensor? max_seqlen_k_tensor=None"
+    ),
+    "kvcache": "Tensor? max_seqlen_q_tensor=None",
+    "kvcache_append": "Tensor? max_seqlen_q_tensor=None",
+}
 SCHEMAS = {  # of what comes before SCORES
     "dense": "Tensor q, Tensor k, Tensor v",
     "varlen": (
         "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
-        "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table, Tensor? seqused_k, "
+        "SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? block_table, Tensor? seqused_k, "
         "SymInt num_splits"
     ),
     "kvcache": f"Tensor q, Tensor k_cache, Tensor v_cache, {LENGTHS}",
@@ -37,6 +45,7 @@ SCHEMAS = {  # of what comes before SCORES
         f"Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, {LENGTHS}"
     ),
 }
+LONGEST = frozenset(("max_seqlen_q", "max_seqlen_k"))  # ints, or tensors that hold one
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # Operators take no functions: a score_mod goes by a name.
 _score_mods: dict[str, Any] = {}
@@ -86,6 +95,10 @@ def run(describe: Callable[..., Problem], arguments: Mapping[str, Any]) -> dispa
     given["score_mod_args"] = list(given["score_mod_args"])
     if given["score_mod"] is not None:
         given["score_mod"] = name_of(given["score_mod"])
+    for name in LONGEST & given.keys():  # read when it runs, if it is a tensor
+        x = given[name]
+        read = isinstance(x, torch.Tensor)
+        given |= {name: None if read else x, f"{name}_tensor": x if read else None}
     name = describe.__name__
     if name == "kvcache":
         given["cache_seqlen"] = None
@@ -108,6 +121,10 @@ def _arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
     given["score_mod_args"] = tuple(given["score_mod_args"])
     if given["score_mod"] is not None:
         given["score_mod"] = _score_mods[given["score_mod"]]
+    for longest in LONGEST & given.keys():
+        x = given.pop(f"{longest}_tensor", None)
+        if x is not None:
+            given[longest] = x
     need_lse = given.pop("need_lse")
     if name in ("dense", "varlen"):
         return given | {"return_attn_probs": need_lse, "dropout_p": 0.0, "deterministic": False}
@@ -120,8 +137,10 @@ def _arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def _define(name: str, schema: str) -> None:
     """An operator: what it does, what it makes of tensors without memory, and what that costs."""
+    optional = f", *, {OPTIONAL[name]}" if name in OPTIONAL else ""
     LIBRARY.define(
-        f"{name}({schema}, {SCORES}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
+        f"{name}({schema}, {SCORES}{optional}) -> (Tensor, Tensor)",
+        tags=(torch.Tag.pt2_compliant_tag,),
     )
     operator = getattr(torch.ops.mini_flash_attention, name).default
     order = [argument.name for argument in operator._schema.arguments]
@@ -154,7 +173,7 @@ def _flops(p: Problem) -> int:
     """2 q kᵀ and 2 p v for each pair of a query and a key in use, masks left out of account."""
     queries, keys = [p.seqlen_q] * p.batch, [p.seqlen_k] * p.batch
     if p.cu_seqlens_q is not None:
-        queries = p.cu_seqlens_q.diff().tolist()
+        queries = p.cu_seqlens_q.diff().tolist() if p.seqused_q is None else p.seqused_q.tolist()
     if p.cu_seqlens_k is not None:
         keys = p.cu_seqlens_k.diff().tolist()
     if p.seqused_k is not None:

@@ -83,8 +83,8 @@ def merge_attention_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of attention to two sets of keys, from what each gave alone.
 
-    Exact but for rounding. A part that saw no key (LSE -inf) weighs nothing; two such give 0 and
-    -inf. A sink belongs to one of the parts. Differentiable.
+    Exact but for rounding. The out of a part that saw no key (LSE -inf) is not read, so it may hold
+    NaN; two such parts give 0 and -inf. A sink belongs to one of the parts. Differentiable.
 
     Args:
         out_a, out_b: (batch, seqlen, nheads, head_dim) or (total, nheads, head_dim).
@@ -104,9 +104,15 @@ def merge_attention_states(
     shape(function, "out_b", out_b, tuple(out_a.shape))
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         shape(function, name, lse, (*outer[:-1], nheads, outer[-1]))
-    lse = torch.logaddexp(lse_a.float(), lse_b.float())
-    least = lse.masked_fill(lse == float("-inf"), 0.0)
-    weight_a, weight_b = (
-        torch.exp(x.float() - least).transpose(-1, -2)[..., None] for x in (lse_a, lse_b)
-    )
-    return (weight_a * out_a.float() + weight_b * out_b.float()).to(out_a.dtype), lse
+    nothing = float("-inf")
+    empty = (lse_a == nothing) & (lse_b == nothing)
+    # Selected before anything is computed from it: 0 times NaN is NaN, in a gradient too.
+    finite_a, finite_b = (x.float().masked_fill(empty, 0.0) for x in (lse_a, lse_b))
+    lse = torch.logaddexp(finite_a, finite_b)
+    merged = torch.zeros_like(out_a, dtype=torch.float32)
+    for out, part in ((out_a, finite_a), (out_b, finite_b)):
+        unread = empty | (part == nothing)
+        weight = torch.exp(part - lse).masked_fill(unread, 0.0)
+        weight, unread = (x.transpose(-1, -2)[..., None] for x in (weight, unread))
+        merged = merged + weight * out.float().masked_fill(unread, 0.0)
+    return merged.to(out_a.dtype), lse.masked_fill(empty, nothing)

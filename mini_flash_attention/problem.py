@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import features
+from . import features, memory
 from . import refusals as check
 from .refusals import NARROW as NARROW  # kernels ask for it here
 from .refusals import refuse
@@ -69,9 +69,15 @@ class Problem(NamedTuple):
     need_lse: bool
     windowed: bool  # a left bound was asked for, whether or not it can cut
     scores: Scores = Scores()
-    cache_batch_idx: torch.Tensor | None = None  # (batch,): rows of a dense cache
+    cache_batch_idx: torch.Tensor | None = None  # (batch,): rows of a dense cache or block table
     cache_leftpad: torch.Tensor | None = None  # (batch,): the first key in use
     rotary: Rotary | None = None
+    seqused_q: torch.Tensor | None = None  # (batch,): query rows in use
+
+    @property
+    def cache_rows(self) -> int:
+        """Rows that cache_batch_idx chooses from."""
+        return int((self.k if self.block_table is None else self.block_table).shape[0])
 
     @property
     def group(self) -> int:
@@ -136,7 +142,7 @@ def varlen(
     max_seqlen_k: Any, dropout_p: Any, softmax_scale: Any, causal: Any, window_size: Any,
     softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any, block_table: Any,
     seqused_k: Any, s_aux: Any, num_splits: Any, out: Any, score_mod: Any = None,
-    score_mod_args: Any = (),
+    score_mod_args: Any = (), seqused_q: Any = None,
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_varlen_func(...)`."""
     function = "flash_attn_varlen_func"
@@ -147,8 +153,9 @@ def varlen(
     elif block_table is None or seqused_k is None:
         hint = "only paged keys with seqused_k can go without"
         refuse(TypeError, function, "cu_seqlens_k", "an int32 torch.Tensor", "None", hint)
-    if seqused_k is not None:
-        check.index_tensor(function, "seqused_k", seqused_k, q, (batch,))
+    for name, used in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
+        if used is not None:
+            check.index_tensor(function, name, used, q, (batch,))
     page_size, capacity = _pages(function, "k", k, block_table, batch, q)
     seqlen_k = min(check.length(function, "max_seqlen_k", max_seqlen_k), capacity)
     check.dropout(function, dropout_p)
@@ -159,7 +166,7 @@ def varlen(
     p = Problem(
         function, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, None, None,
         batch, seqlen_q, seqlen_k, 0, page_size, softmax_scale, left, right, splits, 0,
-        return_attn_probs, asked, scores,
+        return_attn_probs, asked, scores, seqused_q=seqused_q,
     )  # fmt: skip
     return _judged(p)
 
@@ -192,12 +199,10 @@ def kvcache(
     split_size = check.split_size(function, fixed_split_size, splits)
     if cache_batch_idx is not None:
         check.index_tensor(function, "cache_batch_idx", cache_batch_idx, q, (batch,))
-        if block_table is not None:
-            wanted = "None with a block_table"
-            refuse(ValueError, function, "cache_batch_idx", wanted, "both", "drop one")
     if cache_leftpad is not None:
         check.index_tensor(function, "cache_leftpad", cache_leftpad, q, (batch,))
-    page_size, capacity = _pages(function, "k_cache", k_cache, block_table, batch, q)
+    rows = batch if cache_batch_idx is None else "any"
+    page_size, capacity = _pages(function, "k_cache", k_cache, block_table, rows, q)
     if k_cache.shape[0] != batch and block_table is None and cache_batch_idx is None:
         hint = "cache_batch_idx says which rows of a larger cache to use"
         refuse(ValueError, function, "k_cache", f"batch {batch}", k_cache.shape[0], hint)
@@ -248,7 +253,7 @@ def _judged(p: Problem) -> Problem:
     cap = check.softcap(function, softcap)
     others = (alibi_slopes, s_aux, *(aux or ()), *(p.rotary or ()))
     check.differentiable(function, q, p.k, p.v, p.k_new, p.v_new, p.out, *others)
-    check.out(function, p.out, q, p.v.shape[-1])
+    memory.out(function, p.out, q, p.v.shape[-1])
     scale = check.scale(function, p.softmax_scale, head_dim, alibi_slopes is not None)
     scores = Scores(cap, alibi_slopes, score_mod, tuple(aux or ()) or None, s_aux)
     return p._replace(softmax_scale=scale, scores=scores)
@@ -266,12 +271,12 @@ def _packed(function: str, cu_seqlens_q: Any, longest: Any, q: torch.Tensor) -> 
 
 
 def _pages(
-    function: str, name: str, k: torch.Tensor, table: Any, batch: int, q: torch.Tensor
+    function: str, name: str, k: torch.Tensor, table: Any, rows: int | str, q: torch.Tensor
 ) -> tuple[int, int]:
     """(page_size, tokens that one row of the block table can reach); (0, tokens of k) without."""
     if table is None:
         return 0, check.bounded(function, name, k.shape[-3])
-    check.index_tensor(function, "block_table", table, q, (batch, "any"))
+    check.index_tensor(function, "block_table", table, q, (rows, "any"))
     page_size = k.shape[1]
     if page_size < 1:
         refuse(ValueError, function, "block_table", "pages of at least one token", page_size)
@@ -292,7 +297,7 @@ def _append(
         check.tensor(function, name, x, 3 if packed else 4, q)
         hint = "a packed sequence brings a key for each query" if packed else ""
         check.shape(function, name, x, (q.shape[0], *k.shape[1:-2], *cache.shape[-2:]), hint=hint)
-        if check.overlaps_itself(cache):
+        if memory.overlaps_itself(cache):
             got, hint = f"strides {cache.stride()}", "an expanded cache can't be written"
             refuse(ValueError, function, f"{name}_cache", "memory of its own", got, hint)
     if cache_seqlens is None:

@@ -198,6 +198,13 @@ def softcap(function: str, softcap: Any) -> float:
     return cap
 
 
+def pair(window_size: Any) -> Any:
+    """A list, or a tensor of two elements, as the tuple that `window` judges; else window_size."""
+    if isinstance(window_size, torch.Tensor) and window_size.shape == (2,):
+        window_size = window_size.tolist()
+    return tuple(window_size) if isinstance(window_size, list) else window_size
+
+
 def window(
     function: str, causal: Any, window_size: Any, seqlen_q: int, seqlen_k: int
 ) -> tuple[int, int, bool]:
@@ -208,7 +215,7 @@ def window(
     try:
         left, right = (
             -1 if w is None else None if isinstance(w, torch.Tensor) else integer(w)
-            for w in (() if isinstance(window_size, torch.Tensor) else window_size)
+            for w in pair(window_size)
         )
     except (TypeError, ValueError):
         left = right = None
@@ -289,45 +296,15 @@ def differentiable(function: str, *tensors: torch.Tensor | None) -> None:
         )
 
 
+def traced() -> None:
+    """Refuse torch.jit.trace, which hands over sizes as tensors and records none of our kernels."""
+    if torch._C._get_tracing_state() is not None:
+        raise NotImplementedError(
+            "mini_flash_attention: torch.jit.trace, and the ONNX export that is based on it: "
+            "not supported; use torch.export or torch.compile"
+        )
+
+
 def transformed() -> bool:
     """Whether the caller runs under torch.func (vmap, grad, ...) or forward-mode AD."""
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
-
-
-def overlaps_itself(x: torch.Tensor) -> bool:
-    """Whether two elements share memory: some stride is less than what lies inside it spans."""
-    reach = 1
-    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
-        if stride < reach:
-            return True
-        reach = stride * (size - 1) + reach
-    return False
-
-
-def extent(x: torch.Tensor) -> tuple[int, int]:
-    """First byte and the one after the last that x can touch."""
-    span = sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True)) + 1
-    start = x.data_ptr()
-    return start, start + span * x.element_size() * (x.numel() > 0)
-
-
-def out(function: str, out: Any, q: torch.Tensor, head_dim: int) -> None:
-    if out is None:
-        return
-    tensor(function, "out", out, q.dim(), q)
-    shape(function, "out", out, (*q.shape[:-1], head_dim))
-    if overlaps_itself(out):
-        wanted = "elements that don't overlap"
-        refuse(ValueError, function, "out", wanted, f"strides {out.stride()}")
-
-
-def apart(function: str, out: torch.Tensor, *inputs: torch.Tensor) -> None:
-    """Refuse an out that shares memory with an input."""
-    if hasattr(out, "fake_mode"):  # it lies nowhere
-        return
-    first, end = extent(out)
-    for x in inputs:
-        x_first, x_end = extent(x)
-        if first < x_end and x_first < end:
-            hint = "pass a tensor of its own memory"
-            refuse(ValueError, function, "out", "memory apart from the inputs'", "an overlap", hint)

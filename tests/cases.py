@@ -64,6 +64,8 @@ class Case:
             lse_error = _largest(lse[lse_at].double()[there] - ref_lse[there])
             assert lse_error <= 1e-5 * max(1.0, _largest(ref_lse[there]))
         assert not out[untouched].any(), "rows of no sequence are not 0"
+        if self.arguments["q"].dim() == 3:
+            assert (lse[:, untouched[:, 0, 0]] == float("-inf")).all(), "nor is their LSE -inf"
 
 
 def rounding(ref: torch.Tensor, dtype: torch.dtype) -> float:
@@ -144,10 +146,12 @@ def _paged(
 def varlen(
     seed: int, lengths_q: list[int], lengths_k: list[int], page_size: int, nheads: int,
     nheads_k: int, head_dim: int, dtype: torch.dtype, device: str, padding: int = 3,
-    head_dim_v: int = 0, **meaning: Any,
+    head_dim_v: int = 0, used_q: bool = False, **meaning: Any,
 ) -> Case:  # fmt: skip
+    """used_q: the last queries of some sequences are not in use, and hold NaN."""
     g = torch.Generator().manual_seed(seed)
     q, cu_q = _packed(g, lengths_q, padding, nheads, head_dim, dtype, device)
+    starts = cu_q.tolist()
     arguments: dict[str, Any] = {"q": q, "cu_seqlens_q": cu_q} | meaning
     arguments |= {"max_seqlen_q": max(lengths_q, default=0)}
     arguments |= {"max_seqlen_k": max(lengths_k, default=0)}
@@ -164,9 +168,13 @@ def varlen(
         v, _ = _packed(g, lengths_k, padding, nheads_k, head_dim_v or head_dim, dtype, device)
         keys = [tuple(x[cu_k[b] : cu_k[b + 1]] for x in (k, v)) for b in range(len(lengths_k))]
     arguments |= {"k": k, "v": v, "cu_seqlens_k": cu_k.to(device)}
+    if used_q:
+        lengths_q = [int(torch.randint(n + 1, (), generator=g)) for n in lengths_q]
+        arguments["seqused_q"] = torch.tensor(lengths_q).int().to(device)
     rows = []
     for b, (k_b, v_b) in enumerate(keys):
-        mine = slice(sum(lengths_q[:b]), sum(lengths_q[: b + 1]))
+        mine = slice(starts[b], starts[b] + lengths_q[b])
+        q[mine.stop : starts[b + 1]] = float("nan")
         rows.append((mine, (slice(None), mine), q[mine], k_b, v_b))
     return Case("flash_attn_varlen_func", arguments, rows, meaning)
 
@@ -181,7 +189,7 @@ def kvcache(
 
     A list for seqlen_q packs the queries, and what is appended, if anything, is as long. rotary:
     "pairs" or "halves". leftpad: some keys at the front are not in use. rows: sequences use rows of
-    a larger cache.
+    a larger cache, or of a larger block table.
     """
     g = torch.Generator().manual_seed(seed)
     batch, packed = len(lengths), isinstance(seqlen_q, list)
@@ -203,18 +211,22 @@ def kvcache(
     if leftpad:
         pads = [int(torch.randint(n + 1, (), generator=g)) for n in lengths]
         arguments["cache_leftpad"] = torch.tensor(pads).int().to(device)
+    in_cache = list(range(batch))
+    if rows:
+        in_cache = torch.randperm(batch + 2, generator=g)[:batch].tolist()
+        arguments["cache_batch_idx"] = torch.tensor(in_cache).int().to(device)
     if page_size:
         size = (page_size, nheads_k, max(dims), dtype, device)
         k, v, table = _paged(g, lengths, *size, room=max(new, default=0))
         k, v = k[..., : dims[0]], v[..., : dims[1]]
         arguments |= {"block_table": table}
+        if rows:
+            larger = torch.full((batch + 2, table.shape[1]), -7, dtype=torch.int32, device=device)
+            larger[in_cache] = table
+            arguments |= {"block_table": larger}
         old = [[reference.pages(x, table[b], n) for x in (k, v)] for b, n in enumerate(lengths)]
     else:
         capacity = max((n + m for n, m in zip(lengths, new, strict=True)), default=0) + 5
-        in_cache = list(range(batch))
-        if rows:
-            in_cache = torch.randperm(batch + 2, generator=g)[:batch].tolist()
-            arguments["cache_batch_idx"] = torch.tensor(in_cache).int().to(device)
         shape = (batch + 2 * rows, capacity, nheads_k)
         k, v = (margined((*shape, d), dtype, device) for d in dims)
         for b, n in zip(in_cache, lengths, strict=True):
@@ -253,11 +265,12 @@ def kvcache(
 def _forget(x: torch.Tensor, arguments: dict[str, Any], b: int, pad: int, page_size: int) -> None:
     """NaN in the first `pad` slots of sequence b's cache."""
     j = torch.arange(pad)
+    rows = arguments.get("cache_batch_idx")
+    row = b if rows is None else int(rows[b])
     if page_size:
-        x[arguments["block_table"][b].cpu()[j // page_size].long(), j % page_size] = float("nan")
+        x[arguments["block_table"][row].cpu()[j // page_size].long(), j % page_size] = float("nan")
     else:
-        rows = arguments.get("cache_batch_idx")
-        x[b if rows is None else int(rows[b]), :pad] = float("nan")
+        x[row, :pad] = float("nan")
 
 
 def rotated(

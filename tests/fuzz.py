@@ -114,8 +114,9 @@ def build(seed: int, number: int, gpu: bool) -> tuple[Case, dict[str, Any]]:
             more["head_dim_v"] = f.choice(HEAD_DIMS[: 11 if gpu else 5])
         if f.random() < 0.3 and "score_mod" not in more:
             more["leftpad"] = kind in ("decode", "packed")
-        if f.random() < 0.3 and not page_size:
+        if f.random() < 0.3:
             more["rows"] = kind in ("decode", "packed")
+            more["used_q"] = kind == "varlen"
         rotary = f.choice(("", "pairs", "halves"))
         if rotary and head_dim >= 16 and kind in ("decode", "packed"):
             more["rotary"], words["appended"] = rotary, max(1, appended)
@@ -135,6 +136,7 @@ def build(seed: int, number: int, gpu: bool) -> tuple[Case, dict[str, Any]]:
         appended = longest_q * words["appended"]
     else:
         appended = words["appended"]
+    words.pop("used_q", None)
     case = kvcache(**words, device="cpu")
     case.arguments["return_softmax_lse"] = lse
     if not words["num_splits"] and r.random() < 0.1:
@@ -162,6 +164,7 @@ def prefill(kind: str, words: dict[str, Any], r: random.Random, gpu: bool) -> Ca
     splits, page_size = given.pop("num_splits"), given.pop("page_size")
     words["appended"] = 0
     if kind == "dense":
+        given.pop("used_q", None)
         batch = min(3, len(words["lengths"]))
         sizes = {"seqlen_q": int(most) + r.randint(0, 9), "seqlen_k": r.choice(words["lengths"])}
         for name in ("alibi_slopes",):
@@ -179,6 +182,10 @@ def with_junk(arguments: dict[str, Any], appended: torch.Tensor, room: int) -> t
     """The block table and `room` columns, unused entries: no page, one of NaN, another's."""
     table, cache = arguments["block_table"], arguments["k_cache"]
     pages = -(-(arguments["cache_seqlens"] + appended) // cache.shape[1])
+    if "cache_batch_idx" in arguments:
+        of_rows = torch.zeros(len(table), dtype=pages.dtype)
+        of_rows[arguments["cache_batch_idx"].long()] = pages
+        pages = of_rows
     empty = cache.isnan().flatten(1).all(1).nonzero().flatten().tolist()
     junk = torch.tensor([-1, -(2**31), 2**31 - 1, len(cache), *empty[:3], *range(len(cache))[:3]])
     g = torch.Generator().manual_seed(int(pages.sum()))
@@ -260,9 +267,10 @@ def call(case: Case, words: dict[str, Any], device: str) -> tuple[torch.Tensor, 
         new = words["seqlen_q"][b] if words["kind"] == "packed" else words["appended"]
         j = torch.arange(n, n + new)
         rows = after.get("cache_batch_idx")
-        at = (torch.full_like(j, b if rows is None else int(rows[b])), j)
+        row = b if rows is None else int(rows[b])
+        at = (torch.full_like(j, row), j)
         if words["page_size"]:
-            page = after["block_table"][b, j // words["page_size"]].long()
+            page = after["block_table"][row, j // words["page_size"]].long()
             at = (page, j % words["page_size"])
         for name, x in zip(("k_cache", "v_cache"), case.rows[b][3:], strict=True):
             after[name][at] = x[len(x) - new :].cpu()

@@ -105,6 +105,26 @@ def test_soft_caps_with_and_without_running_maxima(softcap, place):
         check(dense(3, BATCH, *lengths, head_dim, dtype, device, **meaning))
 
 
+@pytest.mark.parametrize("softcap", [0.5, 15.0, 50.0])
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_a_row_that_sees_one_key_gives_exactly_its_value(softcap, scale, place):
+    """The first token of a causal prompt is such a row."""
+    device, dtype, head_dim, n = place
+    for d in [head_dim] if device == "cpu" else [64, 128, 256, 96]:
+        q = torch.randn(2, 33 * n, 6, d, dtype=dtype, device=device)
+        k, v = torch.randn(2, 2, 33 * n, 3, d, dtype=dtype, device=device)
+        options = {"softcap": softcap, "softmax_scale": scale}
+        out = mfa.flash_attn_func(q, k[:, :1], v[:, :1], **options)
+        assert torch.equal(out, v[:, :1].repeat_interleave(2, 2).expand_as(out))
+        for window in ((-1, -1), (20, 0)):
+            out = mfa.flash_attn_func(q, k, v, causal=True, window_size=window, **options)
+            assert torch.equal(out[:, 0], v[:, 0].repeat_interleave(2, 1))
+        out = mfa.flash_attn_func(q, k[:, :9], v[:, :9], causal=True, **options)
+        first = out.shape[1] - 9  # the first query that sees a key
+        assert torch.equal(out[:, first], v[:, 0].repeat_interleave(2, 1))
+        assert not out[:, :first].any()
+
+
 def test_what_is_no_number_shows_under_a_soft_cap(place):
     """A key of NaN makes NaN of every row that sees it, wherever in a tile it stands."""
     device, dtype, head_dim, n = place
@@ -174,13 +194,63 @@ CACHES = {
 def test_caches(name, mask, page_size, place):
     device, dtype, head_dim, n = place
     words = {"seqlen_q": 2, "appended": 0} | CACHES[name]
-    if page_size:
-        words.pop("rows", None)
     case = kvcache(
         3, lengths=[5 * n, 30 * n, 0], page_size=page_size, nheads=NHEADS, nheads_k=NHEADS_K,
         head_dim=head_dim, dtype=dtype, device=device, **words, **mask,
     )  # fmt: skip
     case.check(*case.run())
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("appended", [0, 2])
+@pytest.mark.parametrize("seqlen_q", [2, 20])
+def test_rows_that_do_not_exist_count_as_empty(seqlen_q, appended, page_size, place):
+    """Of a cache or of a block table; nothing is written for them either."""
+    device, dtype, head_dim, n = place
+    case = kvcache(
+        3, seqlen_q, [5 * n, 7, 30 * n], appended, page_size, NHEADS, NHEADS_K, head_dim, dtype,
+        device, rows=True, causal=True,
+    )  # fmt: skip
+    rows, last = case.arguments["cache_batch_idx"], len(case.rows) - 1
+    case.rows = [case.rows[last]]  # the others are made bad
+    rows[0], rows[1] = -1, 2**31 - 1
+    before = [case.arguments[name].clone() for name in ("k_cache", "v_cache")]
+    out, lse = case.run()
+    assert not out[:last].any() and (lse[:last] == float("-inf")).all()
+    (at, lse_at, q, k, v) = case.rows[0]
+    ref, ref_lse = reference.attention(q, k, v, causal=True)
+    torch.testing.assert_close(out[at].double(), ref, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(lse[lse_at].double(), ref_lse, rtol=1e-4, atol=1e-4)
+    changed = [
+        (x.isnan() != y.isnan()).any(-1).sum().item()
+        for x, y in zip(before, (case.arguments["k_cache"], case.arguments["v_cache"]), strict=True)
+    ]
+    assert changed == [appended * NHEADS_K] * 2
+
+
+@pytest.mark.parametrize("splits", [0, 1, 3])
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("lengths_q", [[70, 0, 33], [3, 1, 8]], ids=str)
+def test_queries_in_use(lengths_q, mask, page_size, splits, place):
+    """Rows past seqused_q give 0 and -inf, whatever they hold; masks end with the last in use."""
+    device, dtype, head_dim, n = place
+    for seed in range(3):
+        case = varlen(
+            seed, lengths_q, [40 * n, 7, 30], page_size, NHEADS, NHEADS_K, head_dim, dtype, device,
+            used_q=True, **mask,
+        )  # fmt: skip
+        case.check(*case.run(num_splits=splits))
+
+
+@pytest.mark.parametrize("splits", [0, 1])
+def test_hostile_numbers_of_queries_in_use(splits, place):
+    device, dtype, head_dim, _ = place
+    case = varlen(5, [9, 4, 6], [20, 7, 30], 16, NHEADS, NHEADS_K, head_dim, dtype, device)
+    used = torch.tensor([2**31 - 1, -(2**31), -1], dtype=torch.int32, device=device)
+    out, lse = case.run(num_splits=splits, seqused_q=used)
+    assert not out[9:].any() and (lse[:, 9:] == float("-inf")).all()
+    torch.testing.assert_close(out[:9], case.run(num_splits=splits)[0][:9], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)

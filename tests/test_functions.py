@@ -32,6 +32,30 @@ def test_dense(meaning, nheads, nheads_k, seqlen_q, seqlen_k):
     case.check(*case.run())
 
 
+def test_causal_masks_of_equal_lengths_are_not_materialised(monkeypatch):
+    """On the CPU they are PyTorch's own, which takes half the time."""
+    asked, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *x, **more: asked.append(more) or attend(*x, **more),
+    )
+    sizes = (4, 2, 16, torch.float32, "cpu")
+    for seqlen_k, meaning in (
+        (33, {"causal": True}),
+        (33, {"window_size": (-1, 0)}),
+        (40, {"causal": True}),
+        (33, {"causal": True, "window_size": (5, 0)}),
+    ):
+        case = dense(1, 2, 33, seqlen_k, *sizes, **meaning)
+        case.check(*case.run())
+    case = varlen(1, [9, 7], [9, 12], 0, *sizes, causal=True)
+    case.check(*case.run())
+    own = [more["is_causal"] for more in asked]
+    assert own == [] if dispatch.INTERPRETED else [True, True, False, False, True, False]
+    assert all(more["attn_mask"] is None for more in asked if more["is_causal"])
+
+
 @pytest.mark.parametrize("meaning", MASKS, ids=str)
 @pytest.mark.parametrize("page_size", [0, 1, 5, 16, 128])
 @pytest.mark.parametrize(
@@ -125,6 +149,22 @@ def test_splits_of_huge_equal_logits(num_splits):
         q, k, v, num_splits=num_splits, softmax_scale=0.5
     )
     assert (out - 0.28).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("make", [list, torch.tensor], ids=["list", "tensor"])
+def test_windows_that_are_no_tuples(make):
+    """flash-attn takes a tensor of two elements; its values count, not its shape."""
+    sizes = (2, 1, 16, torch.float16, "cpu")
+    cases = [
+        dense(1, 1, 20, 30, *sizes),
+        varlen(2, [9, 20], [15, 30], 0, *sizes),
+        varlen(2, [9, 20], [15, 30], 16, *sizes),
+        kvcache(3, 3, [20, 7], 3, 16, *sizes),
+    ]
+    for case in cases:
+        for window in ((2, 1), (0, 0), (-1, 3), (2, 1)):
+            case.meaning["window_size"] = window
+            case.check(*case.run(window_size=make(window)))
 
 
 def test_an_overlapping_query():

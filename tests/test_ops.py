@@ -224,3 +224,79 @@ def test_out_is_written():
     out = torch.full_like(q, float("nan"))
     compiled = torch.compile(call, fullgraph=True, backend=BACKEND)
     assert torch.equal(compiled(q, k, v, out), wanted) and torch.equal(out, wanted)
+
+
+def lengths_in_tensors(function):
+    """A packed call whose max_seqlen arguments are tensors of no dimensions, as transformers'."""
+    q, k, v = random(16, 4, 32), random(16, 2, 32), random(16, 2, 32)
+    cu_seqlens, longest = ints(0, 5, 16), torch.tensor(11, device=DEVICE)
+    if function is mfa.flash_attn_varlen_func:
+
+        def call(q, k, v, cu_seqlens, longest):
+            return function(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+
+        return call, (q, k, v, cu_seqlens, longest)
+
+    def call(q, k_cache, v_cache, cu_seqlens, longest, lengths):
+        return function(
+            q, k_cache, v_cache, cache_seqlens=lengths, cu_seqlens_q=cu_seqlens,
+            max_seqlen_q=longest, causal=True,
+        )  # fmt: skip
+
+    caches = random(2, 24, 2, 32), random(2, 24, 2, 32)
+    return call, (q, *caches, cu_seqlens, longest, ints(24, 17))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("function", [mfa.flash_attn_varlen_func, mfa.flash_attn_with_kvcache])
+def test_compiled_with_lengths_in_tensors(function, dynamic, fullgraph):
+    call, arguments = lengths_in_tensors(function)
+    compiled = torch.compile(call, fullgraph=fullgraph, dynamic=dynamic, backend=BACKEND)
+    same(call, compiled, arguments)
+    fewer = [torch.tensor(7, device=DEVICE) if x is arguments[4] else x for x in arguments]
+    same(call, compiled, fewer)  # queries past it give 0, so it is not a constant of the graph
+
+
+def test_exported_with_lengths_in_tensors():
+    call, arguments = lengths_in_tensors(mfa.flash_attn_varlen_func)
+
+    class Layer(torch.nn.Module):
+        def forward(self, *given):
+            return call(*given)
+
+    same(call, torch.export.export(Layer(), arguments).module(), arguments)
+
+
+def test_compiled_with_queries_in_use():
+    def call(q, k, v, cu_seqlens, used):
+        return mfa.flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, 11, 11, causal=True, seqused_q=used
+        )
+
+    q, k, v = random(16, 4, 32), random(16, 2, 32), random(16, 2, 32)
+    compiled = torch.compile(call, fullgraph=True, backend=BACKEND)
+    for used in (ints(3, 11), ints(0, 4)):
+        same(call, compiled, (q, k, v, ints(0, 5, 16), used))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tracing_is_refused():
+    """torch.jit.trace hands over sizes as tensors, and would record none of the kernels."""
+    for make in (dense, varlen, decoding):
+        call, arguments = make()
+        tensors = tuple(x for x in arguments if isinstance(x, torch.Tensor))
+        rest = tuple(x for x in arguments if not isinstance(x, torch.Tensor))
+        with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace.*torch\.export"):
+            torch.jit.trace(lambda *x, call=call, rest=rest: call(*x, *rest), tensors)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_older_onnx_export_is_refused(tmp_path):
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return mfa.flash_attn_func(q, k, v)
+
+    _, arguments = dense()
+    with pytest.raises(NotImplementedError, match="ONNX"):
+        torch.onnx.export(Layer(), arguments, tmp_path / "layer.onnx", dynamo=False)

@@ -379,7 +379,9 @@ for name, window in (
     ("meta", (torch.ones(1, dtype=torch.int64, device="meta"), 0)),
 ):
     row(f"20-window-of-{name}", kvcache, TypeError, TWO_INTS, window_size=window)
-row("20-window-in-a-tensor", kvcache, TypeError, TWO_INTS, window_size=torch.tensor([1, 2]))
+for window in ([1, 2, 3], [1.0, 2.0], [[1, 2]], 1):
+    row(f"20-window-in-a-tensor-{window}", kvcache, TypeError, TWO_INTS,
+        window_size=torch.tensor(window))
 
 for causal, got in ((1, "int"), (None, "NoneType"), (torch.tensor(True), "torch.Tensor"),
                     (np.bool_(True), "numpy.bool")):
@@ -550,11 +552,6 @@ row("31-lengths", kvcache, ValueError, r"v_cache: expected \(2, 8, 2\) .*k_cache
 row("31-pages", paged_append, ValueError, r"v_cache: expected \(6, 4, 2\) .*, got \(5, 4, 2\)",
     v_cache=lambda a: a["v_cache"][:5])
 
-for name in ("block_table", "page_table"):
-    row(f"32-{name}-and-batch-idx", paged_append, ValueError,
-        "cache_batch_idx: expected None with a block_table, got both .drop one",
-        cache_batch_idx=ints(0, 1),
-        **dict.fromkeys(("block_table", "page_table")) | {name: ints(0, 1, 2, 3).view(2, 2)})
 for at in ("cache_batch_idx", "cache_leftpad"):
     for name, value, error, message in (
         ("int64", torch.tensor([0, 1]), TypeError, "expected dtype torch.int32, got torch.int64"),

@@ -99,6 +99,7 @@ language = types.SimpleNamespace(
     max=lambda x, axis, keep_dims=False: torch.amax(x, axis, keep_dims),
     sum=lambda x, axis, keep_dims=False: torch.sum(x, axis, keep_dims),
     expand_dims=torch.unsqueeze,
+    floor=torch.floor,
     exp=torch.exp,
     exp2=torch.exp2,
     log=torch.log,
@@ -379,7 +380,7 @@ def test_dense_queries(batch, nheads, seqlen_q, per_group, block):
     found = []
     for number in range(tiles * batch * nheads):
         b, head, first_q, rows, writable, first = work.queries(
-            Int32(number), None, batch, nheads, Int32(tiles), per_group, seqlen_q, 0, block
+            Int32(number), None, None, batch, nheads, Int32(tiles), per_group, seqlen_q, 0, block
         )
         assert (first_q, rows, writable) == (0, seqlen_q, seqlen_q) and first < seqlen_q
         found.append((b, head, first // block))
@@ -387,23 +388,34 @@ def test_dense_queries(batch, nheads, seqlen_q, per_group, block):
     assert sorted(found) == wanted
 
 
+@given(length=st.integers(0, 90), used=st.integers(-3, 99) | st.sampled_from([INT_MIN, INT_MAX]))
+@searched
+def test_used_queries(length, used):
+    assert sequence.used_queries(1, Pointer([7, used]), length) == min(max(used, 0), length)
+    assert sequence.used_queries(1, None, length) == length
+
+
 @given(
     lengths=LENGTHS, padding=st.integers(0, 80), longest=st.integers(0, 80), block=BLOCKS,
     nheads=st.integers(1, 3),
+    used=st.none() | st.lists(st.integers(-3, 90), min_size=12, max_size=12),
 )  # fmt: skip
 @sampled
-def test_packed_queries(lengths, padding, longest, block, nheads):
-    """Every row is one tile's to write for each head; queries past max_seqlen_q are none."""
+def test_packed_queries(lengths, padding, longest, block, nheads, used):
+    """Every row is written by one tile for each head, also those that are not in use; queries past
+    max_seqlen_q or seqused_q don't count.
+    """
     cu_seqlens = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
     total = cu_seqlens[-1] + padding
     tiles = total // block + len(lengths)
     written = dict.fromkeys(((h, row) for h in range(nheads) for row in range(total)), 0)
     for number in range(tiles * nheads):
         b, head, first_q, rows, writable, first = work.queries(
-            Int32(number), Pointer(cu_seqlens), len(lengths), nheads, Int32(tiles), 2, longest,
-            total, block,
+            Int32(number), Pointer(cu_seqlens), used and Pointer(used), len(lengths), nheads,
+            Int32(tiles), 2, longest, total, block,
         )  # fmt: skip
-        assert (first_q, rows) == (cu_seqlens[b], min(lengths[b], longest))
+        most = min(lengths[b], longest)
+        assert (first_q, rows) == (cu_seqlens[b], min(most, max(used[b], 0)) if used else most)
         for row in range(first, min(first + block, int(writable))):
             written[int(head), int(first_q) + row] += 1
     assert set(written.values()) <= {1}
@@ -736,6 +748,19 @@ def test_merge(scores, widths, sink):
         torch.testing.assert_close(lse[0], whole_lse[row], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("m", [-math.inf, -3.4e38])
+@pytest.mark.parametrize("found", [math.nan, math.inf])
+def test_merge_does_not_read_a_part_that_saw_no_key(m, found):
+    part_m, part_l = torch.tensor([m, 1.0, m]), torch.tensor([0.0, 2.0, 0.0])
+    part_o = torch.tensor([[found], [5.0], [-found]])
+    state = torch.full([1], -math.inf), torch.zeros(1), torch.zeros(1, 1)
+    merged = softmax.merge(*state, part_m, part_l, part_o, 1.0)
+    assert softmax.finish(*merged, 1.0, None)[0].item() == 5.0
+    merged = softmax.merge(*state, part_m[::2], part_l[::2], part_o[::2], 1.0)
+    out, lse = softmax.finish(*merged, 1.0, None)
+    assert (out.item(), lse.item()) == (0.0, -math.inf)
+
+
 @pytest.mark.parametrize("score", [0.0, -2.5e5, 1e5, 3e38])
 def test_softmax_is_exact_for_equal_scores_in_fp32(score):
     """Large scores lose nothing: every weight is exp2(0) = 1."""
@@ -852,19 +877,36 @@ def test_the_hopper_kernels_own_alibi(first, start, slope):
 
 @given(scale=st.floats(1e-3, 75), seed=st.integers(0, 99), ends=st.booleans())
 @searched
-def test_bounded_scores_need_no_maximum(scale, seed, ends):
-    """Scores of a soft cap against 0: weights fit in fp32, and their sums are the rule's."""
+def test_bounded_scores_need_one_maximum(scale, seed, ends):
+    """Scores of a soft cap: whatever the first tile is, weights fit in fp32, and their sums are
+    those of the online softmax.
+    """
     generator = torch.Generator().manual_seed(seed)
     s = 2 * torch.rand(3, 12, generator=generator) - 1
     s = s.sign() if ends else s
     s[0, 3:], s[1, :7], s[2] = -1.0, -math.inf, -math.inf
     v, scale = torch.linspace(-1, 1, 12)[:, None], torch.tensor(scale)
+    reference = softmax.fraction(s[:, : seed % 13].amax(1) if seed % 13 else torch.zeros(3), scale)
     for size in (1e-15, 1.0, 1e10):
-        p = torch.exp2(s * scale)
-        out, lse = softmax.finish(torch.zeros(3), p.sum(1), p @ (v * size), scale, None)
+        p = torch.exp2(s * scale - reference[:, None])
+        out, lse = softmax.finish(reference / scale, p.sum(1), p @ (v * size), scale, None)
         wanted, wanted_lse = online(s.double(), v.double(), scale.item() / LOG2E, [12])
         torch.testing.assert_close(out.double() / size, wanted, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-5, atol=1e-5)
+
+
+@given(top=st.floats(-1, 1, width=32), scale=st.floats(1e-3, 75))
+@searched
+def test_the_largest_bounded_weight_is_a_power_of_two_in_bf16(top, scale):
+    """So a row that sees one key gives exactly its value, although P is rounded and l is not."""
+    top, scale = torch.tensor([top]), torch.tensor(scale)
+    reference = softmax.fraction(top, scale)
+    assert abs(reference.item()) <= 0.5 + 1e-5
+    p = torch.exp2(top * scale - reference)
+    assert math.frexp(p.bfloat16().item())[0] == 0.5
+    v = torch.tensor([1.9921875, -3.0e-8, 257.0]).bfloat16()
+    out, _ = softmax.finish(reference / scale, p, p.bfloat16().float()[:, None] * v, scale, None)
+    assert torch.equal(out[0].bfloat16(), v)
 
 
 def machine(text, inputs):
@@ -898,7 +940,7 @@ def test_the_hopper_kernels_own_exponential():
     """Right to a third of the LSE's promise for all that a bounded score can be, 0 for -inf."""
     pytest.importorskip("triton.experimental.gluon")
     hopper = importlib.import_module("mini_flash_attention.kernels.hopper")
-    x = np.linspace(-126, 60, 400_001, dtype=np.float32)
+    x = np.linspace(-126, 76, 400_001, dtype=np.float32)
     found = machine(hopper.EXP2.value, x).astype(np.float64)
     assert np.abs(found / np.exp2(x.astype(np.float64)) - 1).max() < 4e-6
     ends = machine(hopper.EXP2.value, np.array([-np.inf, -1e30, 0, 40, np.nan], np.float32))

@@ -19,7 +19,7 @@ def append_kernel(
     new, cache, cu_seqlens_q, seqused, block_table, cache_batch_idx, cos, sin,
     stride_n_b, stride_n_t, stride_n_h,
     stride_c_b, stride_c_t, stride_c_h, stride_table,
-    batch, nheads, seqlen_k, appended, total_q, num_pages, rows_cos,
+    batch, nheads, seqlen_k, appended, total_q, num_pages, cache_rows, rows_cos,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, STILL: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -59,18 +59,20 @@ def append_kernel(
         HEAD_DIM, D, ROTARY_DIM, INTERLEAVED,
     )  # fmt: skip
     real = fits
+    row_c = b
+    if cache_batch_idx is not None:
+        row_c, there = sequence.cache_row(b, cache_batch_idx, cache_rows)
+        row_c = row_c.to(tl.int64)
+        if not QUERIES:
+            real = fits & there
     if QUERIES:
         row = b * stride_c_b + tl.cast(first + t, tl.int64) * stride_c_t
     elif PAGE_SIZE:
-        entry = block_table + b * stride_table + j // PAGE_SIZE
-        page, real = paging.lookup(entry, fits, num_pages)
+        entry = block_table + row_c * stride_table + j // PAGE_SIZE
+        page, real = paging.lookup(entry, real, num_pages)
         row = page.to(tl.int64) * stride_c_b + (j % PAGE_SIZE).to(tl.int64) * stride_c_t
     else:
-        row_c = b
-        if cache_batch_idx is not None:
-            row_c, there = sequence.cache_row(b, cache_batch_idx, num_pages)
-            real = fits & there
-        row = tl.cast(row_c, tl.int64) * stride_c_b + j.to(tl.int64) * stride_c_t
+        row = row_c * stride_c_b + j.to(tl.int64) * stride_c_t
     tl.store(
         cache + head * stride_c_h + row[:, None] + d[None, :],
         x.to(cache.dtype.element_ty),
@@ -109,7 +111,7 @@ def _launch(
     constants: tuple[Any, ...] = (
         *strides(new), *strides(cache),
         p.block_table.stride(0) if p.block_table is not None else 0,
-        p.batch, nheads, seqlen_k, appended, p.q.shape[0], p.k.shape[0],
+        p.batch, nheads, seqlen_k, appended, p.q.shape[0], p.k.shape[0], p.cache_rows,
         p.rotary.cos.shape[0] if p.rotary else 0,
         p.page_size, head_dim, triton.next_power_of_2(head_dim), block,
         rotary_dim, interleaved, still, queries,

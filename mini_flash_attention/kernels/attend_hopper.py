@@ -6,7 +6,7 @@ after it and meet another consumer's products, but where there are never any max
 long (EARLY). Three consumers issue in turn.
 """
 
-from ..rules import mask, work
+from ..rules import mask, softmax, work
 from ..rules.scores import modified
 from . import handover, hopper
 from .hopper import fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -119,7 +119,8 @@ def rescale(m, s, tilt, scale, LAZY: gl.constexpr):
 @gluon.jit
 def weights(s, factor, reference, SCORES: gl.constexpr, like):
     """2^(s * factor - reference), laid out like `like`."""
-    p = hopper.exp2(s * factor) if SCORES == "bounded" else gl.exp2(s * factor - reference)
+    x = s * factor - reference
+    p = hopper.exp2(x) if SCORES == "bounded" else gl.exp2(x)
     return as_before(p, like) if len(p.shape) == 4 else p
 
 
@@ -272,6 +273,9 @@ def attend(
         which, turns, turn, left, right,
         LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N, GROUP,
     )  # fmt: skip
+    if BOUNDED:  # the reference for all tiles
+        fraction = softmax.fraction(gl.max(found, 1), scale)
+        m, reference = fraction / scale, gl.expand_dims(fraction, 1)
     p = weights(found, factor, reference, SCORES, s)
     l = sums(p, BLOCK_N)
     o = gl.zeros([64, D], gl.float32, O)

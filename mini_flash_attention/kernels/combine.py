@@ -15,8 +15,9 @@ MANY = 1024  # rows; as many fill the GPU with a warp each, and fewer with more 
 
 @triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
-    parts, owners, out, lse, cu_seqlens_q, s_aux, stride_o_b, stride_o_t, stride_o_h, stride_lse_b,
-    stride_lse_h, nheads_k, group, splits, slots, part_rows, seqlen_q, total_q, scale,
+    parts, owners, out, lse, cu_seqlens_q, seqused_q, s_aux,
+    stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h,
+    nheads_k, group, splits, slots, part_rows, seqlen_q, total_q, scale,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, S: tl.constexpr,
     SHARES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +42,7 @@ def combine_kernel(
     rows_q = seqlen_q
     if cu_seqlens_q is not None:  # the caller cleared what belongs to no sequence
         first_q, rows_q = sequence.query_span(b, cu_seqlens_q, total_q)
-        rows_q = tl.minimum(rows_q, seqlen_q)
+        rows_q = sequence.used_queries(b, seqused_q, tl.minimum(rows_q, seqlen_q))
         out += tl.cast(first_q, tl.int64) * stride_o_t
         if lse is not None:
             lse += first_q
@@ -80,7 +81,7 @@ def combine_kernel(
             tl.store(lse + tl.arange(0, 1), lse_tile)
 
 
-POINTERS = ("parts", "owners", "out", "lse", "cu_seqlens_q", "s_aux")
+POINTERS = ("parts", "owners", "out", "lse", "cu_seqlens_q", "seqused_q", "s_aux")
 
 
 def launch(

@@ -44,15 +44,16 @@ def decode_tiles(
         stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
         scale, stride_slopes, factor, softcap, num_pages,
     ) = given  # fmt: skip
-    cache_batch_idx, left, right = lengths[4], lengths[10], lengths[11]
+    leftpad, cache_batch_idx, cache_rows = lengths[4], lengths[5], lengths[10]
+    left, right = lengths[11], lengths[12]
     # Which keys are mine, and which rows? Row r is query token r // group of head r % group in the
     # KV head's group.
     first_q, rows_q, first_k, length_k, start, _ = shares.key_range(
         b, lengths, LEFT, RIGHT, BLOCK_N
     )
-    pad = lengths[3]
-    if lengths[3] is not None:
-        pad = sequence.first_key(b, lengths[3], length_k)
+    pad = leftpad
+    if leftpad is not None:
+        pad = sequence.first_key(b, leftpad, length_k)
     rows = rows_q * group
     local = tl.arange(0, BLOCK_M)
     row = block * BLOCK_M + local
@@ -91,17 +92,17 @@ def decode_tiles(
     q_tile = load_rows(q, offset_q, row < rows, False, HEAD_DIM, D)
     k += head_k * stride_k_h
     v += head_k * stride_v_h
+    row_k = b
+    if cache_batch_idx is not None:
+        row_k = sequence.cache_row(b, cache_batch_idx, cache_rows)[0].to(tl.int64)
     if PAGE_SIZE == 0:
-        row_k = b
-        if cache_batch_idx is not None:
-            row_k = sequence.cache_row(b, cache_batch_idx, num_pages)[0].to(tl.int64)
         k += row_k * stride_k_b
         v += row_k * stride_v_b
         if lengths[1] is not None:
             k += tl.cast(first_k, tl.int64) * stride_k_t
             v += tl.cast(first_k, tl.int64) * stride_v_t
     else:
-        block_table += b * stride_table
+        block_table += row_k * stride_table
 
     # One loop with a mask: what the mask costs is hidden behind the loads, and between two loops
     # no load would be on its way.
@@ -139,13 +140,13 @@ def decode_tiles(
 
 @triton.jit(do_not_specialize=SIZES)
 def decode_kernel(
-    q, k, v, out, lse, parts, owners, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
+    q, k, v, out, lse, parts, owners, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table,
     cache_batch_idx, cache_leftpad, alibi_slopes, s_aux, aux,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
     stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
     stride_lse_b, stride_lse_h, stride_table,
     batch, nheads_k, group, splits, split_tiles, slots, part_rows,
-    seqlen_q, seqlen_k, total_q, total_k, num_pages, scale, left, right, appended,
+    seqlen_q, seqlen_k, total_q, total_k, num_pages, cache_rows, scale, left, right, appended,
     stride_slopes, factor, softcap,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
@@ -156,8 +157,8 @@ def decode_kernel(
     if PDL:  # `combine` may take its place as soon as there is room, and waits there
         gdc_launch_dependents()
     lengths = (
-        cu_seqlens_q, cu_seqlens_k, seqused_k, cache_leftpad, cache_batch_idx,
-        seqlen_q, seqlen_k, total_q, total_k, num_pages, left, right, appended,
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad, cache_batch_idx,
+        seqlen_q, seqlen_k, total_q, total_k, cache_rows, left, right, appended,
     )  # fmt: skip
     stride_q_b, stride_q_t, stride_q_h = in_eights(stride_q_b, stride_q_t, stride_q_h, EIGHTS & 1)
     stride_k_b, stride_k_t, stride_k_h = in_eights(stride_k_b, stride_k_t, stride_k_h, EIGHTS & 2)
@@ -218,8 +219,8 @@ def decode_kernel(
 
 
 POINTERS = (
-    "q", "k", "v", "out", "lse", "parts", "owners", "cu_seqlens_q", "cu_seqlens_k", "seqused_k",
-    "block_table", "cache_batch_idx", "cache_leftpad", "alibi_slopes", "s_aux", "aux",
+    "q", "k", "v", "out", "lse", "parts", "owners", "cu_seqlens_q", "cu_seqlens_k", "seqused_q",
+    "seqused_k", "block_table", "cache_batch_idx", "cache_leftpad", "alibi_slopes", "s_aux", "aux",
 )  # fmt: skip
 
 
@@ -242,7 +243,7 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode
     constants = (
         *strides(p.q), *strides(p.k), *strides(p.v), *where(p, out, lse),
         p.batch, p.k.shape[-2], p.group, plan.splits, plan.split_tiles, plan.slots,
-        plan.rows, p.seqlen_q, p.seqlen_k, p.q.shape[0], total_k, p.k.shape[0],
+        plan.rows, p.seqlen_q, p.seqlen_k, p.q.shape[0], total_k, p.k.shape[0], p.cache_rows,
         change.scale, p.left, p.right, p.appended, *change.numbers,
         p.left >= 0, p.right >= 0, p.page_size, head_dim, padded(head_dim, head_dim_v),
         head_dim_v, padded(head_dim_v, head_dim), tiles.block_m, tiles.block_n,

@@ -19,13 +19,13 @@ from .launch import MAX_INT, SIZES, Launch, changes, eights, padded, strides, tw
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, out, lse,
-    cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table,
     cache_batch_idx, cache_leftpad, alibi_slopes, s_aux, aux,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
     stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
     stride_lse_b, stride_lse_h, stride_table,
     batch, nheads, group, tiles, per_group,
-    seqlen_q, seqlen_k, total_q, total_k, num_pages,
+    seqlen_q, seqlen_k, total_q, total_k, num_pages, cache_rows,
     scale, left, right, appended, stride_slopes, factor, softcap,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
@@ -39,8 +39,9 @@ def forward_kernel(
 
     # Which rows are mine?
     b, head, first_q, rows_q, writable, first = work.queries(
-        tl.program_id(0), cu_seqlens_q, batch, nheads, tiles, per_group, seqlen_q, total_q, BLOCK_M
-    )
+        tl.program_id(0), cu_seqlens_q, seqused_q, batch, nheads, tiles, per_group, seqlen_q,
+        total_q, BLOCK_M,
+    )  # fmt: skip
     entry = b
     b = b.to(tl.int64)
     i = first + tl.arange(0, BLOCK_M)
@@ -49,7 +50,7 @@ def forward_kernel(
     first_k, length_k = work.keys(b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended, rows_q)
     row_k = b
     if cache_batch_idx is not None:
-        row_k, there = sequence.cache_row(b, cache_batch_idx, num_pages)
+        row_k, there = sequence.cache_row(b, cache_batch_idx, cache_rows)
         row_k = row_k.to(tl.int64)
         length_k = tl.where(there, length_k, 0)
     pad = cache_leftpad
@@ -72,7 +73,7 @@ def forward_kernel(
         k += row_k * stride_k_b + tl.cast(first_k, tl.int64) * stride_k_t
         v += row_k * stride_v_b + tl.cast(first_k, tl.int64) * stride_v_t
     else:
-        block_table += b * stride_table
+        block_table += row_k * stride_table
 
     m = tl.full([BLOCK_M], 0.0 if SCORES == "bounded" else float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
@@ -97,6 +98,8 @@ def forward_kernel(
             D_V, WIDE, TWINS, SCORES, SCORE_MOD,
         )  # fmt: skip
 
+    if SCORES == "bounded":
+        m = m / scale
     o, lse_tile = softmax.finish(m, l, o, scale, sink)
     if cu_seqlens_q is not None:  # rows after the last sequence's end
         o = tl.where((i < rows_q)[:, None], o, 0.0)
@@ -114,8 +117,8 @@ def forward_kernel(
 
 
 POINTERS = (
-    "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table",
-    "cache_batch_idx", "cache_leftpad", "alibi_slopes", "s_aux", "aux",
+    "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
+    "block_table", "cache_batch_idx", "cache_leftpad", "alibi_slopes", "s_aux", "aux",
 )  # fmt: skip
 
 
@@ -129,6 +132,7 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forwar
         *strides(p.q), *strides(p.k), *strides(p.v), *where(p, out, lse),
         p.batch, nheads, p.group, plan.rows, plan.per_group,
         p.seqlen_q, p.seqlen_k, p.q.shape[0], MAX_INT if paged else p.k.shape[0], p.k.shape[0],
+        p.cache_rows,
         change.scale, p.left, p.right, p.appended, *change.numbers,
         p.left >= 0, p.right >= 0, p.page_size, head_dim, padded(head_dim, head_dim_v),
         head_dim_v, padded(head_dim_v, head_dim), tiles.block_m, tiles.block_n,

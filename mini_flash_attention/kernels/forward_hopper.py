@@ -27,8 +27,9 @@ def produce(
 ):  # fmt: skip
     """Draw tiles of work; load their queries, and keys and values from the last to the first."""
     (
-        q_desc, k_desc, v_desc, counter, queries, keys, values, turns, cu_seqlens_q,
-        cu_seqlens_k, seqused_k, block_table, stride_table, batch, nheads, group, tiles, per_group,
+        q_desc, k_desc, v_desc, counter, queries, keys, values, turns,
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table, stride_table,
+        batch, nheads, group, tiles, per_group,
         total, seqlen_q, seqlen_k, total_q, total_k, left, right, appended, splits,
     ) = loads  # fmt: skip
     GROUP: gl.constexpr = q_desc.block_shape[2]
@@ -44,8 +45,9 @@ def produce(
         if SPLIT:
             tile, per_group = mine // splits, 1
         b, head, first_q, rows_q, writable, first = work.queries(
-            tile, cu_seqlens_q, batch, nheads, tiles, per_group, seqlen_q, total_q, 64 * CONSUMERS
-        )
+            tile, cu_seqlens_q, seqused_q, batch, nheads, tiles, per_group, seqlen_q, total_q,
+            64 * CONSUMERS,
+        )  # fmt: skip
         first_k, length_k = work.keys(
             b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended, rows_q // GROUP
         )
@@ -225,7 +227,7 @@ def consume(
 @gluon.jit(do_not_specialize=SIZES)
 def forward_hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, out, lse, counter,
-    cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, alibi_slopes, s_aux, aux,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table, alibi_slopes, s_aux, aux,
     stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h, stride_table,
     batch, nheads, group, tiles, per_group, total, seqlen_q, seqlen_k, total_q, total_k,
     scale, left, right, appended, stride_slopes, factor, softcap, splits, part_rows,
@@ -264,8 +266,9 @@ def forward_hopper_kernel(
         alibi_slopes, s_aux, aux, stride_slopes, factor, softcap, total, part_rows,
     )  # fmt: skip
     loads = (
-        q_desc, k_desc, v_desc, counter, queries, keys, values, turns, cu_seqlens_q,
-        cu_seqlens_k, seqused_k, block_table, stride_table, batch, nheads, group, tiles, per_group,
+        q_desc, k_desc, v_desc, counter, queries, keys, values, turns,
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table, stride_table,
+        batch, nheads, group, tiles, per_group,
         total, seqlen_q, seqlen_k, total_q, total_k, left, right, appended, splits,
     )  # fmt: skip
     # A copy brings a whole tile of keys; of pages smaller than it the producer has more to hold.
@@ -286,8 +289,8 @@ def forward_hopper_kernel(
 
 
 POINTERS = (
-    "out", "lse", "counter", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table",
-    "alibi_slopes", "s_aux", "aux",
+    "out", "lse", "counter", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
+    "block_table", "alibi_slopes", "s_aux", "aux",
 )  # fmt: skip
 
 

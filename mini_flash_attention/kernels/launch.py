@@ -14,8 +14,8 @@ LOG2E, MAX_INT = math.log2(math.e), 2**31 - 1
 # of 16.
 SIZES = [
     "stride_lse_b", "stride_lse_h", "stride_table", "batch", "nheads", "group", "tiles",
-    "per_group", "seqlen_q", "seqlen_k", "total_q", "total_k", "num_pages", "left", "right",
-    "appended", "nheads_k", "splits", "split_tiles", "slots", "part_rows", "total",
+    "per_group", "seqlen_q", "seqlen_k", "total_q", "total_k", "num_pages", "cache_rows", "left",
+    "right", "appended", "nheads_k", "splits", "split_tiles", "slots", "part_rows", "total",
     "stride_slopes", "rows_cos",
 ]  # fmt: skip
 ALIGNMENT = 16  # bytes; Triton compiles for pointers that are, or are not, multiples of it
@@ -62,7 +62,8 @@ class Changes(NamedTuple):
     """How `rules/scores.py` is told what becomes of scores.
 
     SCORES is "", "softcap", or what a kernel does in a way of its own:
-    "bounded", a soft cap that keeps weights within 2^-75 and 2^75, so that m = 0 serves all along;
+    "bounded", a soft cap that keeps weights within 2^-76 and 2^76, so that a row's first maximum
+    serves all along;
     "linear", ALiBi as what it is on either side of a query; "folded", beside a score_mod, a scale
     that is a power of two, multiplied into Q.
     """
@@ -88,8 +89,9 @@ def changes(p: Problem, *own: str) -> Changes:
     elif softcap:
         scale, narrow = softcap * LOG2E, 0 <= p.left < NARROW
         # fp16 does not hold such weights. Times values from 1e-15 to 1e10 they are safe in fp32.
-        # Rounded they err by 2^-9, the largest too, which is 1 otherwise: many make up for that. It
-        # is no matter of lengths, or a sequence's bits would change with what is beside it.
+        # Rounded they err by 2^-9, the largest too if it comes later than the first tile: many keys
+        # make up for that. Lengths don't decide, so that a sequence's result does not depend on
+        # what else is in the batch.
         way = "bounded" if scale <= 75 and p.q.dtype is not torch.float16 and not narrow else ""
     elif slopes is not None:  # what is subtracted is scaled with the score
         factor = 1 / p.softmax_scale

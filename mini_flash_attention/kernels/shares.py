@@ -19,13 +19,13 @@ def key_range(b, lengths, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.c
     the first tile (in keys) that any query sees, how many tiles.
     """
     (
-        cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad, cache_batch_idx,
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad, cache_batch_idx,
         seqlen_q, seqlen_k, total_q, total_k, cache_rows, left, right, appended,
     ) = lengths  # fmt: skip
     first_q, rows_q = 0, seqlen_q
     if cu_seqlens_q is not None:
         first_q, rows_q = sequence.query_span(b, cu_seqlens_q, total_q)
-        rows_q = tl.minimum(rows_q, seqlen_q)
+        rows_q = sequence.used_queries(b, seqused_q, tl.minimum(rows_q, seqlen_q))
     first_k, length_k = work.keys(b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended, rows_q)
     if cache_batch_idx is not None:
         length_k = tl.where(sequence.cache_row(b, cache_batch_idx, cache_rows)[1], length_k, 0)

@@ -35,6 +35,14 @@ def query_span(b, cu_seqlens, total):
 
 
 @triton.jit
+def used_queries(b, seqused_q, length):
+    """Query rows of entry b in use, of `length` that there are: the first ones."""
+    if seqused_q is not None:
+        length = clamp(tl.load(seqused_q + b), 0, length)
+    return length
+
+
+@triton.jit
 def first_tile(b, cu_seqlens, total, BLOCK: tl.constexpr):
     """Number of the first tile of entry b when tiles of all entries are counted through.
 

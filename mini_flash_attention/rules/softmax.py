@@ -26,6 +26,17 @@ def rescale(m, s, scale):
 
 
 @triton.jit
+def fraction(top, scale):
+    """The reference, in powers of two, of a row whose scores are bounded; `top` is its largest yet.
+
+    It is within 1/2 of 0, so that no weight overflows, and `top` weighs a power of two. That is
+    exact in bf16, so a row that sees one key gives that key's value.
+    """
+    x = tl.where(top == float("-inf"), 0.0, top * scale)
+    return x - tl.floor(x + 0.5)
+
+
+@triton.jit
 def finish(m, l, o, scale, sink):
     """Normalised output and LSE (natural logarithm); 0 and -inf for a row that saw no key.
 
@@ -50,13 +61,14 @@ def merge(m, l, o, part_m, part_l, part_o, scale):
     """Fold S parts of the keys into a state: part_m, part_l [S], part_o [S, D], each normalised.
 
     m [1], l [1] and o [1, D] are the state before and after, not normalised, as `finish` takes it.
-    A part that saw no key has m = -inf and weighs nothing. Weights come from m and l, not from an
-    LSE: at a score of ten million fp32 has no digits left in it for l.
+    A part that saw no key has l = 0, and its o is not read: it may hold NaN. Weights come from m
+    and l, not from an LSE: at a score of ten million fp32 has no digits left in it for l.
     """
     m_new = tl.maximum(m, tl.max(part_m, 0, keep_dims=True))
     reference = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2((m - reference) * scale)
     weight = part_l * tl.exp2((part_m - reference) * scale)
+    part_o = tl.where(tl.expand_dims(part_l == 0.0, 1), 0.0, part_o)
     l = l * alpha + tl.sum(weight, 0, keep_dims=True)
     o = o * alpha + tl.sum(part_o * tl.expand_dims(weight, 1), 0, keep_dims=True)
     return m_new, l, o

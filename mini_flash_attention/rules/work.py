@@ -8,11 +8,13 @@ from . import grid, mask, sequence
 
 @triton.jit
 def queries(
-    number, cu_seqlens_q, batch, nheads, tiles, per_group, seqlen_q, total_q, BLOCK_M: tl.constexpr
-):
+    number, cu_seqlens_q, seqused_q, batch, nheads, tiles, per_group, seqlen_q, total_q,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """(b, head, the entry's first row, its rows, those to write, the tile's first row).
 
-    The last entry has to write what follows it and belongs to nobody, too.
+    The last entry also writes the rows after it, which belong to no sequence. Rows that are not in
+    use are written too.
     """
     if cu_seqlens_q is None:
         units = batch * nheads
@@ -24,7 +26,7 @@ def queries(
         tile, unit = grid.place(number, tiles, nheads, per_group)
         b, tile = sequence.find(tile, cu_seqlens_q, batch, total_q, BLOCK_M)
         first_q, length_q = sequence.query_span(b, cu_seqlens_q, total_q)
-        rows_q = tl.minimum(length_q, seqlen_q)
+        rows_q = sequence.used_queries(b, seqused_q, tl.minimum(length_q, seqlen_q))
         writable = tl.where(b == batch - 1, total_q - first_q, length_q)
     return b, unit % nheads, first_q, rows_q, writable, tile * BLOCK_M
 

@@ -1,0 +1,69 @@
+"""Where tensors lie: whether they have memory, whether it is shared, and what `out` must be."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .refusals import kind_of, refuse, shape, tensor
+
+
+def without_memory(function: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse a tensor whose class only stands for data that lies elsewhere, as DTensor does.
+
+    Its address is 0, where a kernel would read.
+    """
+    for name, x in arguments.items():
+        for one in x if isinstance(x, (tuple, list)) else (x,):
+            if isinstance(one, torch.Tensor) and one.numel() and not _address(one):
+                hint = "pass the tensor that holds the data; that of a DTensor is .to_local()"
+                wanted = "a tensor with memory of its own"
+                refuse(TypeError, function, name, wanted, kind_of(one), hint)
+
+
+def _address(x: torch.Tensor) -> int:
+    """Of x's first element, whatever its class makes of such a question; 0 if there is none."""
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            return x.data_ptr()
+        except RuntimeError:
+            return 0
+
+
+def overlaps_itself(x: torch.Tensor) -> bool:
+    """Whether two elements share memory: some stride is less than what lies inside it spans."""
+    reach = 1
+    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach = stride * (size - 1) + reach
+    return False
+
+
+def extent(x: torch.Tensor) -> tuple[int, int]:
+    """First byte and the one after the last that x can touch."""
+    span = sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True)) + 1
+    start = x.data_ptr()
+    return start, start + span * x.element_size() * (x.numel() > 0)
+
+
+def out(function: str, out: Any, q: torch.Tensor, head_dim: int) -> None:
+    if out is None:
+        return
+    tensor(function, "out", out, q.dim(), q)
+    shape(function, "out", out, (*q.shape[:-1], head_dim))
+    if overlaps_itself(out):
+        wanted = "elements that don't overlap"
+        refuse(ValueError, function, "out", wanted, f"strides {out.stride()}")
+
+
+def apart(function: str, out: torch.Tensor, *inputs: torch.Tensor) -> None:
+    """Refuse an out that shares memory with an input."""
+    if hasattr(out, "fake_mode"):  # it lies nowhere
+        return
+    first, end = extent(out)
+    for x in inputs:
+        x_first, x_end = extent(x)
+        if first < x_end and x_first < end:
+            hint = "pass a tensor of its own memory"
+            refuse(ValueError, function, "out", "memory apart from the inputs'", "an overlap", hint)
