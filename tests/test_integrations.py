@@ -1,15 +1,12 @@
-"""flash-attn's name and PyTorch's registry: the same functions behind other doors.
+"""PyTorch's registry: the same functions behind its own.
 
 The registry's kernels are put behind PyTorch's operators for CPU tensors here, so that everything
 but the GPU is tested without one.
 """
 
-import importlib
-import importlib.util
 import inspect
 import subprocess
 import sys
-from types import ModuleType
 
 import pytest
 import torch
@@ -19,7 +16,6 @@ from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mini_flash_attention as mfa
-from mini_flash_attention.integrations import flash_attn as shim
 from mini_flash_attention.integrations import torch as registry
 
 GPU = [
@@ -36,186 +32,6 @@ def test_importing_the_package_imports_no_integration():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert b"mini_flash_attention.api" in done.stdout, done.stderr
     assert b"integrations" not in done.stdout and b"__main__" not in done.stdout
-
-
-# -- import flash_attn ----------------------------------------------------------------------------
-
-# The functions of flash-attn 2.8.
-TAIL = (
-    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,"
-    " alibi_slopes=None, deterministic=False, return_attn_probs=False"
-)
-LENGTHS = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
-OFFICIAL = {
-    "flash_attn_func": f"q, k, v, {TAIL}",
-    "flash_attn_kvpacked_func": f"q, kv, {TAIL}",
-    "flash_attn_qkvpacked_func": f"qkv, {TAIL}",
-    "flash_attn_varlen_func": f"q, k, v, {LENGTHS}, {TAIL}, block_table=None",
-    "flash_attn_varlen_kvpacked_func": f"q, kv, {LENGTHS}, {TAIL}",
-    "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {TAIL}",
-    "flash_attn_with_kvcache": (
-        "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None,"
-        " cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, block_table=None,"
-        " softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,"
-        " rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False"
-    ),
-}
-OFFICIAL_PADDING = {
-    "index_first_axis": "input, indices",
-    "index_put_first_axis": "values, indices, first_axis_dim",
-    "pad_input": "hidden_states, indices, batch, seqlen",
-    "unpad_input": "hidden_states, attention_mask, unused_mask=None",
-}
-NAMES = ["flash_attn", "flash_attn.flash_attn_interface", "flash_attn.bert_padding"]
-
-
-def parameters(function):
-    return [
-        (p.name, p.kind.name, repr(p.default))
-        for p in inspect.signature(function).parameters.values()
-    ]
-
-
-@pytest.fixture
-def flash_attn(monkeypatch):
-    """The stand-in, whatever was imported before."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
-        monkeypatch.delitem(sys.modules, name)
-    yield shim.install()
-    shim.uninstall()
-
-
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_signatures_are_the_official_ones(flash_attn, name):
-    official = parameters(eval(f"lambda {OFFICIAL[name]}: None"))
-    function = getattr(flash_attn, name)
-    ours = parameters(function)
-    assert ours[: len(official)] == official
-    assert {kind for _, kind, _ in ours[len(official) :]} <= {"KEYWORD_ONLY", "VAR_KEYWORD"}
-    assert function is getattr(mfa, name)
-    assert function is getattr(flash_attn.flash_attn_interface, name)
-
-
-@pytest.mark.parametrize("name", OFFICIAL_PADDING)
-def test_signatures_of_bert_padding(flash_attn, name):
-    official = parameters(eval(f"lambda {OFFICIAL_PADDING[name]}: None"))
-    assert parameters(getattr(flash_attn.bert_padding, name)) == official
-
-
-def test_every_form_of_import_works(flash_attn):
-    scope = {}
-    exec(
-        "import flash_attn.bert_padding\n"
-        "from flash_attn import flash_attn_func, flash_attn_interface\n"
-        "from flash_attn.flash_attn_interface import flash_attn_varlen_func\n"
-        "from flash_attn.bert_padding import pad_input, unpad_input\n",
-        scope,
-    )
-    assert scope["flash_attn"] is flash_attn
-    assert scope["flash_attn_func"] is mfa.flash_attn_func
-    for name in NAMES:
-        assert importlib.util.find_spec(name).name == name
-        assert importlib.import_module(name) is sys.modules[name]
-        assert "mini_flash_attention" in sys.modules[name].__doc__
-    with pytest.raises(ModuleNotFoundError, match=r"flash_attn\.layers"):
-        importlib.import_module("flash_attn.layers.rotary")
-
-
-def test_the_version_passes_for_a_release(flash_attn):
-    assert tuple(int(n) for n in flash_attn.__version__.split(".")) >= (2, 8, 0)
-
-
-def test_install_and_uninstall_twice(flash_attn):
-    assert shim.install() is flash_attn
-    del sys.modules["flash_attn.bert_padding"]
-    shim.install()
-    assert sys.modules["flash_attn.bert_padding"] is flash_attn.bert_padding
-    shim.uninstall()
-    shim.uninstall()
-    assert not set(NAMES) & set(sys.modules)
-    assert shim.install() is not flash_attn
-
-
-@pytest.mark.parametrize("name", ["flash_attn", "flash_attn.cute"])
-def test_flash_attn_itself_is_left_alone(flash_attn, monkeypatch, name):
-    shim.uninstall()
-    real = ModuleType(name)
-    real.__version__ = "2.7.4"
-    monkeypatch.setitem(sys.modules, name, real)
-    with pytest.raises(RuntimeError, match=f"install: flash_attn: .*{name}, version 2.7.4.*before"):
-        shim.install()
-    shim.uninstall()
-    assert {n for n in sys.modules if n.partition(".")[0] == "flash_attn"} == {name}
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
-@pytest.mark.parametrize("shape", [(4, 7), (1, 1), (3, 5)])
-def test_padding_there_and_back(shape, dtype):
-    g = torch.Generator().manual_seed(sum(shape))
-    mask = torch.rand(shape, generator=g) < 0.6
-    mask[0] = shape == (1, 1)  # a sequence without tokens, where there are others
-    hidden = torch.randn(*shape, 2, 3, generator=g)
-    rows, indices, cu_seqlens, longest, used = shim.unpad_input(hidden, mask.to(dtype))
-    assert torch.equal(rows, hidden[mask])
-    assert torch.equal(hidden.flatten(0, 1)[indices], rows)
-    lengths = [int(row.sum()) for row in mask]
-    assert cu_seqlens.dtype is used.dtype is torch.int32
-    assert indices.dtype is torch.int64
-    assert cu_seqlens.tolist() == [sum(lengths[:b]) for b in range(len(lengths) + 1)]
-    assert used.tolist() == lengths
-    assert longest == max(lengths) and type(longest) is int
-    assert torch.equal(shim.pad_input(rows, indices, *shape), hidden * mask[..., None, None])
-
-
-def test_padding_with_places_kept_free():
-    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
-    unused = torch.tensor([[0, 0, 1, 0], [0, 1, 1, 1]])
-    hidden = torch.arange(8).view(2, 4, 1)
-    rows, indices, cu_seqlens, longest, used = shim.unpad_input(hidden, mask, unused)
-    assert rows.flatten().tolist() == indices.tolist() == [0, 1, 2, 4, 5, 6, 7]
-    assert cu_seqlens.tolist() == [0, 3, 7] and longest == 4
-    assert used.tolist() == [2, 1]
-
-
-def test_padding_of_nothing():
-    rows, indices, cu_seqlens, longest, used = shim.unpad_input(
-        torch.zeros(0, 4, 2), torch.zeros(0, 4)
-    )
-    assert rows.shape == (0, 2) and cu_seqlens.tolist() == [0] and longest == 0
-    assert shim.pad_input(rows, indices, 0, 4).shape == (0, 4, 2)
-    assert used.shape == (0,)
-
-
-def test_padding_has_gradients():
-    hidden = torch.randn(2, 3, 4, requires_grad=True)
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    rows, indices, *_ = shim.unpad_input(hidden, mask)
-    (shim.pad_input(rows * 2, indices, 2, 3) * 3).sum().backward()
-    assert torch.equal(hidden.grad, 6.0 * mask[..., None].expand(2, 3, 4))
-
-
-def test_masks_must_fit():
-    with pytest.raises(ValueError, match=r"unpad_input: attention_mask: expected shape \(2, 3\)"):
-        shim.unpad_input(torch.zeros(2, 3, 4), torch.ones(2, 4))
-    with pytest.raises(ValueError, match="unpad_input: unused_mask"):
-        shim.unpad_input(torch.zeros(2, 3, 4), torch.ones(2, 3), torch.ones(1, 2, 3))
-
-
-def test_padded_sequences_through_flash_attn(flash_attn):
-    """As libraries write it: unpad, attend, pad."""
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, 6, 2, 16, generator=g) for _ in "qkv")
-    mask = torch.arange(6) < torch.tensor([[6], [2], [4]])
-    packed, indices, cu_seqlens, longest, _ = flash_attn.bert_padding.unpad_input(q, mask)
-    kv = torch.stack([flash_attn.bert_padding.unpad_input(x, mask)[0] for x in (k, v)], 1)
-    out = flash_attn.flash_attn_varlen_kvpacked_func(
-        packed, kv, cu_seqlens, cu_seqlens, longest, longest, causal=True
-    )
-    out = flash_attn.bert_padding.pad_input(out, indices, 3, 6)
-    for b, n in enumerate((6, 2, 4)):
-        alone = mfa.flash_attn_func(*(x[b : b + 1, :n] for x in (q, k, v)), causal=True)
-        torch.testing.assert_close(out[b : b + 1, :n], alone)
-        assert not out[b, n:].any()
 
 
 # -- torch.nn.attention's registry ----------------------------------------------------------------
