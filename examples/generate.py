@@ -7,21 +7,28 @@ serving engines:
 1. Paged KV cache. Keys and values lie in pages of a few tokens each. A sequence owns a list of
    pages, its row of the block table, and takes a new one only when the last is full
    (PagedAttention, Kwon et al., 2023).
-2. Prefill. New prompts of any length are packed one behind the other, without padding, and go
+2. Prefill. New prompts of any length are packed one after the other, without padding, and go
    through `flash_attn_varlen_func`, which finds keys and values through the block table.
 3. Decode. Each running sequence feeds its newest token to `flash_attn_with_kvcache`, which writes
    that token's key and value into the right page and attends to everything before it. On a GPU
    the whole step is a CUDA graph, recorded once and replayed for every token.
 4. Continuous batching. A finished sequence leaves at once, its pages are freed, and a waiting
-   prompt takes its place; nobody waits for the longest answer (Orca, Yu et al., 2022).
+   prompt takes its place. No prompt waits for the longest answer (Orca, Yu et al., 2022).
 
-Then the same prompts run through transformers with its own attention, everything is compared
-(every token in float32, the logits in half precision), and a table says what each took. The exit
-status is 0 if they agree, 1 if they don't, 2 if the arguments make no sense. Whoever reads for the
-engine can stop at "The screen": the rest shows and checks what it does.
+Then the same prompts run through transformers with its own attention. Everything is compared
+(every token in float32, the logits in half precision), and a table shows what each took. The exit
+status is 0 if they agree, 1 if they don't, 2 if the arguments make no sense. To read about the
+engine only, stop at "The screen": the rest displays and checks what it does.
+
+On a GPU the engine runs this package's kernels. On a CPU the package computes attention through
+PyTorch, as transformers does, so there the table compares ways of batching.
 
 Run it with `make demo`, or, in an environment that has the `demo` extra and the model:
     python examples/generate.py --prompt "Why is the sky blue?" --max-tokens 100
+
+Without a GPU, `make demo` downloads 0.6 GB (the model is 98 MB of it) and takes 2.1 GB on disk.
+On two cores it takes about two minutes to install and one to run. With a GPU it installs torch
+with CUDA: 3 GB of downloads and 6 GB on disk.
 """
 
 from __future__ import annotations
@@ -85,7 +92,7 @@ def main() -> int:
 
 
 def demonstrate(options: Options) -> int:
-    """The whole show: our engine first, then transformers, then the comparison."""
+    """Our engine first, then transformers, then the comparison."""
     with progress("loading tokenizer and weights"):
         tokenizer, stock = load_model(options)
     prompts = [encode_chat(tokenizer, text) for text in options.prompts]
@@ -124,8 +131,8 @@ def demonstrate(options: Options) -> int:
     print()
     agreed = tokens_agree(tokenizer, sequences, stock_run.answers)
     if options.compares_logits:
-        # In half precision two right answers may part where two words are about equally likely,
-        # and differ from there on. What can be held to a bound is the logits.
+        # In half precision two correct answers may diverge where two tokens are about equally
+        # likely. Only the logits can be held to a bound.
         agreed = logits_agree(stock, sequences)
     print_table(engine, eager, stock_run, num_layers=len(model.layers))
     if not agreed:
@@ -153,8 +160,8 @@ class Layer:
 class Llama:
     """The forward pass of a Llama model, written out; only the weights come from transformers.
 
-    One code path serves prefill and decoding. All tokens of a step stand in one list of rows,
-    whatever sequence they belong to: only attention cares, and the batch brings its own.
+    One code path serves prefill and decoding. All tokens of a step form one list of rows. Only
+    attention depends on which sequence a row belongs to, and each kind of batch has its own.
     """
 
     def __init__(self, stock: PreTrainedModel) -> None:
@@ -254,7 +261,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------
-# The paged KV cache: where keys and values live, and who owns which page
+# The paged KV cache: where keys and values live, and which sequence owns which page
 # ----------------------------------------------------------------------------------------------
 
 
@@ -489,7 +496,7 @@ class Decoder:
 
 
 # ----------------------------------------------------------------------------------------------
-# The engine: who runs, who waits, who must give way
+# The engine: which sequences run, wait, or are preempted
 # ----------------------------------------------------------------------------------------------
 
 
@@ -516,7 +523,7 @@ class Phase:
 
 
 class Engine:
-    """Continuous batching: each step, the batch is made of whoever is there."""
+    """Continuous batching: each step's batch holds the sequences that are running then."""
 
     def __init__(
         self, model: Llama, cache: PagedCache, end_tokens: set[int], options: Options
@@ -539,10 +546,10 @@ class Engine:
             yield self.step()
 
     def step(self) -> list[Sequence]:
-        """Newcomers first, for the sooner they join, the fuller the batch; else one decoding step.
+        """One prefill of new sequences if there are any, else one decoding step.
 
-        A newcomer's prefill ends with its first new token, so each step gives a token to everyone
-        who took part in it.
+        New sequences come first because they fill the batch. Their prefill ends with a first new
+        token, so each step gives one token to every sequence that took part in it.
         """
         newcomers = self.admit()
         if newcomers:
@@ -567,8 +574,9 @@ class Engine:
     def make_room(self) -> None:
         """Finds a slot for the newest token of each sequence.
 
-        If no page is left, the youngest sequence gives up its own and waits; it will compute its
-        keys and values again. The oldest never gives way, so there is always progress.
+        If no page is left, the youngest sequence is preempted: it gives up its pages, waits, and
+        later computes its keys and values again. The oldest is never preempted, so there is
+        always progress.
         """
         for sequence in list(self.running):
             while sequence in self.running and not self.cache.extend(sequence, sequence.length):
@@ -735,7 +743,7 @@ def run_stock(
 def stock_generate(
     stock: PreTrainedModel, prompts: list[list[int]], max_tokens: int, end_tokens: set[int]
 ) -> tuple[list[list[int]], float]:
-    """Answers of transformers to one padded batch, and the seconds they took."""
+    """Answers of transformers to one padded batch, and how many seconds they took."""
     width = max(map(len, prompts))
     padding = [width - len(prompt) for prompt in prompts]
     pad_token = min(end_tokens)  # any will do: the mask hides it
@@ -812,19 +820,28 @@ def logits_agree(stock: PreTrainedModel, sequences: list[Sequence]) -> bool:
 
 def print_table(engine: Engine, eager: Engine | None, stock_run: StockRun, num_layers: int) -> None:
     """Calls, tokens and speed, ours beside transformers'."""
+    same_attention = runs_pytorch_attention(engine.options.device)
+    ours = "this engine (PyTorch)" if same_attention else "mini_flash_attention"
+    theirs = "transformers (PyTorch)" if same_attention else "transformers (sdpa)"
     rows = [
-        ("prefill", "mini_flash_attention", engine.prefill),
-        ("", "transformers (sdpa)", stock_run.prefill),
-        ("decode", "mini_flash_attention", (eager or engine).decode),
-        ("", "transformers (sdpa)", stock_run.decode),
+        ("prefill", ours, engine.prefill),
+        ("", theirs, stock_run.prefill),
+        ("decode", ours, (eager or engine).decode),
+        ("", theirs, stock_run.decode),
     ]
     if eager:
         rows.insert(3, ("", "  in a CUDA graph", engine.decode))
     heads = ("calls", "tokens", "ms per call", "tokens/s")
-    print(f"\n{'phase':9}{'attention':22}" + "".join(f"{head:>13}" for head in heads))
+    print(f"\n{'phase':9}{'attention':23}" + "".join(f"{head:>12}" for head in heads))
     for name, attention, phase in rows:
-        speed = f"{phase.milliseconds_per_call:13.1f}{phase.tokens_per_second:13.1f}"
-        print(f"{name:9}{attention:22}{phase.calls:13}{phase.tokens:13}{speed}")
+        speed = f"{phase.milliseconds_per_call:12.1f}{phase.tokens_per_second:12.1f}"
+        print(f"{name:9}{attention:23}{phase.calls:12}{phase.tokens:12}{speed}")
+    if same_attention:
+        print(
+            "\nOn a CPU both rows of a phase run PyTorch's attention. The difference is batching:\n"
+            "this engine packs prompts without padding and refills its batch after every step;\n"
+            "transformers runs padded batches, each until its longest answer ends."
+        )
     cache = engine.cache
     print(
         f"\nA call is one pass through {num_layers} layers, so flash_attn_varlen_func ran "
@@ -832,6 +849,11 @@ def print_table(engine: Engine, eager: Engine | None, stock_run: StockRun, num_l
         f"{engine.decode.calls * num_layers} times. At most {cache.most_used} of "
         f"{cache.num_pages} pages were in use; {engine.preemptions} preemptions."
     )
+
+
+def runs_pytorch_attention(device: torch.device) -> bool:
+    """Whether mini_flash_attention calls PyTorch's attention there instead of its kernels."""
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 # ----------------------------------------------------------------------------------------------

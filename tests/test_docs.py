@@ -28,13 +28,15 @@ def text(name):
     return (ROOT / name).read_text()
 
 
-def run(code):
-    """What a process of its own prints, without a GPU and without the interpreter."""
+def run(code, interpret=False):
+    """What a separate process prints, without a GPU; in Triton's interpreter if `interpret`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(ROOT), *sys.path])
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-c", code]
-    # Triton reads the source of a function, which blocks() says is in a document, here.
+    # Triton reads the source of a function, which run_example() says is in a document, here.
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
@@ -42,22 +44,63 @@ def run(code):
     return done.stdout
 
 
-def blocks(name):
-    """The Python examples of a document; tracebacks show the document's own lines."""
+def examples(name):
+    """The Python blocks of a document: (number of the line above, source)."""
     for found in BLOCK.finditer(text(name)):
-        lines_above = "\n" * text(name).count("\n", 0, found.start(1))
-        yield f"exec(compile({lines_above + found[1]!r}, {name!r}, 'exec'), {{}})"
+        yield text(name).count("\n", 0, found.start(1)), found[1]
 
 
-def test_examples_of_the_readme_run():
-    examples = list(blocks("README.md"))
-    assert len(examples) >= 3
-    run("\n".join(examples))
+def run_example(name, lines_above, source, interpret=False):
+    """What an example prints; tracebacks show the document's own lines."""
+    code = "\n" * lines_above + source
+    return run(f"exec(compile({code!r}, {name!r}, 'exec'), {{}})", interpret)
+
+
+README_EXAMPLES = [
+    pytest.param(lines_above, source, id=f"line {lines_above + 1}")
+    for lines_above, source in examples("README.md")
+]
+
+
+def skip_without_imports(source):
+    """Skips an example that imports a library which is not installed here."""
+    for library in ("triton", "transformers"):
+        if re.search(rf"^(import|from) {library}\b", source, re.MULTILINE):
+            pytest.importorskip(library)
+
+
+@pytest.mark.parametrize(("lines_above", "source"), README_EXAMPLES)
+def test_examples_of_the_readme_run_and_print(lines_above, source):
+    skip_without_imports(source)
+    printed = run_example("README.md", lines_above, source)
+    assert printed.strip() and "False" not in printed  # comparisons that an example prints hold
+
+
+@pytest.mark.parametrize(("lines_above", "source"), README_EXAMPLES)
+def test_examples_of_the_readme_run_in_the_interpreter(lines_above, source):
+    pytest.importorskip("triton")
+    pytest.importorskip("numpy")
+    skip_without_imports(source)
+    printed = run_example("README.md", lines_above, source, interpret=True)
+    assert printed.strip() and "False" not in printed
+
+
+def test_the_examples_of_the_readme_are_whole():
+    """Every function has one, and so has every other library; none overwrites its library."""
+    sources = [source for _, source in examples("README.md")]
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
+        assert any(f" = {name}(" in source for source in sources), name
+    for name in ("flash_attn", "torch", "transformers"):
+        assert any(f"from mini_flash_attention.integrations.{name} import" in s for s in sources)
+    for name in DOCUMENTS:
+        assert "from mini_flash_attention.integrations import" not in text(name), name
 
 
 def test_the_example_of_compiling_without_a_gpu_runs():
     pytest.importorskip("triton")
-    printed = run("\n".join(blocks("CONTRIBUTING.md")))
+    printed = "".join(
+        run_example("CONTRIBUTING.md", *found) for found in examples("CONTRIBUTING.md")
+    )
     assert "bytes of shared memory" in printed and "cubin" in printed
 
 
@@ -127,7 +170,7 @@ def test_what_is_named_exists(name):
     missing |= {f for f in files if not any((folder / f).exists() for folder in (ROOT, PACKAGE))}
     # `plan.splits`: a name in a file of the package; those of integrations/ are other libraries'.
     for module, member in MEMBER.findall(text(name)):
-        for path in {*PACKAGE.rglob(f"{module}.py")} - {*PACKAGE.glob("integrations/*")}:
+        for path in {*PACKAGE.rglob(f"{module}.py")} - {*PACKAGE.glob("integrations/**/*")}:
             if not re.search(rf"\b{member}\b", path.read_text()):
                 missing.add(f"{module}.{member}")
     assert not missing

@@ -106,3 +106,27 @@ def test_every_way_to_decode_gives_the_same_answers(generate, way):
     for ours, theirs in zip(answers(generate, way), expected, strict=True):
         assert ours[0] == theirs[0] and ours[2] == theirs[2]
         torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=1e-4)
+
+
+def table(generate, capsys, device):
+    """What `print_table` prints of a run on `device`; nothing runs there."""
+    options = SimpleNamespace(device=torch.device(device))
+    cache = SimpleNamespace(most_used=3, num_pages=8)
+    phases = {"prefill": generate.Phase(1, 9, 0.5), "decode": generate.Phase(4, 8, 0.2)}
+    engine = SimpleNamespace(options=options, cache=cache, preemptions=0, **phases)
+    generate.print_table(engine, None, generate.StockRun(**phases), num_layers=2)
+    return capsys.readouterr().out
+
+
+def test_the_table_says_where_both_run_the_same_attention(generate, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    on_cpu = table(generate, capsys, "cpu")
+    assert on_cpu.count("(PyTorch)") == 4  # every row, ours and transformers'
+    assert "both rows" in on_cpu and "batching" in on_cpu
+    rows = on_cpu.strip().splitlines()[:5]
+    assert len({len(row) for row in rows}) == 1  # the columns are aligned
+    on_gpu = table(generate, capsys, "cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for with_kernels in (on_gpu, table(generate, capsys, "cpu")):
+        assert with_kernels.count("mini_flash_attention  ") == 2
+        assert "(PyTorch)" not in with_kernels and "batching" not in with_kernels
