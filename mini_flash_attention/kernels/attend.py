@@ -83,8 +83,7 @@ def attend(
 
     changes: what `scores.modified` is given. pad: None, or the first key there is.
 
-    m: in powers of two where SCORES is "bounded". CUT: the mask cuts tiles, but none of
-    clear_begin..clear_end. TWINS: the offsets of k serve v
+    CUT: the mask cuts tiles, but none of clear_begin..clear_end. TWINS: the offsets of k serve v
     too. l is a sum per row, or one per row and column where summing over the columns would wait
     for other warps in every tile.
     """
@@ -125,11 +124,7 @@ def attend(
                 seen = mask.sees(i_, j_, diagonal, left, right, pad, seqlen_k, LEFT, RIGHT)
                 s = tl.where(seen, s, float("-inf"))
         if SCORES == "bounded":
-            if CUT:
-                m = tl.where(l == 0.0, softmax.fraction(tl.max(s, 1), scale), m)
-                p = tl.exp2(s * scale - m[:, None])
-            else:  # these tiles come first, and hold keys enough to make up for roundings: m is 0
-                p = tl.exp2(s * scale)
+            p = tl.exp2(s * scale)
             l += tl.sum(p, 1)
         else:
             m, alpha, p = softmax.rescale(m, s, scale)

@@ -119,8 +119,7 @@ def rescale(m, s, tilt, scale, LAZY: gl.constexpr):
 @gluon.jit
 def weights(s, factor, reference, SCORES: gl.constexpr, like):
     """2^(s * factor - reference), laid out like `like`."""
-    x = s * factor - reference
-    p = hopper.exp2(x) if SCORES == "bounded" else gl.exp2(x)
+    p = hopper.exp2(s * factor) if SCORES == "bounded" else gl.exp2(s * factor - reference)
     return as_before(p, like) if len(p.shape) == 4 else p
 
 
@@ -273,9 +272,6 @@ def attend(
         which, turns, turn, left, right,
         LEFT, RIGHT, LAZY, SCORES, SCORE_MOD, BLOCK_N, GROUP,
     )  # fmt: skip
-    if BOUNDED:  # the reference for all tiles
-        fraction = softmax.fraction(gl.max(found, 1), scale)
-        m, reference = fraction / scale, gl.expand_dims(fraction, 1)
     p = weights(found, factor, reference, SCORES, s)
     l = sums(p, BLOCK_N)
     o = gl.zeros([64, D], gl.float32, O)
@@ -318,4 +314,11 @@ def attend(
     l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, O))
     o = warpgroup_mma_wait(0, deps=[o])
     hopper.free(values, stop - 1, CONSUMERS)
+    if BOUNDED:
+        # Read again where they are needed, instead of held in registers all along.
+        length_k = handover.word(turns, turn, handover.LENGTH_K)
+        diagonal = length_k - handover.word(turns, turn, handover.ROWS_Q)
+        i = handover.word(turns, turn, handover.FIRST) + 64 * which + gl.arange(0, 64, l.type.layout)
+        seen = mask.count(i, diagonal, left, right, None, length_k, LEFT, RIGHT)
+        o *= gl.expand_dims(softmax.unrounded(l, seen, q.dtype), 1)
     return gl.convert_layout(m, gl.SliceLayout(1, O)), l, o

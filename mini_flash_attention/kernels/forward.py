@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..plan import Forward
 from ..problem import Problem
-from ..rules import heads, sequence, softmax, work
+from ..rules import heads, mask, sequence, softmax, work
 from .attend import attend, in_eights, load_rows
 from .launch import MAX_INT, SIZES, Launch, changes, eights, padded, strides, twins, where, wide
 
@@ -99,7 +99,8 @@ def forward_kernel(
         )  # fmt: skip
 
     if SCORES == "bounded":
-        m = m / scale
+        seen = mask.count(i, diagonal, left, right, pad, length_k, LEFT, RIGHT)
+        o = o * softmax.unrounded(l, seen, q.dtype.element_ty)[:, None]
     o, lse_tile = softmax.finish(m, l, o, scale, sink)
     if cu_seqlens_q is not None:  # rows after the last sequence's end
         o = tl.where((i < rows_q)[:, None], o, 0.0)

@@ -62,8 +62,7 @@ class Changes(NamedTuple):
     """How `rules/scores.py` is told what becomes of scores.
 
     SCORES is "", "softcap", or what a kernel does in a way of its own:
-    "bounded", a soft cap that keeps weights within 2^-76 and 2^76, so that a row's first maximum
-    serves all along;
+    "bounded", a soft cap that keeps weights within 2^-75 and 2^75, so that m = 0 serves all along;
     "linear", ALiBi as what it is on either side of a query; "folded", beside a score_mod, a scale
     that is a power of two, multiplied into Q.
     """
@@ -89,9 +88,9 @@ def changes(p: Problem, *own: str) -> Changes:
     elif softcap:
         scale, narrow = softcap * LOG2E, 0 <= p.left < NARROW
         # fp16 does not hold such weights. Times values from 1e-15 to 1e10 they are safe in fp32.
-        # Rounded they err by 2^-9, the largest too if it comes later than the first tile: many keys
-        # make up for that. Lengths don't decide, so that a sequence's result does not depend on
-        # what else is in the batch.
+        # Rounded they err by 2^-9, the largest too, which is 1 otherwise: many keys make up for that
+        # (for a single one, `softmax.unrounded`). Lengths don't decide, so that a sequence's result
+        # does not depend on what else is in the batch.
         way = "bounded" if scale <= 75 and p.q.dtype is not torch.float16 and not narrow else ""
     elif slopes is not None:  # what is subtracted is scaled with the score
         factor = 1 / p.softmax_scale

@@ -10,21 +10,37 @@ import triton.language as tl
 
 
 @triton.jit
-def sees(i, j, diagonal, left, right, pad, seqlen_k, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Whether query i sees key j; i and j are numbers or broadcastable tiles.
+def bounds(i, diagonal, left, right, pad, seqlen_k, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """(first, last) key that query i sees; `first` may lie before key 0.
 
     pad: None, or the first key there is, which LEFT looks after too.
     """
+    first = i * 0
     last = seqlen_k - 1
     if RIGHT:
         last = tl.minimum(last, i + (diagonal + right))
-    visible = j <= last
     if LEFT:
         first = i + (diagonal - left)
         if pad is not None:
             first = tl.maximum(first, pad)
+    return first, last
+
+
+@triton.jit
+def sees(i, j, diagonal, left, right, pad, seqlen_k, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Whether query i sees key j; i and j are numbers or broadcastable tiles."""
+    first, last = bounds(i, diagonal, left, right, pad, seqlen_k, LEFT, RIGHT)
+    visible = j <= last
+    if LEFT:
         visible = visible & (j >= first)
     return visible
+
+
+@triton.jit
+def count(i, diagonal, left, right, pad, seqlen_k, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """How many keys query i sees; 0 or less if none."""
+    first, last = bounds(i, diagonal, left, right, pad, seqlen_k, LEFT, RIGHT)
+    return last + 1 - tl.maximum(first, 0)
 
 
 @triton.jit

@@ -26,14 +26,14 @@ def rescale(m, s, scale):
 
 
 @triton.jit
-def fraction(top, scale):
-    """The reference, in powers of two, of a row whose scores are bounded; `top` is its largest yet.
+def unrounded(l, keys, DTYPE: tl.constexpr):
+    """Factor for o of rows without a running maximum, by the number of keys that they see.
 
-    It is within 1/2 of 0, so that no weight overflows, and `top` weighs a power of two. That is
-    exact in bf16, so a row that sees one key gives that key's value.
+    P is rounded to DTYPE before it meets V, and l is not. Many keys make up for one another's
+    roundings. One key's weight is l, so here its rounding is undone: the row gives exactly the
+    key's value, as it does where the largest weight is 1.
     """
-    x = tl.where(top == float("-inf"), 0.0, top * scale)
-    return x - tl.floor(x + 0.5)
+    return tl.where(keys == 1, l / l.to(DTYPE).to(tl.float32), 1.0)
 
 
 @triton.jit
