@@ -14,6 +14,12 @@ TRITONS := 3.6.0 3.9.0
 # cores.
 export OMP_WAIT_POLICY ?= passive
 
+# What also runs in Triton's interpreter.
+interpreted := tests/test_functions.py tests/test_features.py tests/test_language.py
+
+# mypy reads a stub file instead of the module beside it, unless the module is named.
+stubbed := $(patsubst %.pyi,%.py,$(wildcard mini_flash_attention/*.pyi))
+
 in_venv := $(VENV)/bin/python
 make_env := $(PYTHON) tools/make_env.py $(VENV)
 
@@ -34,9 +40,10 @@ test: ## lint, format, types and every test this machine can run; twenty minutes
 	$(in_venv) -m ruff check .
 	$(in_venv) -m ruff format --check .
 	$(in_venv) -m mypy
-	OMP_NUM_THREADS=1 $(in_venv) -m pytest -n $(JOBS) --dist worksteal
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(in_venv) -m pytest -n $(JOBS) --dist worksteal -q -W ignore tests/test_functions.py tests/test_features.py
+	$(in_venv) -m mypy $(stubbed)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(in_venv) -m pytest -n $(JOBS) --dist worksteal -q -W ignore $(interpreted)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=. $(in_venv) -W ignore tests/fuzz.py --cases 500 --device cpu --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(in_venv) -m pytest -n $(JOBS) --dist worksteal
 
 compile: ## only the test that compiles every kernel for every architecture; no GPU, four minutes
 	@$(make_env) $(TRITONS:%=--triton %)

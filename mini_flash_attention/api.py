@@ -1,5 +1,6 @@
 """The three public functions. Names, order and meaning of the arguments are flash-attn 2.8's."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ import torch
 from . import dispatch, problem
 from .refusals import either
 
-Window = tuple[int | None, int | None] | list[int | None] | list[int] | torch.Tensor
+# A list[int] is not a list[int | None] to type checkers, because lists can be written to.
+Window = tuple[int | None, int | None] | list[int | None] | list[int] | list[None] | torch.Tensor
 
 
 def flash_attn_func(
@@ -25,7 +27,7 @@ def flash_attn_func(
     *,
     s_aux: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
-    score_mod: Any = None,
+    score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
     out: torch.Tensor | None = None,
 ) -> Any:
@@ -59,7 +61,8 @@ def flash_attn_func(
             are positions in the sequence: the last query has that of the last key, queries before
             the first key have 0, and kv_idx may be up to 127 past the last key. All arguments
             broadcast against one another. It may return -inf, but nothing else that is not finite.
-            On the CPU it runs on tensors, with PyTorch's functions for those of `tl`.
+            On the CPU it runs on tensors, with PyTorch's functions for those of `tl`. What it takes
+            from a closure must be `tl.constexpr` or a helper, and helpers need different names.
         score_mod_args: tensors that score_mod gets as a tuple, a sixth argument, and reads with
             `tl.load(args[0] + index)`. What it reads there is its own responsibility.
         deterministic: accepted; the forward pass is always bitwise repeatable.
@@ -94,8 +97,8 @@ def flash_attn_varlen_func(
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | torch.Tensor,
+    max_seqlen_k: int | torch.Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -111,7 +114,7 @@ def flash_attn_varlen_func(
     s_aux: torch.Tensor | None = None,
     page_table: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
-    score_mod: Any = None,
+    score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
     num_splits: int = 0,
     out: torch.Tensor | None = None,
@@ -184,11 +187,11 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
     *,
     cu_seqlens_q: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
+    max_seqlen_q: int | torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
     page_table: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
-    score_mod: Any = None,
+    score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
     fixed_split_size: int | None = None,
     out: torch.Tensor | None = None,

@@ -151,8 +151,8 @@ def require_triton() -> None:
     found = triton.__version__
     if tuple(int(n) for n in found.split(".")[:2]) < OLDEST_TRITON:
         refuse(ImportError, package, "triton", wanted, found, hint)
-    compiled = isinstance(triton.language.sigmoid, triton.JITFunction)
-    if not INTERPRETED == triton.knobs.runtime.interpret == (not compiled):
+    compiles = isinstance(triton.language.sigmoid, triton.JITFunction)
+    if len({INTERPRETED, triton.knobs.runtime.interpret, not compiles}) > 1:
         expected = "one value while Triton and this package are imported"
         hint = "set it before Python starts"
         refuse(RuntimeError, package, "TRITON_INTERPRET", expected, "two", hint)
@@ -161,13 +161,10 @@ def require_triton() -> None:
 def warn_of_late_switch() -> None:
     """Say once a process that TRITON_INTERPRET=1 came too late."""
     if not INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1":
-        _warn_of_late_switch()
+        _warn_once("TRITON_INTERPRET=1 has no effect any more (set it before Python starts)")
 
 
 @cache
-def _warn_of_late_switch() -> None:
-    message = (
-        "mini_flash_attention: TRITON_INTERPRET=1 has no effect, because it was set after "
-        "mini_flash_attention was imported (set it before Python starts)"
-    )
-    warnings.warn(message, RuntimeWarning, stacklevel=6)  # the caller of a public function
+def _warn_once(message: str) -> None:
+    # Level 6 is the caller of a public function.
+    warnings.warn(f"mini_flash_attention: {message}", RuntimeWarning, stacklevel=6)

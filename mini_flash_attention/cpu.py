@@ -150,9 +150,9 @@ def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     if p.seqused_k is not None:
         appended = p.q[_queries(p, b)].shape[0] if p.appended < 0 else p.appended
         length = min(min(max(int(p.seqused_k[b]), 0), length) + appended, length)
-    row = b if p.cache_batch_idx is None else int(p.cache_batch_idx[b])
-    if p.cache_batch_idx is not None and not 0 <= row < p.cache_rows:
-        row, length = 0, 0
+    row = _row(p, b)
+    if row < 0:
+        length = 0
     if p.page_size:
         if not p.k.shape[0]:  # no page at all
             return p.k.new_zeros(length, *p.k.shape[2:]), p.v.new_zeros(length, *p.v.shape[2:])
@@ -162,21 +162,26 @@ def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     if p.cu_seqlens_k is not None:
         rows = _rows(b, p.cu_seqlens_k, p.k, length)
         return p.k[rows], p.v[rows]
-    return p.k[row, :length], p.v[row, :length]
+    k, v = (x[row : row + 1, :length].flatten(0, 1) for x in (p.k, p.v))
+    return k, v
+
+
+def _row(p: Problem, b: int) -> int:
+    """The row of the caches, or of the block table, that sequence b uses; -1 if there is none."""
+    if p.cache_batch_idx is None:
+        return b
+    row = int(p.cache_batch_idx[b])
+    return row if 0 <= row < p.cache_rows else -1
 
 
 def _locate(p: Problem, b: int, j: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pages, or rows of the cache, and slots of keys j of sequence b; whether they exist: one that
     does not becomes 0.
     """
-    page, slot = torch.full_like(j, b), j
-    if p.block_table is not None:
-        row = b if p.cache_batch_idx is None else int(p.cache_batch_idx[b])
-        if not 0 <= row < p.cache_rows:
-            return page.zero_(), slot, torch.zeros_like(page, dtype=torch.bool)
+    row = _row(p, b)
+    page, slot = torch.full_like(j, row), j
+    if p.block_table is not None and row >= 0:
         page, slot = p.block_table[row, j // p.page_size].long(), j % p.page_size
-    elif p.cache_batch_idx is not None:
-        page = p.cache_batch_idx[page].long()
     real = (page >= 0) & (page < p.k.shape[0])
     return page.where(real, 0), slot, real
 

@@ -9,20 +9,19 @@ With TRITON_INTERPRET=1 (Triton's own switch, set before Triton is imported) CPU
 through the GPU kernels too, in Triton's interpreter: slow, and open to a debugger.
 """
 
-import os
 import threading
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from . import checks, cpu, memory, plan, refusals
+from . import checks, cpu, language, memory, plan, refusals
 from .problem import Problem, empty_out
 
 if TYPE_CHECKING:
     from .kernels.launch import Launch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = checks.INTERPRETED
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
 MAX_RECIPES = 4096
 PLAIN = (int, float, bool, type(None))
@@ -85,6 +84,7 @@ def compute(describe: Reader, arguments: Arguments, names: Arguments, keep: bool
         p = p._replace(q=q, softmax_scale=1.0 if zero else -p.softmax_scale)
         arguments, key = {**arguments, "q": q}, None
     if not (p.q.is_cuda or INTERPRETED):
+        checks.warn_of_late_switch()
         return cpu.run(p)
     recipe = _recipe(p, arguments, names)
     if key is not None:
@@ -155,6 +155,10 @@ def _look_up(describe: Reader, arguments: Arguments) -> tuple[Any, Recipe | None
 def _recipe(p: Problem, arguments: Arguments, names: Arguments) -> Recipe:
     """Plan a call and decide its launches."""
     checks.require_triton()
+    checks.warn_of_late_switch()
+    if p.scores.score_mod is not None:
+        score_mod = language.launchable(p.scores.score_mod, INTERPRETED)
+        p = p._replace(scores=p.scores._replace(score_mod=score_mod))
     if INTERPRETED and p.q.dtype is torch.bfloat16:
         wanted, hint = "float16 or float32 in Triton's interpreter", "its bf16 products are wrong"
         refusals.refuse(TypeError, p.function, "q", wanted, p.q.dtype, hint)

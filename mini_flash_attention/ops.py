@@ -24,25 +24,22 @@ LENGTHS = (
     "Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table, SymInt num_splits, "
     "SymInt? fixed_split_size"
 )
-# Of arguments that an operator has beside these, after SCORES.
-OPTIONAL = {
-    "varlen": (
-        "Tensor? seqused_q=None, Tensor? max_seqlen_q_tensor=None, Tensor? max_seqlen_k_tensor=None"
-    ),
-    "kvcache": "Tensor? max_seqlen_q_tensor=None",
-    "kvcache_append": "Tensor? max_seqlen_q_tensor=None",
-}
-SCHEMAS = {  # of what comes before SCORES
-    "dense": "Tensor q, Tensor k, Tensor v",
+SCHEMAS = {
+    "dense": f"Tensor q, Tensor k, Tensor v, {SCORES}",
     "varlen": (
         "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
         "SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? block_table, Tensor? seqused_k, "
-        "SymInt num_splits"
+        f"SymInt num_splits, {SCORES}, *, Tensor? seqused_q=None, "
+        "Tensor? max_seqlen_q_tensor=None, Tensor? max_seqlen_k_tensor=None"
     ),
-    "kvcache": f"Tensor q, Tensor k_cache, Tensor v_cache, {LENGTHS}",
+    "kvcache": (
+        f"Tensor q, Tensor k_cache, Tensor v_cache, {LENGTHS}, {SCORES}, *, "
+        "Tensor? max_seqlen_q_tensor=None"
+    ),
     "kvcache_append": (
         "Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
-        f"Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, {LENGTHS}"
+        "Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
+        f"{LENGTHS}, {SCORES}, *, Tensor? max_seqlen_q_tensor=None"
     ),
 }
 LONGEST = frozenset(("max_seqlen_q", "max_seqlen_k"))  # ints, or tensors that hold one
@@ -137,11 +134,7 @@ def _arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def _define(name: str, schema: str) -> None:
     """An operator: what it does, what it makes of tensors without memory, and what that costs."""
-    optional = f", *, {OPTIONAL[name]}" if name in OPTIONAL else ""
-    LIBRARY.define(
-        f"{name}({schema}, {SCORES}{optional}) -> (Tensor, Tensor)",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
+    LIBRARY.define(f"{name}({schema}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.mini_flash_attention, name).default
     order = [argument.name for argument in operator._schema.arguments]
     describe = getattr(problem, name.removesuffix("_append"))

@@ -4,6 +4,7 @@ Arguments not listed are those of `flash_attn_func` and `flash_attn_varlen_func`
 errors. The parts are views: nothing is copied.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ def flash_attn_qkvpacked_func(
     qkv: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
     causal: bool = False, window_size: Window = (-1, -1), softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
-    return_attn_probs: bool = False, **more: Any,
+    return_attn_probs: bool = False, *, s_aux: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None, score_mod: Callable[..., Any] | None = None,
+    score_mod_args: tuple[torch.Tensor, ...] = (), out: torch.Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """Attention of qkv (batch, seqlen, 3, nheads, head_dim); more: as flash_attn_func's."""
+    """Attention of qkv (batch, seqlen, 3, nheads, head_dim)."""
     q, k, v = _parts("flash_attn_qkvpacked_func", "qkv", qkv, 5, 3)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        deterministic, return_attn_probs, **more,
+        deterministic, return_attn_probs, s_aux=s_aux, learnable_sink=learnable_sink,
+        score_mod=score_mod, score_mod_args=score_mod_args, out=out,
     )  # fmt: skip
 
 
@@ -30,42 +34,57 @@ def flash_attn_kvpacked_func(
     q: torch.Tensor, kv: torch.Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
     causal: bool = False, window_size: Window = (-1, -1), softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
-    return_attn_probs: bool = False, **more: Any,
+    return_attn_probs: bool = False, *, s_aux: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None, score_mod: Callable[..., Any] | None = None,
+    score_mod_args: tuple[torch.Tensor, ...] = (), out: torch.Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Attention of q to kv (batch, seqlen_k, 2, nheads_k, head_dim)."""
     k, v = _parts("flash_attn_kvpacked_func", "kv", kv, 5, 2)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        deterministic, return_attn_probs, **more,
+        deterministic, return_attn_probs, s_aux=s_aux, learnable_sink=learnable_sink,
+        score_mod=score_mod, score_mod_args=score_mod_args, out=out,
     )  # fmt: skip
 
 
 def flash_attn_varlen_qkvpacked_func(
-    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, dropout_p: float = 0.0,
-    softmax_scale: float | None = None, causal: bool = False, window_size: Window = (-1, -1),
-    softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
-    return_attn_probs: bool = False, **more: Any,
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int | torch.Tensor,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = (-1, -1), softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False, *,
+    seqused_q: torch.Tensor | None = None, seqused_k: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None, learnable_sink: torch.Tensor | None = None,
+    score_mod: Callable[..., Any] | None = None, score_mod_args: tuple[torch.Tensor, ...] = (),
+    num_splits: int = 0, out: torch.Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Attention of packed sequences, qkv (total, 3, nheads, head_dim)."""
     q, k, v = _parts("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 4, 3)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
-        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **more,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, seqused_q=seqused_q,
+        seqused_k=seqused_k, s_aux=s_aux, learnable_sink=learnable_sink, score_mod=score_mod,
+        score_mod_args=score_mod_args, num_splits=num_splits, out=out,
     )  # fmt: skip
 
 
 def flash_attn_varlen_kvpacked_func(
     q: torch.Tensor, kv: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0,
+    max_seqlen_q: int | torch.Tensor, max_seqlen_k: int | torch.Tensor, dropout_p: float = 0.0,
     softmax_scale: float | None = None, causal: bool = False, window_size: Window = (-1, -1),
     softcap: float = 0.0, alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
-    return_attn_probs: bool = False, **more: Any,
+    return_attn_probs: bool = False, *,
+    seqused_q: torch.Tensor | None = None, seqused_k: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None, learnable_sink: torch.Tensor | None = None,
+    score_mod: Callable[..., Any] | None = None, score_mod_args: tuple[torch.Tensor, ...] = (),
+    num_splits: int = 0, out: torch.Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Attention of packed sequences to kv (total_k, 2, nheads_k, head_dim)."""
     k, v = _parts("flash_attn_varlen_kvpacked_func", "kv", kv, 4, 2)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **more,
+        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        seqused_q=seqused_q, seqused_k=seqused_k, s_aux=s_aux, learnable_sink=learnable_sink,
+        score_mod=score_mod, score_mod_args=score_mod_args, num_splits=num_splits, out=out,
     )  # fmt: skip
 
 

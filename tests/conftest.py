@@ -1,6 +1,10 @@
-"""Tests import their helpers by name from this folder."""
+"""Tests import their helpers by name from this folder. Skips that say the same thing many times
+over are counted at the end instead of listed.
+"""
 
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,3 +29,33 @@ def poisoned(monkeypatch):
         monkeypatch.setattr(torch, name, fill)
     monkeypatch.setattr(dispatch, "MAX_KEPT", 1)  # parts are fresh too
     monkeypatch.setattr(dispatch, "_rooms", {})
+
+
+# Reasons for skipping that hundreds of tests can have at a time.
+COUNTED = re.compile(r"needs .*GPUs?|one of three")
+
+
+def reason(report):
+    """Why a test was skipped."""
+    where = report.longrepr
+    return where[2].removeprefix("Skipped: ") if isinstance(where, tuple) else str(where)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest's own
+def pytest_terminal_summary(terminalreporter):
+    """Pytest lists failures, errors and skips one by one. Those COUNTED follow in two lines."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    counts = Counter(why for report in skipped if COUNTED.fullmatch(why := reason(report)))
+    if not counts:
+        return (yield)
+    listed = [report for report in skipped if reason(report) not in counts]
+    terminalreporter.stats["skipped"] = listed
+    try:
+        result = yield
+    finally:
+        terminalreporter.stats["skipped"] = skipped  # the closing line counts them all
+    each = ", ".join(f"{n} × {why}" for why, n in counts.most_common())
+    terminalreporter.line(f"Skipped and not listed: {each}")
+    if any("GPU" in why for why in counts):
+        terminalreporter.line("To run them on a machine with such a GPU: python -m pytest -m gpu")
+    return result

@@ -20,8 +20,8 @@ RESULTS = ROOT / "bench" / "results" / "h200"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 # What stands in backquotes and looks like a file or a folder; a call or a pattern does not.
-FILE = re.compile(r"`([\w./-]+(?:\.(?:py|md|toml|txt|json)|/))`")
-MEMBER = re.compile(r"`(\w+)\.(?!py`)(\w+)`")
+FILE = re.compile(r"`([\w./-]+(?:\.(?:pyi?|md|toml|txt|json)|/))`")
+MEMBER = re.compile(r"`(\w+)\.(?!pyi?`)(\w+)`")
 
 
 def text(name):
@@ -207,6 +207,6 @@ def test_the_package_stays_small():
     files = {str(p.relative_to(PACKAGE)): p for p in PACKAGE.rglob("*.py")}
     apart = {"__main__.py", "reference.py"}  # no call runs through them
     beside = {f for f in files if f.startswith("integrations/") or f in apart}
-    assert sum(code_lines(files[f]) for f in files.keys() - beside) <= 3400
-    assert sum(code_lines(files[f]) for f in beside) <= 700
+    assert sum(code_lines(files[f]) for f in files.keys() - beside) <= 3700
+    assert sum(code_lines(files[f]) for f in beside) <= 1500
     assert max(len(p.read_text().splitlines()) for p in files.values()) <= 350

@@ -27,11 +27,21 @@ ARROWS = {
     "integrations.transformers": {"api", "refusals"},
     "packed": {"api", "refusals"},
     "api": {"dispatch", "problem", "refusals"},
-    "dispatch": {"checks", "cpu", "kernels.", "memory", "ops", "plan", "problem", "refusals"},
+    "dispatch": {
+        "checks",
+        "cpu",
+        "kernels.",
+        "language",
+        "memory",
+        "ops",
+        "plan",
+        "problem",
+        "refusals",
+    },
     "ops": {"dispatch", "problem"},
     "checks": {"problem", "refusals"},
     "cpu": {"language", "memory", "problem"},
-    "language": set(),
+    "language": {"refusals"},
     "features": {"refusals"},
     "plan": {"problem", "refusals", "tiles"},
     "problem": {"features", "memory", "refusals"},
@@ -278,8 +288,9 @@ def flash_attn_func(
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
     softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False, block_table=None, *, seqused_q=None, seqused_k=None, s_aux=None,
-    page_table=None, learnable_sink=None, score_mod=None, score_mod_args=(), num_splits=0, out=None,
+    deterministic=False, return_attn_probs=False, block_table=None, *, seqused_q=None,
+    seqused_k=None, s_aux=None, page_table=None, learnable_sink=None, score_mod=None,
+    score_mod_args=(), num_splits=0, out=None,
 ): ...
 
 def flash_attn_with_kvcache(
@@ -292,32 +303,36 @@ def flash_attn_with_kvcache(
 
 def flash_attn_qkvpacked_func(
     qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-    alibi_slopes=None, deterministic=False, return_attn_probs=False, **more,
+    alibi_slopes=None, deterministic=False, return_attn_probs=False, *, s_aux=None,
+    learnable_sink=None, score_mod=None, score_mod_args=(), out=None,
 ): ...
 
 def flash_attn_kvpacked_func(
     q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-    alibi_slopes=None, deterministic=False, return_attn_probs=False, **more,
+    alibi_slopes=None, deterministic=False, return_attn_probs=False, *, s_aux=None,
+    learnable_sink=None, score_mod=None, score_mod_args=(), out=None,
 ): ...
 
 def flash_attn_varlen_qkvpacked_func(
     qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-    return_attn_probs=False, **more,
+    return_attn_probs=False, *, seqused_q=None, seqused_k=None, s_aux=None,
+    learnable_sink=None, score_mod=None, score_mod_args=(), num_splits=0, out=None,
 ): ...
 
 def flash_attn_varlen_kvpacked_func(
     q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
     softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False, **more,
+    deterministic=False, return_attn_probs=False, *, seqused_q=None, seqused_k=None, s_aux=None,
+    learnable_sink=None, score_mod=None, score_mod_args=(), num_splits=0, out=None,
 ): ...
 
 def merge_attention_states(out_a, lse_a, out_b, lse_b): ...
 """
 
 
-# One length and one offsets tensor of queries and keys both, and keywords that are passed on.
-SHORT_FORMS = {"cu_seqlens", "max_seqlen", "more"}
+# One length and one offsets tensor, of queries and keys both.
+SHORT_FORMS = {"cu_seqlens", "max_seqlen"}
 
 
 def contract():

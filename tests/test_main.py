@@ -1,6 +1,7 @@
 """`python -m mini_flash_attention`: what it prints, and that it notices a broken kernel."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -15,14 +16,17 @@ H200 = plan.Gpu("H200", 90, 132)
 L4 = plan.Gpu("L4", 89, 58)
 
 
-def test_without_a_gpu_the_cpu_path_is_checked():
+def run(*arguments):
+    """The command in a process of its own that sees no GPU."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(cli.VARIABLES)}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
     environment |= {"MINI_FLASH_ATTENTION_CHECK": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "mini_flash_attention"],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "mini_flash_attention", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_without_a_gpu_the_cpu_path_is_checked():
+    done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     said = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[:8])
     assert said["mini_flash_attention"] == mfa.__version__
@@ -38,6 +42,21 @@ def test_without_a_gpu_the_cpu_path_is_checked():
         assert "error" in line and "promise" in line and line.endswith("ok"), line
         assert "CPU" in line
     assert done.stdout.endswith("all well\n")
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "out", "error"),
+    [
+        ("--version", 0, rf"^mini_flash_attention {re.escape(mfa.__version__)}\n$", "^$"),
+        ("--help", 0, r"^usage: python -m mini_flash_attention \[-h\] \[--version\]\n", "^$"),
+        ("--gpu", 2, "^$", "error: unrecognized arguments: --gpu\n$"),
+        ("dense", 2, "^$", "error: unrecognized arguments: dense\n$"),
+    ],
+)
+def test_arguments_are_answered_without_a_check(argument, status, out, error):
+    done = run(argument)
+    assert done.returncode == status
+    assert re.search(out, done.stdout) and re.search(error, done.stderr)
 
 
 @pytest.fixture

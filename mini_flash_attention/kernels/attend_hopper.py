@@ -318,7 +318,8 @@ def attend(
         # Read again where they are needed, instead of held in registers all along.
         length_k = handover.word(turns, turn, handover.LENGTH_K)
         diagonal = length_k - handover.word(turns, turn, handover.ROWS_Q)
-        i = handover.word(turns, turn, handover.FIRST) + 64 * which + gl.arange(0, 64, l.type.layout)
+        i = handover.word(turns, turn, handover.FIRST) + 64 * which
+        i += gl.arange(0, 64, l.type.layout)
         seen = mask.count(i, diagonal, left, right, None, length_k, LEFT, RIGHT)
         o *= gl.expand_dims(softmax.unrounded(l, seen, q.dtype), 1)
     return gl.convert_layout(m, gl.SliceLayout(1, O)), l, o

@@ -82,6 +82,9 @@ def forward_kernel(
     begin, clear_begin, clear_end, end = work.key_tiles(
         first, rows_q, length_k, left, right, pad, LEFT, RIGHT, BLOCK_M, BLOCK_N
     )
+    seen = i
+    if SCORES == "bounded":  # counted before the loop: after it, ptxas serialised the products
+        seen = mask.count(i, diagonal, left, right, pad, length_k, LEFT, RIGHT)
     # With cut tiles on both sides one loop, or three would drain the pipeline three times.
     stop = end if LEFT else clear_end
     m, l, o = attend(
@@ -99,7 +102,6 @@ def forward_kernel(
         )  # fmt: skip
 
     if SCORES == "bounded":
-        seen = mask.count(i, diagonal, left, right, pad, length_k, LEFT, RIGHT)
         o = o * softmax.unrounded(l, seen, q.dtype.element_ty)[:, None]
     o, lse_tile = softmax.finish(m, l, o, scale, sink)
     if cu_seqlens_q is not None:  # rows after the last sequence's end

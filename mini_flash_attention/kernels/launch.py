@@ -88,9 +88,9 @@ def changes(p: Problem, *own: str) -> Changes:
     elif softcap:
         scale, narrow = softcap * LOG2E, 0 <= p.left < NARROW
         # fp16 does not hold such weights. Times values from 1e-15 to 1e10 they are safe in fp32.
-        # Rounded they err by 2^-9, the largest too, which is 1 otherwise: many keys make up for that
-        # (for a single one, `softmax.unrounded`). Lengths don't decide, so that a sequence's result
-        # does not depend on what else is in the batch.
+        # Rounded they err by 2^-9, the largest too, which is 1 otherwise: many keys make up for
+        # that, and for a single one `softmax.unrounded` does. Lengths don't decide, so that what
+        # else is in the batch does not change a sequence's result.
         way = "bounded" if scale <= 75 and p.q.dtype is not torch.float16 and not narrow else ""
     elif slopes is not None:  # what is subtracted is scaled with the score
         factor = 1 / p.softmax_scale
