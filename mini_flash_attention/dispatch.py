@@ -69,7 +69,8 @@ def compute(describe: Reader, arguments: Arguments, names: Arguments, keep: bool
     if recipe is not None:
         if recipe.subclassed:
             memory.without_memory(recipe.function, arguments)
-        _keep_apart(recipe.function, arguments)
+        if arguments["out"] is not None:
+            _keep_apart(recipe.function, arguments)
         return _follow(recipe, arguments, keep)
     p = check(describe, arguments)
     memory.without_memory(p.function, arguments)
@@ -98,7 +99,8 @@ def check(describe: Reader, arguments: Arguments) -> Problem:
     """The call described, if nothing about it is to be refused."""
     refusals.traced()
     p = describe(**arguments)
-    _keep_apart(p.function, arguments)
+    if arguments["out"] is not None:
+        _keep_apart(p.function, arguments)
     if p.q.is_cuda:
         try:
             plan.gpu(p.q.device)
@@ -110,10 +112,9 @@ def check(describe: Reader, arguments: Arguments) -> Problem:
 
 def _keep_apart(function: str, arguments: Arguments) -> None:
     """Refuse an out that shares memory with any other tensor."""
-    if arguments["out"] is not None:
-        others = [x for name, x in arguments.items() if name != "out"]
-        others += arguments["score_mod_args"]
-        memory.apart(function, arguments["out"], *filter(torch.is_tensor, others))
+    others = [x for name, x in arguments.items() if name != "out"]
+    others += arguments["score_mod_args"]
+    memory.apart(function, arguments["out"], *filter(torch.is_tensor, others))
 
 
 def _look_up(describe: Reader, arguments: Arguments) -> tuple[Any, Recipe | None]:

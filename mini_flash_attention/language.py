@@ -192,13 +192,16 @@ def counterpart(x: Any) -> Names | None:
 
 
 def call(score_mod: Any, score: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """What score_mod makes of scores, in their shape; a tuple becomes one of pointers."""
+    """What score_mod makes of scores; a tuple becomes one of pointers."""
     given = [tuple(map(Pointer, x)) if isinstance(x, tuple) else x for x in (score, *arguments)]
     if is_compiled(score_mod):  # there integers are int32
         tensors = [x if x is score else x.int() for x in given if isinstance(x, torch.Tensor)]
         given[: len(tensors)] = map(Tile, tensors)
-    result = Rebuilder().function(score_mod)(*given)
-    return tensor(result, "result").to(score.dtype).expand(score.shape)
+    result = tensor(Rebuilder().function(score_mod)(*given), "result")
+    if result.shape != score.shape:  # nor would it be broadcast in a kernel
+        wanted, hint = f"the score's shape {tuple(score.shape)}", "add 0 * score"
+        refuse(ValueError, "score_mod", "result", wanted, tuple(result.shape), hint)
+    return result.to(score.dtype)
 
 
 def is_compiled(x: Any) -> bool:

@@ -15,19 +15,13 @@ def without_memory(function: str, arguments: Mapping[str, Any]) -> None:
     """
     for name, x in arguments.items():
         for one in x if isinstance(x, (tuple, list)) else (x,):
-            if isinstance(one, torch.Tensor) and one.numel() and not _address(one):
-                hint = "pass the tensor that holds the data; that of a DTensor is .to_local()"
-                wanted = "a tensor with memory of its own"
-                refuse(TypeError, function, name, wanted, kind_of(one), hint)
-
-
-def _address(x: torch.Tensor) -> int:
-    """Of x's first element, whatever its class makes of such a question; 0 if there is none."""
-    with torch._C.DisableTorchFunctionSubclass():
-        try:
-            return x.data_ptr()
-        except RuntimeError:
-            return 0
+            if isinstance(one, torch.Tensor) and one.numel():
+                with torch._C.DisableTorchFunctionSubclass():  # whatever its class makes of it
+                    address = one.data_ptr()
+                if not address:
+                    hint = "pass the tensor that holds the data; that of a DTensor is .to_local()"
+                    wanted = "a tensor with memory of its own"
+                    refuse(TypeError, function, name, wanted, kind_of(one), hint)
 
 
 def overlaps_itself(x: torch.Tensor) -> bool:

@@ -203,18 +203,15 @@ def assignments():
     return score_mod, lambda s, b, h, i, j: s - (s + 1) / 2 + (i + j) * 0.1
 
 
-def constant():
-    @triton.jit
-    def score_mod(score, batch, head, q_idx, kv_idx):
-        return kv_idx * 0.1
-
-    return score_mod, lambda s, b, h, i, j: 0 * s + j * 0.1
+@triton.jit
+def of_the_key_alone(score, batch, head, q_idx, kv_idx):
+    return kv_idx * 0.1
 
 
 FACTORIES = [
     closure_constants, closure_helpers, imports_inside, globals_and_defaults,
     attributes_of_modules, functions_of_math, decided_at_compile_time,
-    functions_that_call_one_another, integers, assignments, constant,
+    functions_that_call_one_another, integers, assignments,
 ]  # fmt: skip
 if not dispatch.INTERPRETED:  # Triton's interpreter knows neither
     FACTORIES += [imported_names, functions_of_libdevice]
@@ -260,6 +257,13 @@ def test_defaults_of_torch_do_not_matter(factory, default):
         torch.set_default_device(None)
         torch.set_default_dtype(dtype)
     assert torch.equal(out, usual)
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter broadcasts")
+def test_a_result_has_the_shape_of_the_score():
+    """A kernel would not compile."""
+    with pytest.raises(ValueError, match=r"score_mod: result: expected the score's shape.*0 \* sc"):
+        attend(of_the_key_alone)
 
 
 def test_every_call_has_its_own_constants():
