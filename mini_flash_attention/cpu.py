@@ -151,8 +151,7 @@ def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
         appended = p.q[_queries(p, b)].shape[0] if p.appended < 0 else p.appended
         length = min(min(max(int(p.seqused_k[b]), 0), length) + appended, length)
     row = _row(p, b)
-    if row < 0:
-        length = 0
+    length = length if row >= 0 else 0
     if p.page_size:
         if not p.k.shape[0]:  # no page at all
             return p.k.new_zeros(length, *p.k.shape[2:]), p.v.new_zeros(length, *p.v.shape[2:])

@@ -42,7 +42,7 @@ SCHEMAS = {
         f"{LENGTHS}, {SCORES}, *, Tensor? max_seqlen_q_tensor=None"
     ),
 }
-LONGEST = frozenset(("max_seqlen_q", "max_seqlen_k"))  # ints, or tensors that hold one
+LONGEST = ("max_seqlen_q", "max_seqlen_k")  # ints, or tensors that hold one
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # Operators take no functions: a score_mod goes by a name.
 _score_mods: dict[str, Any] = {}
@@ -92,10 +92,9 @@ def run(describe: Callable[..., Problem], arguments: Mapping[str, Any]) -> dispa
     given["score_mod_args"] = list(given["score_mod_args"])
     if given["score_mod"] is not None:
         given["score_mod"] = name_of(given["score_mod"])
-    for name in LONGEST & given.keys():  # read when it runs, if it is a tensor
-        x = given[name]
-        read = isinstance(x, torch.Tensor)
-        given |= {name: None if read else x, f"{name}_tensor": x if read else None}
+    for name in LONGEST:
+        if isinstance(given.get(name), torch.Tensor):  # read when the operator runs
+            given |= {name: None, f"{name}_tensor": given[name]}
     name = describe.__name__
     if name == "kvcache":
         given["cache_seqlen"] = None
@@ -118,10 +117,10 @@ def _arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
     given["score_mod_args"] = tuple(given["score_mod_args"])
     if given["score_mod"] is not None:
         given["score_mod"] = _score_mods[given["score_mod"]]
-    for longest in LONGEST & given.keys():
-        x = given.pop(f"{longest}_tensor", None)
+    for length in LONGEST:
+        x = given.pop(f"{length}_tensor", None)
         if x is not None:
-            given[longest] = x
+            given[length] = x
     need_lse = given.pop("need_lse")
     if name in ("dense", "varlen"):
         return given | {"return_attn_probs": need_lse, "dropout_p": 0.0, "deterministic": False}
