@@ -5,30 +5,34 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="mini")
 
-`from_config` and `model.set_attn_implementation("mini")` take the name too. Padded and packed
-batches, windows, soft-capped scores, sinks, `generate()` with dynamic and static caches and
-encoders work; models whose mask is made of anything else, or that add a bias to their scores, are
-refused. Attention weights are not returned. On a GPU the model must be in fp16 or bf16. A padded
-batch costs a copy of its real keys and values in every layer, and waits for the GPU there.
-A compiled model is one graph where it decodes with a static cache; in prefill the graph breaks in
-each layer, where padding or positions have to be read.
+`from_config` and `model.set_attn_implementation("mini")` take the name too. Logits of real tokens
+are those of eager attention, with padding, windows, soft-capped scores, sinks, cross attention and
+dynamic and static caches. Models whose masks are made of anything else, that add a bias to their
+scores or compute attention themselves are refused. Attention weights are not returned. On a GPU the
+model must be in fp16 or bf16.
 
-Continuous batching (`model.generate_batch`, transformers 5.23) accepts "sdpa", "paged|eager" and
-names with "flash" in them, and has no other list to be on; `set_attn_implementation` in turn takes
-names with "flash" for packages to load. So `register()` adds a second name, `name + "_flash"`,
-which goes into the configuration past that look-up:
+A batch is packed if `cu_seq_lens_q` and `cu_seq_lens_k` say so, or, as transformers has it, if
+positions do not grow by one in a call without a mask and without a cache. Beside a mask or a cache
+positions may jump and repeat: a row remains one sequence.
+
+A padded batch costs a copy of its real keys and values in every layer, and waits for the GPU there.
+Padding between real tokens is slow beside a window: each query becomes a sequence. A compiled model
+is one graph where it decodes with a static cache; in prefill padding and packing break the graph.
+
+Continuous batching (`model.generate_batch`, transformers 5.23) takes names with "flash" in them, as
+`set_attn_implementation` does for packages to load. So `register()` adds a second name,
+`name + "_flash"`, which goes into the configuration past that look-up:
 
     model.config._attn_implementation = "mini_flash"
     answers = model.generate_batch(prompts)
 
 With CUDA graphs, pass `use_async_batching=False` in its configuration: steps that overlap, the
 default there, now and then give wrong tokens, with "paged|eager" as well (bench/NOTES.md 99).
-
-Keys and values are gathered from the pages by transformers. Its shorter way, pages given to
-`flash_attn_with_kvcache`, is open to the packages flash-attn 2 and 3 alone.
+transformers gathers keys and values from the pages; it gives pages to flash-attn 2 and 3 alone.
 """
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.functional import pad
@@ -38,6 +42,58 @@ from ..refusals import kind_of, refuse
 
 # What some models pass beside the usual arguments and we would have to ignore.
 FOREIGN = ("position_bias", "sinks", "block_indices")
+# transformers' mask functions without a window.
+UNWINDOWED = ("causal_mask_function", "bidirectional_mask_function")
+ALONE = "a model that leaves masks to AttentionInterface"
+INSTEAD = 'load the model with attn_implementation="eager" or "sdpa"'
+
+
+@dataclass(eq=False)
+class Mask:
+    """Which keys a query sees: what `attention_mask_of` tells `attention`.
+
+    The last query has the position of the last key in use. Models pass this on as they pass on
+    FlexAttention's BlockMask. A model that computes with it, as with a tensor, is refused.
+
+    Attributes:
+        causal: a query sees no key of a later position.
+        window: positions to the left that a query sees, and to the right if not causal; -1: all.
+        keys: how many keys there are.
+        real: (batch, keys in use), bool, False for padding; None without padding.
+        scattered: there is a window, and padding between real keys.
+        lengths: (batch,), int32: keys in use, in a static cache; None if all are.
+        starts: (sequences + 1,), int32: cumulative lengths of packed sequences, or None.
+    """
+
+    causal: bool
+    window: int = -1
+    keys: int = 0
+    real: torch.Tensor | None = None
+    scattered: bool = False
+    lengths: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+
+    ndim = 4  # transformers leaves masks of four dimensions as they are
+
+    def to(self, device: Any, **options: Any) -> "Mask":
+        """The same on another device, for models with layers on several."""
+        held = vars(self).items()
+        return Mask(**{n: x.to(device, **options) if hasattr(x, "to") else x for n, x in held})
+
+    def contiguous(self) -> "Mask":  # generate() asks for it
+        return self
+
+    def __getattr__(self, name: str) -> NoReturn:
+        refuse(AttributeError, "attention", "mask", ALONE, f"mask.{name}", INSTEAD)
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        self.__torch_function__(torch.Tensor.__getitem__)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *unused: Any) -> NoReturn:
+        refuse(
+            NotImplementedError, "attention", "mask", ALONE, f"{function.__name__}(mask)", INSTEAD
+        )
 
 
 def register(name: str = "mini") -> None:
@@ -82,48 +138,57 @@ def attention_mask_of(
     q_offset: Any = 0,
     kv_offset: int = 0,
     mask_function: Any = None,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: Any = None,
     device: Any = None,
     config: Any = None,
     local_size: int | None = None,
     use_vmap: bool = False,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool | None = None,
     **unused: Any,
-) -> torch.Tensor | None:
-    """What `attention` gets as its mask, made once for all layers of a kind.
+) -> Mask | None:
+    """What `attention` gets as its mask, made once for all layers of a kind; None: all see all.
 
-    Args: those of transformers' own mask functions: lengths and positions of the queries and keys
-        in tokens, of which q_offset is a tensor where the cache is static; attention_mask is
-        (batch, tokens so far), True where a token is real; mask_function, local_size and use_vmap
-        tell what transformers would have made.
-
-    Returns:
-        None: all keys are real. (batch, keys), bool: which keys are. (batch,), int32: only so many
-        of each row are in use, the rest is room in a static cache.
+    Args: those of transformers' own mask functions. Query i has the position q_offset + i and key
+        j the position kv_offset + j; q_offset is a tensor where the cache is static.
+        attention_mask is (batch, positions), True for real tokens. local_size is that of a window
+        or a chunk. allow_is_bidirectional_skip comes with masks that are not causal, and only then.
 
     Raises:
-        NotImplementedError: a mask that is more than causality, a window and padding.
+        ValueError: attention_mask is not (batch, positions).
+        NotImplementedError: the mask is more than causality, a window and padding.
     """
-    # Images say so nowhere but in the function that they pass for eager's mask.
-    joined = getattr(mask_function, "__name__", "") == "or_mask"
+    if isinstance(attention_mask, Mask):  # generate() makes masks ahead of the model
+        return attention_mask
+    causal = allow_is_bidirectional_skip is None
+    used: Any = q_offset + q_length - kv_offset  # keys up to the last query's position
+    counted = not isinstance(used, torch.Tensor)
+    name = getattr(mask_function, "__name__", "")
+    local = None if name in UNWINDOWED else local_size
+    window = local - causal if local is not None and kv_length > local else -1
     chunk = getattr(config, "attention_chunk_size", None)
-    chunks = chunk is not None and chunk == local_size and kv_length + kv_offset > chunk
-    if use_vmap or joined or chunks:
-        wanted = "causality, a window and padding"
-        hint = 'load the model with attn_implementation="sdpa"'
-        refuse(NotImplementedError, "attention", "mask", wanted, "a mask of its own", hint)
-    if attention_mask is not None and attention_mask.dim() != 2:
-        return attention_mask  # lengths that were made here before, or attention's to refuse
-    used: Any = q_offset + q_length - kv_offset
+    chunked = chunk is not None and chunk == local and kv_length + kv_offset > chunk
+    aligned = counted and (used == kv_length or (used < kv_length and window < 0))
+    askew = local is not None and not causal and not aligned
+    # Only a name tells of blocks, which images make.
+    if use_vmap or name == "or_mask" or chunked or askew:
+        wanted, got = "causality, a window and padding", "a mask of its own"
+        refuse(NotImplementedError, "attention", "mask", wanted, got, INSTEAD)
+    used = used if causal else kv_length
+    mask = Mask(causal, window, kv_length)
     if attention_mask is not None:
-        mask = attention_mask[:, -kv_length:].bool()  # a window's cache has dropped older tokens
-        if not mask.all():
-            return mask
-        used = mask.shape[1]
-    if isinstance(used, torch.Tensor):  # not read: decoding shall not wait for the GPU
-        return used.to(torch.int32).repeat(batch_size)
-    if used < kv_length:
-        return torch.full((batch_size,), used, dtype=torch.int32, device=device)
-    return None
+        if attention_mask.dim() != 2 or (counted and used > kv_length):
+            wanted = f"shape ({batch_size}, {used})"
+            refuse(ValueError, "attention", "attention_mask", wanted, tuple(attention_mask.shape))
+        keys = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+        mask = _padding(mask, keys, used, q_length)
+    elif causal and not allow_is_causal_skip and q_length == kv_length > 1:  # it may be packed
+        mask.starts = _starts(mask_function, batch_size, q_length, device)
+    elif isinstance(used, torch.Tensor):  # not read: decoding shall not wait for the GPU
+        mask.lengths = used.to(torch.int32).repeat(batch_size)
+    elif used < kv_length:
+        mask.lengths = torch.full((batch_size,), used, dtype=torch.int32, device=device)
+    return None if allow_is_bidirectional_skip and mask.real is None and window < 0 else mask
 
 
 def attention(
@@ -131,29 +196,25 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
     cache: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """One layer's attention, as transformers calls it.
 
     Args:
-        module: the layer; its `is_causal` holds where the argument is None.
         query: (batch, nheads, seqlen_q, head_dim).
         key, value: (batch, nheads_k, seqlen_k, head_dim), with the cache's.
         attention_mask: what `attention_mask_of` returned.
-        dropout: 0.0.
         scaling, softcap, s_aux: `softmax_scale`, `softcap` and `s_aux` of `flash_attn_func`.
-        sliding_window: tokens in sight, the query's own among them; to either side if not causal.
-        position_ids: (batch, seqlen_q); without a mask, a new sequence starts where they don't
-            grow by one.
+        is_causal, sliding_window: count without a mask, the layer's `is_causal` being the first
+            one's default. Causal queries then see sliding_window tokens, others see all.
         cache: the pages of continuous batching, which key and value have yet to go to.
         kwargs: `cu_seq_lens_q`, `cu_seq_lens_k`, (sequences + 1,), and `max_length_q`,
             `max_length_k` of a packed batch.
@@ -163,87 +224,126 @@ def attention(
     """
     for name in FOREIGN:
         if kwargs.get(name) is not None:
-            hint = 'load the model with attn_implementation="eager"'
-            refuse(NotImplementedError, "attention", name, "None", kind_of(kwargs[name]), hint)
+            refuse(NotImplementedError, "attention", name, "None", kind_of(kwargs[name]), INSTEAD)
+    mask = attention_mask
     if cache is not None:  # also turns the lengths in kwargs into those of this layer
         key, value = cache.update(key, value, module.layer_idx, kwargs)
+        mask = None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    left = -1 if sliding_window is None else sliding_window - 1
+    if mask is None:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        mask = Mask(causal, sliding_window - 1 if causal and sliding_window is not None else -1)
+    elif not isinstance(mask, Mask) or mask.keys != k.shape[1]:
+        got = f"{mask.keys} keys" if isinstance(mask, Mask) else tuple(mask.shape)
+        hint = "pass the padding, (batch, tokens); a model that makes masks or keys needs eager"
+        refuse(ValueError, "attention", "attention_mask", f"shape {len(q), k.shape[1]}", got, hint)
     options: dict[str, Any] = {
         "softmax_scale": scaling,
-        "causal": causal,
-        "window_size": (left, 0 if causal else left),
+        "causal": mask.causal,
+        "window_size": (mask.window, 0 if mask.causal else mask.window),
         "softcap": softcap or 0.0,
         "s_aux": s_aux,
     }
-    if attention_mask is not None and attention_mask.dim() == 1:
+    if mask.lengths is not None:
         if dropout:
             hint = "set attention_dropout=0.0 in the model's configuration"
             refuse(NotImplementedError, "attention", "dropout", "0.0", dropout, hint)
-        return flash_attn_with_kvcache(q, k, v, cache_seqlens=attention_mask, **options), None
+        return flash_attn_with_kvcache(q, k, v, cache_seqlens=mask.lengths, **options), None
     options["dropout_p"] = dropout
-    if attention_mask is not None:
-        return _padded(q, k, v, attention_mask, options), None
-    starts = kwargs.get("cu_seq_lens_q")
-    if starts is None and position_ids is not None and q.shape[1] == k.shape[1] > 1:
-        starts = _restarts(position_ids, *q.shape[:2])
+    if mask.real is not None:
+        return _padded(q, k, v, mask, options), None
+    starts, starts_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    starts = mask.starts if starts is None else starts
     if starts is None:
         return flash_attn_func(q, k, v, **options), None
-    starts_k = kwargs.get("cu_seq_lens_k")
+    most_q, most_k = kwargs.get("max_length_q"), kwargs.get("max_length_k")
     out = flash_attn_varlen_func(
         q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1),
         starts.int(), (starts if starts_k is None else starts_k).int(),
-        kwargs.get("max_length_q") or q.shape[1], kwargs.get("max_length_k") or k.shape[1],
+        q.shape[1] if most_q is None else most_q, k.shape[1] if most_k is None else most_k,
         **options,
     )  # fmt: skip
     return out.view(*q.shape[:2], *out.shape[1:]), None
 
 
-# A compiled model breaks its graph around these two: what they return depends on what they read.
+# A compiled model breaks its graph around these: what they return depends on what they read.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _restarts(position_ids: torch.Tensor, batch: int, seqlen: int) -> torch.Tensor | None:
-    """(sequences + 1,): where those of a packed batch start in it, None if no row holds two."""
-    if position_ids.dim() != 2 or position_ids.shape[1] != seqlen:
-        return None
-    jumps = position_ids.diff(dim=1) != 1  # [B, S - 1]
-    if not jumps.any():
-        return None
-    first = pad(jumps, (1, 0), value=True).expand(batch, seqlen).flatten()
-    return pad(first.nonzero().squeeze(1), (0, 1), value=batch * seqlen)
+def _padding(mask: Mask, keys: torch.Tensor, used: Any, q_length: int) -> Mask:
+    """mask with what keys, (batch, up to mask.keys), says: which of those in use are real."""
+    in_use = torch.arange(mask.keys, device=keys.device) < used
+    real = pad(keys, (0, len(in_use) - keys.shape[1])) & in_use
+    facts = [(real == in_use).all(), in_use.sum()]
+    if mask.window >= 0 and q_length > 1:
+        begins = real & ~pad(real[:, :-1], (1, 0))
+        facts.append((begins.sum(1) > 1).any())
+    whole, used, *scattered = torch.stack([x.int() for x in facts]).tolist()  # waits for the GPU
+    if not whole:
+        return replace(mask, real=real[:, :used], scattered=scattered == [1])
+    return mask if used == mask.keys else replace(mask, lengths=facts[1].int().repeat(len(keys)))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _starts(mask_function: Any, batch: int, seqlen: int, device: Any) -> torch.Tensor:
+    """(sequences + 1,): a sequence starts at each token that does not see the token before it."""
+    row = torch.arange(batch, device=device)[:, None]
+    token = torch.arange(1, seqlen, device=device)[None]
+    first = pad(~mask_function(row, 0, token, token - 1).expand(batch, -1), (1, 0), value=True)
+    return pad(first.flatten().nonzero().squeeze(1), (0, 1), value=batch * seqlen).int()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _padded(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, options: dict[str, Any]
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Attention of the real tokens, packed; mask (batch, keys in use) says which keys are."""
+    """Attention to the real keys alone."""
+    real: torch.Tensor = mask.real  # type: ignore[assignment]
     batch, seqlen_q = q.shape[:2]
-    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] > k.shape[1]:
-        refuse(
-            ValueError, "attention", "attention_mask", f"shape ({batch}, up to {k.shape[1]})",
-            tuple(mask.shape), "pass the padding, (batch, tokens), and leave the rest to the model",
-        )  # fmt: skip
-    mask = mask.bool()
-    rows, columns = keys = mask.nonzero(as_tuple=True)
-    ends = pad(mask.sum(1).cumsum(0), (1, 0)).int()
-    if seqlen_q == 1 or not (options["causal"] or options["window_size"][0] >= 0):
+    if seqlen_q == 1 and mask.window >= 0:  # the keys in a window are the last ones
+        first = max(real.shape[1] - mask.window - 1, 0)
+        real, k, v = real[:, first:], k[:, first:], v[:, first:]
+        options["window_size"] = (-1, -1)
+    rows, columns = places = real.nonzero(as_tuple=True)
+    k, v = k[rows, columns], v[rows, columns]
+    if mask.scattered:
+        return _scattered(q, k, v, real, options)
+    ends = pad(real.sum(1).cumsum(0), (1, 0)).int()
+    lengths = seqlen_q, real.shape[1]  # upper bounds will do, and need not be read from the GPU
+    if seqlen_q == 1 or not (mask.causal or mask.window >= 0):
         # Queries keep their places: a single one stands on the last key, and otherwise all see
         # all keys, which need not be the queries' own tokens.
         starts = torch.arange(0, batch * seqlen_q + 1, seqlen_q, dtype=torch.int32, device=q.device)
-        queries = None
-        packed = q.flatten(0, 1)
-    else:
-        real = mask[:, -seqlen_q:]
-        queries = keys if seqlen_q == mask.shape[1] else real.nonzero(as_tuple=True)
-        starts = pad(real.sum(1).cumsum(0), (1, 0)).int()
-        packed = q[queries]
-    # Upper bounds of the lengths will do, and need not be read from the GPU.
-    out = flash_attn_varlen_func(
-        packed, k[rows, columns], v[rows, columns], starts, ends, seqlen_q, mask.shape[1], **options
-    )
-    if queries is None:
+        out = flash_attn_varlen_func(q.flatten(0, 1), k, v, starts, ends, *lengths, **options)
         return out.view(batch, seqlen_q, *out.shape[1:])
+    own = real[:, -seqlen_q:]
+    queries = places if seqlen_q == real.shape[1] else own.nonzero(as_tuple=True)
+    starts = pad(own.sum(1).cumsum(0), (1, 0)).int()
+    out = flash_attn_varlen_func(q[queries], k, v, starts, ends, *lengths, **options)
     full = out.new_zeros(batch, seqlen_q, *out.shape[1:])
     full[queries] = out
     return full
+
+
+def _scattered(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor, options: dict[str, Any]
+) -> torch.Tensor:
+    """Attention with a window that counts positions, those of padding between real keys too.
+
+    The keys that a query sees are neighbours in k and v, (real keys, nheads_k, head_dim). How many
+    they are differs from query to query, so each query becomes a sequence, on pages of one key.
+    """
+    batch, seqlen_q, keys = *q.shape[:2], real.shape[1]
+    left, right = options["window_size"]
+    ends = real.sum(1, keepdim=True).cumsum(0)
+    before = pad(ends[:-1], (0, 0, 1, 0)) + pad(real.cumsum(1), (1, 0))  # [B, keys + 1]
+    place = torch.arange(keys - seqlen_q, keys, device=q.device)
+    first = before[:, (place - left).clamp(min=0)].flatten()
+    seen = before[:, (place + right + 1).clamp(max=keys)].flatten() - first
+    most = min(left + 1 + right, keys)
+    table = first[:, None] + torch.arange(most, device=q.device)
+    starts = torch.arange(batch * seqlen_q + 1, dtype=torch.int32, device=q.device)
+    out = flash_attn_varlen_func(
+        q.flatten(0, 1), k[:, None], v[:, None], starts, None, 1, most,
+        block_table=table.int(), seqused_k=seen.int(),
+        **options | {"causal": False, "window_size": (-1, -1)},
+    )  # fmt: skip
+    return out.view(batch, seqlen_q, *out.shape[1:])
