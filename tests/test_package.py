@@ -1,5 +1,6 @@
 """What is built for an index, what an installation lacks, and how a run of the tests ends."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -65,6 +66,34 @@ def test_the_wheel_holds_the_package_alone(built):
     package = {name for name in names if not name.startswith(f"{NAME}.dist-info/")}
     assert package == {f"mini_flash_attention/{name}" for name in files(ROOT / mfa.__name__)}
     assert "mini_flash_attention/py.typed" in package
+
+
+def test_the_description_has_no_link_that_leads_nowhere(built):
+    """A package index shows the README without the files beside it."""
+    with zipfile.ZipFile(built / f"{NAME}-py3-none-any.whl") as archive:
+        metadata = message_from_string(archive.read(f"{NAME}.dist-info/METADATA").decode())
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    shown = metadata.get_payload()
+    links = {target for target in re.findall(r"\]\(([^)]+)\)", shown) if not target.startswith("#")}
+    assert all(target.startswith("https://") for target in links), links
+    readme = (ROOT / "README.md").read_text()
+    assert len(shown.split()) > 0.9 * len(readme.split()), "the text is all there"
+    assert re.findall("^```python\n.*?^```$", readme, re.M | re.S) == re.findall(
+        "^```python\n.*?^```$", shown, re.M | re.S
+    )
+
+
+def test_links_become_absolute_where_the_source_is_known():
+    pytest.importorskip("hatchling")
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    text = "![a](x.svg) [b](y.md#z) [c](https://c) [d](#e)\n```\n[b](y.md)\n```\n"
+    assert hook.description(text, "https://host/us/") == (
+        "![a](https://host/us/raw/main/x.svg) [b](https://host/us/blob/main/y.md#z) "
+        "[c](https://c) [d](#e)\n```\n[b](y.md)\n```\n"
+    )
+    assert hook.description(text, None) == " b [c](https://c) [d](#e)\n```\n[b](y.md)\n```\n"
 
 
 @pytest.mark.slow

@@ -79,7 +79,8 @@ class Environment:
             return
         # Another Python or another kind of torch is no upgrade: begin afresh.
         afresh = present is None or present.get("foundation") != foundation
-        print(f"Setting up {self.folder.name} (log: {shown(self.log)})", flush=True)
+        size = "3 GB of downloads, 6 GB" if foundation["cuda"] else "0.6 GB of downloads, 2.1 GB"
+        print(f"Setting up {self.folder.name}: {size} on disk (log: {shown(self.log)})", flush=True)
         if afresh:
             with progress("virtual environment"):
                 self.create()

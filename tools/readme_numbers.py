@@ -165,7 +165,7 @@ def hopper(result: Mapping[str, Any], rows: Rows) -> list[str]:
             rows,
             [cell.string for cell in cells if int(cell[3]) >= LONG],
             columns,
-            " (2,048 tokens and more, where no CPU is waited for)",
+            " (2,048 tokens and more, where CPU launch time does not matter)",
         ),
         "Other dense calls at head_dim 128:",
         table(["call", "tokens", *map(name, columns), "ours / FA3"], more, words=1),

@@ -25,6 +25,7 @@ in this way import flash-attn's private functions next, and have no fallback fro
 """
 
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -152,6 +153,10 @@ def uninstall() -> None:
 def _ask_again() -> None:
     """Make transformers, where it is imported, look for flash-attn again: it keeps the answers."""
     module = sys.modules.get("transformers.utils.import_utils")
+    mapping = getattr(module, "PACKAGE_DISTRIBUTION_MAPPING", None)  # of older releases
+    if mapping is not None:  # others have imported it, so it stays the same object
+        mapping.clear()
+        mapping.update(importlib.metadata.packages_distributions())
     for name in (
         "_package_distribution_mapping",
         "is_flash_attn_2_available",
