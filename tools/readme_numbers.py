@@ -1,10 +1,12 @@
-"""Writes the measured numbers of README.md from the files that the benchmark wrote.
+"""Writes the measured numbers of README.md and docs/results.md from the benchmark's result files.
 
-    python tools/readme_numbers.py [--results FOLDER] [--readme FILE] [--check]
+    python tools/readme_numbers.py [--check] [--results FOLDER] [--readme FILE]
+                                   [--results-page FILE]
 
-FOLDER is bench/results/h200 unless told. What stands between the two comments in the README is
-replaced; with --check nothing is written, and the exit status is 1 if the block is out of date.
-Suites that have no file there are left out. Only the standard library is needed.
+FOLDER is bench/results/h200 by default. The tool replaces what stands between the comments in the
+two documents: the ratios and the summary in the README, and all tables in the results page. With
+--check it writes nothing, and the exit status is 1 if a document is out of date. Suites without a
+result file are left out. Only the standard library is needed.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ("prefill", "varlen", "portable", "decode", "features", "host")
-BEGIN = "<!-- numbers: written by tools/readme_numbers.py, not by hand -->"
+SUITES = ("prefill", "varlen", "portable", "decode", "chunked", "features", "host")
+BEGIN = "<!-- numbers, {}: written by tools/readme_numbers.py, not by hand -->"
 END = "<!-- end of numbers -->"
 
 # What the columns are called; others appear under their own name, after these.
@@ -39,13 +42,15 @@ MOST_DECODE_ROWS = 16  # a suite with more workloads gets a line for each group 
 
 Row = dict[str, Any]
 Rows = Mapping[tuple[str, str], Row]  # by workload and implementation
+Results = Mapping[str, dict[str, Any]]  # by suite
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes or checks the block; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Writes the measured numbers of README.md.")
+    """Writes or checks both documents; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Writes the measured numbers of the documents.")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "h200")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results-page", type=Path, default=ROOT / "docs" / "results.md")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
     options = parser.parse_args(argv)
     files = {suite: options.results / f"{suite}.json" for suite in SUITES}
@@ -53,20 +58,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not results:
         print(f"readme_numbers: no results in {options.results} (make bench writes them)")
         return 0 if options.check else 1
-    text = options.readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        print(f"readme_numbers: {options.readme}: expected {BEGIN} and then {END}, once each")
-        return 1
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    fresh = f"{before}{BEGIN}\n{block(results)}\n{END}{after}"
-    if fresh == text:
-        return 0
-    if options.check:
-        print(f"readme_numbers: {options.readme} is out of date: python tools/readme_numbers.py")
-        return 1
-    options.readme.write_text(fresh)
-    return 0
+
+    documents = {
+        options.readme: {"ratios": ratios(results), "summary": summary(results)},
+        options.results_page: {"tables": tables(results)},
+    }
+    outdated: dict[Path, str] = {}
+    for file, blocks in documents.items():
+        text = fresh = file.read_text()
+        for block, content in blocks.items():
+            try:
+                fresh = replaced(fresh, block, content)
+            except ValueError as error:
+                print(f"readme_numbers: {file}: {error}")
+                return 1
+        if fresh != text:
+            outdated[file] = fresh
+    for file, fresh in outdated.items():
+        if options.check:
+            print(f"readme_numbers: {file} is out of date: python tools/readme_numbers.py")
+        else:
+            file.write_text(fresh)
+    return 1 if outdated and options.check else 0
+
+
+def replaced(text: str, block: str, content: str) -> str:
+    """The text with new content in the named block."""
+    begin = BEGIN.format(block)
+    before, found, rest = text.partition(begin)
+    old, end, after = rest.partition(END)
+    if not found or not end or begin in rest or "<!--" in old:
+        raise ValueError(f"expected {begin} and then {END}, once")
+    return f"{before}{begin}\n{content}\n{END}{after}"
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -75,11 +98,11 @@ def read(file: Path) -> dict[str, Any]:
     return result
 
 
-def block(results: Mapping[str, dict[str, Any]]) -> str:
-    """All that stands between the comments."""
+def tables(results: Results) -> str:
+    """The block of the results page: every table, by suite."""
     writers = {
         "prefill": hopper, "varlen": layouts, "portable": prefill, "decode": decode,
-        "features": features, "host": host,
+        "chunked": chunked, "features": features, "host": host,
     }  # fmt: skip
     parts: list[str] = []
     origin = ""
@@ -133,6 +156,101 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -
     """A table in Markdown: the first `words` columns to the left, the others to the right."""
     rule = ["---"] * words + ["---:"] * (len(head) - words)
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+# -- the README ------------------------------------------------------------------------------------
+
+SUMMARY = {
+    "prefill": "prefill",
+    "varlen": "packed and paged prefill",
+    "decode": "decoding",
+    "chunked": "16 to 512 queries beside a cache",
+    "portable": "prefill, portable kernel",
+}
+SUMMARY_PEERS = ("fa3", "cudnn", "fa2", "flashinfer")
+PLOTTED = ("fa3", "cudnn", "fa2")
+
+
+def speedups(rows: Rows, peer: str, prefix: str = "") -> dict[str, float]:
+    """Our speed over a peer's, for each workload that both were measured on."""
+    pairs = {
+        workload: (rate(rows, workload, "mini"), rate(rows, workload, peer))
+        for workload, _ in rows
+        if workload.startswith(prefix)
+    }
+    return {w: ours / theirs for w, (ours, theirs) in pairs.items() if ours and theirs}
+
+
+def worst_cell(by_peer: Mapping[str, Mapping[str, float]]) -> str:
+    """The smallest speedup over any of the peers, and its workload."""
+    cells = [
+        (speedup, peer, workload)
+        for peer, of_peer in by_peer.items()
+        for workload, speedup in of_peer.items()
+    ]
+    speedup, peer, workload = min(cells)
+    return f"{speedup:.2f} × {name(peer)}, `{workload}`"
+
+
+def paragraph(sentence: str) -> str:
+    return textwrap.fill(sentence, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def ratios(results: Results) -> str:
+    """One sentence for the plot: the geometric mean over each peer, and the worst cell."""
+    rows = by_name(results.get("prefill", {}).get("rows", []))
+    found = {peer: speedups(rows, peer, "prefill/") for peer in PLOTTED}
+    by_peer = {peer: of_peer for peer, of_peer in found.items() if of_peer}
+    if not by_peer:
+        return ""
+    calls = max(map(len, by_peer.values()))
+    parts = [f"{geometric_mean(s.values()):.2f} × {name(peer)}" for peer, s in by_peer.items()]
+    return paragraph(
+        f"In the {calls} calls of the plot this package's speed is {', '.join(parts)} (geometric "
+        f"means); the worst cell is {worst_cell(by_peer)}."
+    )
+
+
+def summary(results: Results) -> str:
+    """A line for each suite: the mean and the worst speedup over each peer; what features cost."""
+    lines = []
+    for suite, words in SUMMARY.items():
+        rows = by_name(results.get(suite, {}).get("rows", []))
+        found = {peer: speedups(rows, peer) for peer in SUMMARY_PEERS}
+        by_peer = {peer: of_peer for peer, of_peer in found.items() if of_peer}
+        if not by_peer:
+            continue
+        cells = [mean_and_worst(list(of_peer.values())) for of_peer in found.values()]
+        ours = sum(implementation == "mini" for _, implementation in rows)
+        lines.append([words, str(ours), *cells, worst_cell(by_peer)])
+    if not lines:
+        return ""
+    head = ["suite", "calls", *map(name, SUMMARY_PEERS), "worst cell"]
+    parts = [table(head, lines)]
+    rows = by_name(results.get("features", {}).get("rows", []))
+    shares = {words: shares_of_plain(rows, feature) for feature, words in FEATURES.items()}
+    left = [f"{words} {mean_and_worst(some)}" for words, some in shares.items() if some]
+    if left:
+        kept = "Prefill with a feature, as a share of the plain call's speed, mean (worst)"
+        parts.append(paragraph(f"{kept}: {', '.join(left)}."))
+    return "\n\n".join(parts)
+
+
+def mean_and_worst(shares: Sequence[float]) -> str:
+    return f"{geometric_mean(shares):.2f} ({min(shares):.2f})" if shares else ""
+
+
+def shares_of_plain(rows: Rows, feature: str) -> list[float]:
+    """Our speed with a feature over the plain call's, for each dense call of the suite."""
+    shares = []
+    for workload in dict.fromkeys(workload for workload, _ in rows):
+        if not re.fullmatch(rf"features/d\d+/\w+/s\d+/{feature}", workload):
+            continue
+        plain = workload.removesuffix(feature) + "plain"
+        ours, base = rate(rows, workload, "mini"), rate(rows, plain, "mini")
+        if ours and base:
+            shares.append(ours / base)
+    return shares
 
 
 # -- the Hopper kernel -----------------------------------------------------------------------------
@@ -306,6 +424,14 @@ def group_name(group: str) -> str:
 
 
 def decode(result: Mapping[str, Any], rows: Rows) -> list[str]:
+    return bandwidths("Decoding", rows)
+
+
+def chunked(result: Mapping[str, Any], rows: Rows) -> list[str]:
+    return bandwidths("16 to 512 queries beside a cache", rows)
+
+
+def bandwidths(title: str, rows: Rows) -> list[str]:
     """GB/s of keys and values, a line for each workload, or for each group if there are many."""
     columns = implementations(rows)
     workloads = list(dict.fromkeys(workload for workload, _ in rows))
@@ -323,7 +449,7 @@ def decode(result: Mapping[str, Any], rows: Rows) -> list[str]:
             shown = {n: figure(rows, members[0], n) for n in columns}
         line = [group.removeprefix("decode/"), *shown.values()]
         lines.append([*line, ratio(means["mini"], means["fa3"])] if "fa3" in means else line)
-    text = "**Decoding, GB/s of keys and values**"
+    text = f"**{title}, GB/s of keys and values**"
     if len(groups) < len(workloads):
         text += " (geometric means; empty where a peer can't do all workloads of a line)"
     return [f"{text}:", table(head, lines)]
