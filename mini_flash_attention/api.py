@@ -48,8 +48,8 @@ def flash_attn_func(
             the last key.
         window_size: (left, right) in tokens: query i sees the keys from
             `i + seqlen_k - seqlen_q - left` to `i + seqlen_k - seqlen_q + right`. -1 or None is
-            unbounded. `causal` sets right to 0. A list or a tensor of two ints will do; a tensor is
-            read, which waits for the GPU if it lives there.
+            unbounded. `causal` sets right to 0. A list or a tensor of two ints also works;
+            reading a tensor on a GPU waits for that GPU.
         softcap: scaled scores become `softcap * tanh(score / softcap)`; 0 is none.
         alibi_slopes: (nheads,) or (batch, nheads), fp32: `slope * distance` is subtracted from a
             score, distance the tokens between the key and where the query stands
@@ -61,8 +61,9 @@ def flash_attn_func(
             are positions in the sequence: the last query has that of the last key, queries before
             the first key have 0, and kv_idx may be up to 127 past the last key. All arguments
             broadcast against one another. It may return -inf, but nothing else that is not finite.
-            On the CPU it runs on tensors, with PyTorch's functions for those of `tl`. What it takes
-            from a closure must be `tl.constexpr` or a helper, and helpers need different names.
+            On the CPU it runs on tensors, with PyTorch's functions for those of `tl`. Values
+            captured from a closure must be `tl.constexpr` or helper functions, and helpers need
+            distinct names.
         score_mod_args: tensors that score_mod gets as a tuple, a sixth argument, and reads with
             `tl.load(args[0] + index)`. What it reads there is its own responsibility.
         deterministic: accepted; the forward pass is always bitwise repeatable.
@@ -131,13 +132,14 @@ def flash_attn_varlen_func(
             `cu_seqlens[b]` to `cu_seqlens[b + 1]`. With `block_table` only the differences of
             `cu_seqlens_k` matter, and with `seqused_k` as well it may be None.
         max_seqlen_q, max_seqlen_k: at least the longest length, as int; a tensor of no
-            dimensions is read, which waits for the GPU if it lives there. Queries past
+            dimensions is read, which waits for the GPU if it lives there, and so can't be done in
+            a CUDA graph. Queries past
             `max_seqlen_q` give 0, keys past `max_seqlen_k` are not seen.
         block_table: (batch, max_blocks), int32: key j of sequence b lies in page
             `block_table[b, j // page_size]`. Entries past a sequence's end may hold anything.
             `page_table` is another name.
-        seqused_q: (batch,), int32: query rows of each sequence in use, the first ones. Masks are
-            aligned to the last of them. The other rows give 0 and an LSE of -inf.
+        seqused_q: (batch,), int32: how many query rows of each sequence are in use, counted from
+            the first. Masks align to the last row in use. Other rows give 0 and an LSE of -inf.
         seqused_k: (batch,), int32: keys of each sequence in use.
         num_splits: programs that share the keys of one sequence; 0 decides from the shapes. With
             1 a sequence gets the same bits whatever else is in the batch.
@@ -218,7 +220,8 @@ def flash_attn_with_kvcache(
         cache_seqlens: keys in use before k and v: an int, or (batch,) int32 on the device. It is
             not changed. None means the whole cache. 0 gives 0 and an LSE of -inf.
         cache_batch_idx: (batch,), int32: the row of the caches that each sequence uses, or of the
-            block table, which then has any number of rows. One that does not exist counts as empty.
+            block table, which then has any number of rows. A row that does not exist counts as
+            empty.
         cache_leftpad: (batch,), int32: the first key of each sequence that is in use.
         block_table: as in `flash_attn_varlen_func`.
         cu_seqlens_q, max_seqlen_q: as in `flash_attn_varlen_func`: one call for sequences that

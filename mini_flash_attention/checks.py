@@ -108,7 +108,7 @@ def _pages(p: Problem, block_table: torch.Tensor, lengths: list[int]) -> None:
         unused = max(pads[b], 0) // p.page_size  # before the first key in use
         for column, page in enumerate(row[: -(-length // p.page_size)]):
             if column >= unused and not 0 <= page < num_pages:
-                wanted = f"pages from 0 to {num_pages - 1} for the {length} keys of row {b}"
+                wanted = f"pages from 0 to {num_pages - 1} for the {length} keys of sequence {b}"
                 _wrong(p, "block_table", wanted, f"{page} in column {column}")
 
 
@@ -153,15 +153,15 @@ def require_triton() -> None:
         refuse(ImportError, package, "triton", wanted, found, hint)
     compiles = isinstance(triton.language.sigmoid, triton.JITFunction)
     if len({INTERPRETED, triton.knobs.runtime.interpret, not compiles}) > 1:
-        expected = "one value while Triton and this package are imported"
+        expected = "the same value when Triton and this package are imported"
         hint = "set it before Python starts"
-        refuse(RuntimeError, package, "TRITON_INTERPRET", expected, "two", hint)
+        refuse(RuntimeError, package, "TRITON_INTERPRET", expected, "two different ones", hint)
 
 
 def warn_of_late_switch() -> None:
-    """Say once a process that TRITON_INTERPRET=1 came too late."""
+    """Warn once per process that TRITON_INTERPRET=1 was set too late."""
     if not INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1":
-        _warn_once("TRITON_INTERPRET=1 has no effect any more (set it before Python starts)")
+        _warn_once("TRITON_INTERPRET=1 was set too late to matter (set it before Python starts)")
 
 
 @cache

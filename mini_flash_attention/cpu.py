@@ -84,7 +84,8 @@ def _attention(
         sink = p.scores.s_aux.float()[:, None]
         lse = torch.logaddexp(lse, sink).masked_fill(empty, float("-inf"))
     weights = (scores - lse.masked_fill(empty, 0.0)[..., None]).exp()
-    return (weights @ _to_heads(v, q).float()).to(q.dtype).transpose(1, 2), lse
+    out = (weights @ _to_heads(v, q).float()).masked_fill(empty[..., None], 0.0)
+    return out.to(q.dtype).transpose(1, 2), lse
 
 
 def _to_heads(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -125,7 +126,7 @@ def _seen(p: Problem, seqlen_q: int, seqlen_k: int, skipped: int) -> torch.Tenso
 
 
 def _queries(p: Problem, b: int) -> int | slice:
-    """Where in q those of sequence b are that are in use."""
+    """Where in q the query rows in use of sequence b lie."""
     if p.cu_seqlens_q is None:
         return b
     most = p.seqlen_q if p.seqused_q is None else min(max(int(p.seqused_q[b]), 0), p.seqlen_q)

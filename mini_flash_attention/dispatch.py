@@ -42,7 +42,7 @@ class Recipe(NamedTuple):
     head_dim: int = 0  # of the result, 0 where it is q's
     rotates: bool = False  # the queries, to a tensor of their own
     clears: bool = False  # rows that no program writes
-    subclassed: bool = False  # whether some tensor's class could go without memory
+    subclassed: bool = False  # whether some tensor's class might have no memory of its own
 
 
 _recipes: dict[Hashable, Recipe] = {}
@@ -84,8 +84,8 @@ def compute(describe: Reader, arguments: Arguments, names: Arguments, keep: bool
         q = torch.zeros_like(p.q) if zero else -p.q
         p = p._replace(q=q, softmax_scale=1.0 if zero else -p.softmax_scale)
         arguments, key = {**arguments, "q": q}, None
+    checks.warn_of_late_switch()
     if not (p.q.is_cuda or INTERPRETED):
-        checks.warn_of_late_switch()
         return cpu.run(p)
     recipe = _recipe(p, arguments, names)
     if key is not None:
@@ -156,7 +156,6 @@ def _look_up(describe: Reader, arguments: Arguments) -> tuple[Any, Recipe | None
 def _recipe(p: Problem, arguments: Arguments, names: Arguments) -> Recipe:
     """Plan a call and decide its launches."""
     checks.require_triton()
-    checks.warn_of_late_switch()
     if p.scores.score_mod is not None:
         score_mod = language.launchable(p.scores.score_mod, INTERPRETED)
         p = p._replace(scores=p.scores._replace(score_mod=score_mod))

@@ -11,17 +11,14 @@ from .refusals import kind_of, refuse, shape, tensor
 def without_memory(function: str, arguments: Mapping[str, Any]) -> None:
     """Refuse a tensor whose class only stands for data that lies elsewhere, as DTensor does.
 
-    Its address is 0, where a kernel would read.
+    Such a tensor, or one whose storage was freed, reports address 0, and a kernel would read there.
     """
     for name, x in arguments.items():
         for one in x if isinstance(x, (tuple, list)) else (x,):
-            if isinstance(one, torch.Tensor) and one.numel():
-                with torch._C.DisableTorchFunctionSubclass():  # whatever its class makes of it
-                    address = one.data_ptr()
-                if not address:
-                    hint = "pass the tensor that holds the data; that of a DTensor is .to_local()"
-                    wanted = "a tensor with memory of its own"
-                    refuse(TypeError, function, name, wanted, kind_of(one), hint)
+            if isinstance(one, torch.Tensor) and one.numel() and not one.data_ptr():
+                hint = "pass the tensor that holds the data; for a DTensor that is .to_local()"
+                wanted = "a tensor with memory of its own"
+                refuse(TypeError, function, name, wanted, kind_of(one), hint)
 
 
 def overlaps_itself(x: torch.Tensor) -> bool:
@@ -53,11 +50,11 @@ def out(function: str, out: Any, q: torch.Tensor, head_dim: int) -> None:
 
 def apart(function: str, out: torch.Tensor, *inputs: torch.Tensor) -> None:
     """Refuse an out that shares memory with an input."""
-    if hasattr(out, "fake_mode"):  # it lies nowhere
+    if hasattr(out, "fake_mode") or not out.data_ptr():  # it lies nowhere
         return
     first, end = extent(out)
     for x in inputs:
         x_first, x_end = extent(x)
-        if first < x_end and x_first < end:
+        if x_first and first < x_end and x_first < end:
             hint = "pass a tensor of its own memory"
             refuse(ValueError, function, "out", "memory apart from the inputs'", "an overlap", hint)

@@ -125,7 +125,7 @@ def merge_attention_states(
         shape(function, name, lse, (*outer[:-1], nheads, outer[-1]))
     nothing = float("-inf")
     empty = (lse_a == nothing) & (lse_b == nothing)
-    # Selected before anything is computed from it: 0 times NaN is NaN, in a gradient too.
+    # Select before computing: 0 times NaN is NaN, in a gradient too.
     finite_a, finite_b = (x.float().masked_fill(empty, 0.0) for x in (lse_a, lse_b))
     lse = torch.logaddexp(finite_a, finite_b)
     merged = torch.zeros_like(out_a, dtype=torch.float32)

@@ -199,8 +199,8 @@ def softcap(function: str, softcap: Any) -> float:
 
 
 def pair(window_size: Any) -> Any:
-    """A list, or a tensor of two elements, as the tuple that `window` judges; else window_size."""
-    if isinstance(window_size, torch.Tensor) and window_size.shape == (2,):
+    """A list, or a tensor of two elements, as a tuple for `window`; anything else unchanged."""
+    if type(window_size) is torch.Tensor and window_size.shape == (2,):
         window_size = window_size.tolist()
     return tuple(window_size) if isinstance(window_size, list) else window_size
 

@@ -146,19 +146,19 @@ BAD = {
     ),
     "33-page-past-the-pool": (
         paged_varlen, {"block_table": torch.tensor([[5, 0], [2, 6]]).int()},
-        "block_table: expected pages from 0 to 5 for the 8 keys of row 1, got 6 in column 1",
+        "block_table: expected pages from 0 to 5 for the 8 keys of sequence 1, got 6 in column 1",
     ),
     "33-page-used-in-part": (
         paged_varlen, {"cu_seqlens_k": ints(0, 3, 8), "block_table": ints(5, 9, 2, -1).view(2, 2)},
-        "block_table: expected pages from 0 to 5 for the 5 keys of row 1, got -1 in column 1",
+        "block_table: expected pages from 0 to 5 for the 5 keys of sequence 1, got -1 in column 1",
     ),
     "33-page-negative": (
         paged_kvcache, {"block_table": torch.tensor([[5, -1], [2, -1]]).int()},
-        "block_table: expected pages .* of row 0, got -1 in column 1",
+        "block_table: expected pages .* of sequence 0, got -1 in column 1",
     ),
     "33-page-of-packed-new-keys": (
         packed_paged_kvcache, {"cache_seqlens": ints(6, 2)},
-        "block_table: expected pages from 0 to 5 for the 5 keys of row 1, got -1 in column 1",
+        "block_table: expected pages from 0 to 5 for the 5 keys of sequence 1, got -1 in column 1",
     ),
     "33-no-lengths-given": (paged_kvcache, {"cache_seqlens": 6}, "block_table: .* got -1"),
     "34-negative": (kvcache, {"cache_seqlens": ints(6, -1)}, "cache_seqlens: .*got -1 in entry 1"),

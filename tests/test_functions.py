@@ -138,6 +138,19 @@ def test_nothing_before_a_window_reaches_an_output(seqlen_q, paged):
     assert torch.equal(*outs)
 
 
+@pytest.mark.parametrize("num_splits", [0, 2])
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+def test_a_query_without_keys_gives_0_whatever_the_values_hold(softcap, num_splits):
+    """The first query stands before the first key, and the tile that it is in meets NaN."""
+    q, k = (torch.ones(1, n, 1, 16, dtype=torch.float16) for n in (2, 1))
+    out, lse = mini_flash_attention.flash_attn_with_kvcache(
+        q, k, torch.full_like(k, float("nan")), causal=True, softcap=softcap,
+        num_splits=num_splits, return_softmax_lse=True,
+    )  # fmt: skip
+    assert not out[:, 0].any() and out[:, 1].isnan().all()
+    assert lse[0, 0, 0] == float("-inf")
+
+
 @pytest.mark.parametrize("num_splits", [1, 2, 4])
 def test_splits_of_huge_equal_logits(num_splits):
     """Parts weigh by what they hold, even where an LSE in fp32 has no digits left to say it."""

@@ -73,7 +73,7 @@ ARROWS = {
         "kernels.hopper",
         "kernels.launch",
     },
-    "kernels.launch": {"problem"},
+    "kernels.launch": {"memory", "problem"},
     "rules": set(),
     "rules.": set(),
     "rules.rotary": {"rules."},

@@ -3,6 +3,8 @@
 On a GPU each of these calls would read at address 0 and lose the process its card.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -108,6 +110,17 @@ def test_freed_memory():
     q.untyped_storage().resize_(0)
     with pytest.raises(TypeError, match=r"flash_attn_func: q: .*got torch\.Tensor"):
         mfa.flash_attn_func(q, q, q)
+
+
+def test_memory_freed_after_the_call_was_remembered():
+    launch = pytest.importorskip("mini_flash_attention.kernels.launch")
+    q = torch.randn(1, 5, 2, 16)
+    made = launch.Launch(SimpleNamespace(__name__="kernel"), 1, ("q",), (), 4)
+    assert made.addresses({"q": q})[0] == [q.data_ptr()]
+    assert made.addresses({"q": q[:0]})[0] == [0], "an empty tensor has nothing to read"
+    q.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match=r"q: expected a tensor with memory of its own"):
+        made.addresses({"q": q})
 
 
 @pytest.mark.parametrize("kind", [torch.nn.Parameter, torch.nn.Buffer, Plain])

@@ -315,6 +315,7 @@ def attend(
     o = warpgroup_mma_wait(0, deps=[o])
     hopper.free(values, stop - 1, CONSUMERS)
     if BOUNDED:
+        gl.static_assert(GROUP == 1)  # no heads are packed beside a soft cap
         # Read again where they are needed, instead of held in registers all along.
         length_k = handover.word(turns, turn, handover.LENGTH_K)
         diagonal = length_k - handover.word(turns, turn, handover.ROWS_Q)

@@ -83,7 +83,7 @@ def forward_kernel(
         first, rows_q, length_k, left, right, pad, LEFT, RIGHT, BLOCK_M, BLOCK_N
     )
     seen = i
-    if SCORES == "bounded":  # counted before the loop: after it, ptxas serialised the products
+    if SCORES == "bounded":  # here, for counting after the loop made ptxas serialise the products
         seen = mask.count(i, diagonal, left, right, pad, length_k, LEFT, RIGHT)
     # With cut tiles on both sides one loop, or three would drain the pipeline three times.
     stop = end if LEFT else clear_end

@@ -88,7 +88,7 @@ class TmaLaunch(Launch):
 
     def __call__(self, tensors: Tensors, stream: int | None = None) -> None:
         bases: list[Any] = [tensors[view.name] for view in self.views]
-        if any(x.data_ptr() % ALIGNMENT for x in bases):
+        if any(not at or at % ALIGNMENT for at in map(torch.Tensor.data_ptr, bases)):
             self.otherwise(tensors, stream)
             return
         addresses, aligned = self.addresses(tensors)

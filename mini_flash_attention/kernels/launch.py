@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..memory import without_memory
 from ..problem import NARROW, Problem
 
 Tensors = Mapping[str, torch.Tensor | None]
@@ -88,9 +89,10 @@ def changes(p: Problem, *own: str) -> Changes:
     elif softcap:
         scale, narrow = softcap * LOG2E, 0 <= p.left < NARROW
         # fp16 does not hold such weights. Times values from 1e-15 to 1e10 they are safe in fp32.
-        # Rounded they err by 2^-9, the largest too, which is 1 otherwise: many keys make up for
-        # that, and for a single one `softmax.unrounded` does. Lengths don't decide, so that what
-        # else is in the batch does not change a sequence's result.
+        # Rounding changes them by up to 2^-9, even the largest, which would otherwise be exactly 1.
+        # Over many keys the errors average out; for a single key `softmax.unrounded` undoes the
+        # rounding. The choice does not depend on lengths, so a sequence's result does not change
+        # with the rest of the batch.
         way = "bounded" if scale <= 75 and p.q.dtype is not torch.float16 and not narrow else ""
     elif slopes is not None:  # what is subtracted is scaled with the score
         factor = 1 / p.softmax_scale
@@ -170,6 +172,8 @@ class Launch:
                 bits = 1
             else:
                 address = x.data_ptr()
+                if not address:  # freed after the call was first checked
+                    without_memory(self.kernel.__name__, {name: x})
                 addresses.append(address)
                 bits |= address
         return addresses, bits % ALIGNMENT == 0

@@ -13,7 +13,7 @@ import triton.language as tl
 def bounds(i, diagonal, left, right, pad, seqlen_k, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """(first, last) key that query i sees; `first` may lie before key 0.
 
-    pad: None, or the first key there is, which LEFT looks after too.
+    pad: None, or the first key that exists; enforced only with LEFT.
     """
     first = i * 0
     last = seqlen_k - 1

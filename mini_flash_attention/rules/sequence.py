@@ -36,7 +36,7 @@ def query_span(b, cu_seqlens, total):
 
 @triton.jit
 def used_queries(b, seqused_q, length):
-    """Query rows of entry b in use, of `length` that there are: the first ones."""
+    """How many of entry b's `length` query rows are in use, counted from the first."""
     if seqused_q is not None:
         length = clamp(tl.load(seqused_q + b), 0, length)
     return length

@@ -27,11 +27,12 @@ def rescale(m, s, scale):
 
 @triton.jit
 def unrounded(l, keys, DTYPE: tl.constexpr):
-    """Factor for o of rows without a running maximum, by the number of keys that they see.
+    """What to multiply o by in rows computed without a running maximum, given how many keys each
+    sees.
 
-    P is rounded to DTYPE before it meets V, and l is not. Many keys make up for one another's
-    roundings. One key's weight is l, so here its rounding is undone: the row gives exactly the
-    key's value, as it does where the largest weight is 1.
+    P is rounded to DTYPE before it is multiplied by V, and l is not. Over many keys the rounding
+    errors average out. The weight of a single key is l, so its rounding can be undone: the row is
+    then exactly the key's value, as it is where the largest weight is 1.
     """
     return tl.where(keys == 1, l / l.to(DTYPE).to(tl.float32), 1.0)
 
@@ -53,7 +54,7 @@ def finish(m, l, o, scale, sink):
         top = highest
     inverse = tl.where(empty, 0.0, weight / l)
     lse = tl.where(empty, float("-inf"), (top + tl.log2(l)) * ln2)
-    return o * tl.expand_dims(inverse, 1), lse
+    return tl.where(tl.expand_dims(empty, 1), 0.0, o * tl.expand_dims(inverse, 1)), lse
 
 
 @triton.jit
