@@ -185,7 +185,7 @@ def _recipe(p: Problem, arguments: Arguments, names: Arguments) -> Recipe:
     else:
         launches.append(forward.launch(p, out, lse, plan.forward(p, gpu)))
         if hopper:
-            from .kernels import forward_hopper
+            from .kernels.hopper import forward as forward_hopper
 
             fold = None
             if hopper.parts:

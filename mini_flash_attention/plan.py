@@ -11,6 +11,7 @@ import torch
 
 from .problem import Problem
 from .refusals import MAX_SPLITS
+from .rules.window import first_visible
 from .tiles import LARGE_DECODE, SHARED_KB, SMALL, SMALL_DECODE, TILES, Tiles
 
 
@@ -121,7 +122,7 @@ def _work(p: Problem, gpu: Gpu, block_m: int, packed: int = 1) -> tuple[int, int
         rows, units = p.q.shape[0] // block_m + p.batch, nheads
     bytes_of_unit = 2 * p.seqlen_k * head_dim * p.k.element_size() * packed // p.group
     per_group = min(units, L2_BYTES // max(1, bytes_of_unit))
-    if p.right < 0 and p.cu_seqlens_q is None:  # no tile is the longest: side by side in time
+    if p.right is None and p.cu_seqlens_q is None:  # no tile is the longest: side by side in time
         per_group = min(per_group, -(-gpu.multiprocessors // max(1, rows)))
     return rows, units, max(1, per_group)
 
@@ -145,8 +146,8 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     if p.v.shape[-1] != head_dim or p.cache_batch_idx is not None or p.cache_leftpad is not None:
         return None
     tiles = HOPPER_TILES[size_class(head_dim)]
-    keys = p.seqlen_k - (min(p.seqlen_q, p.seqlen_k) // 2 if p.right >= 0 else 0)
-    keys = min(keys, p.left + 1) if p.left >= 0 else keys
+    keys = p.seqlen_k - (min(p.seqlen_q, p.seqlen_k) // 2 if p.right is not None else 0)
+    keys = keys if p.left is None else min(keys, p.left + 1)
     group, splits = _packing(p, gpu, tiles.block_n)
     alone = group == splits == 1
     if alone and decodes(p, gpu):
@@ -220,7 +221,7 @@ def decodes(p: Problem, gpu: Gpu) -> bool:
 
 def _visible(p: Problem) -> int:
     """Keys of a sequence that any query sees; to the right of the last query there is none."""
-    return p.seqlen_k if p.left < 0 else min(p.seqlen_k, p.left + p.seqlen_q)
+    return p.seqlen_k - (0 if p.left is None else max(0, first_visible(0, p.window)))
 
 
 def _splits_pay(p: Problem, gpu: Gpu) -> bool:
@@ -232,7 +233,7 @@ def _splits_pay(p: Problem, gpu: Gpu) -> bool:
     waves = -(-p.batch * nheads * -(-p.seqlen_q // 128) // most)
     units = p.batch * nheads_k * -(-p.seqlen_q * p.group // 128)
     packed = units / most if units <= most else -(-units // most)  # more are not split
-    seen = min(p.seqlen_k, p.left + 128) if p.left >= 0 else p.seqlen_k  # by a tile
+    seen = p.seqlen_k if p.left is None else min(p.seqlen_k, p.left + 128)  # by a tile
     return not p.scores.changed and waves * seen - packed * slower * _visible(p) > SPLIT_KEYS
 
 
@@ -305,10 +306,10 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
         size = -(-p.split_size // narrow.block_n)
         # A window's first key may lie inside a tile: that makes one more. At least two parts, so
         # that a result always takes the same way, whatever the cache's capacity.
-        n = max(2, -(-(key_tiles + (p.left >= 0)) // size))
+        n = max(2, -(-(key_tiles + (p.left is not None)) // size))
         return _parts(narrow, rows, units, n, gpu)._replace(split_tiles=size)
     if p.num_splits:  # parts beyond a tile each would take memory for nothing
-        most = max(2, key_tiles + (p.left >= 0))
+        most = max(2, key_tiles + (p.left is not None))
         return _parts(narrow, rows, units, min(p.num_splits, most), gpu)
     work = units * visible * 2 * head_dim * p.k.element_size() // gpu.multiprocessors
     small_pages = p.page_size > 0 and p.page_size % narrow.block_n > 0
@@ -318,7 +319,7 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
         tiles = decode_tiles(gpu.arch, head_dim, rows, True)[p.page_size > 0 or rows > 16]
         blocks = nheads_k * -(-rows // tiles.block_m)
         resident = gpu.multiprocessors * programs_at_a_time(gpu.arch, tiles, head_dim)
-        most = p.batch * max(1, -(-visible // tiles.block_n) + (p.left >= 0))
+        most = p.batch * max(1, -(-visible // tiles.block_n) + (p.left is not None))
         n = min(shares(blocks, resident), most)
         if most * n < 2**31:  # which is how far the kernel counts
             return Decode(tiles, True, n, 0, n * blocks, min(rows, tiles.block_m), gpu.arch >= 90)

@@ -11,6 +11,7 @@ from . import features, memory
 from . import refusals as check
 from .refusals import NARROW as NARROW  # kernels ask for it here
 from .refusals import refuse
+from .rules.window import Window
 
 # What kernels call the tensors of flash_attn_with_kvcache that they know under another name.
 CACHE_NAMES = {
@@ -43,7 +44,7 @@ class Rotary(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A checked call. Lengths in tokens; `left` and `right` are -1 where the window is open."""
+    """A checked call. Lengths in tokens; `left` and `right` are None where the window is open."""
 
     function: str
     q: torch.Tensor  # (batch, seqlen_q, nheads, head_dim), packed (total_q, nheads, head_dim)
@@ -62,8 +63,8 @@ class Problem(NamedTuple):
     appended: int  # -1: as many tokens as a sequence has queries
     page_size: int  # 0 unless paged
     softmax_scale: float
-    left: int
-    right: int
+    left: int | None
+    right: int | None
     num_splits: int
     split_size: int  # keys of a part, 0 where num_splits decides
     need_lse: bool
@@ -73,6 +74,11 @@ class Problem(NamedTuple):
     cache_leftpad: torch.Tensor | None = None  # (batch,): the first key in use
     rotary: Rotary | None = None
     seqused_q: torch.Tensor | None = None  # (batch,): query rows in use
+
+    @property
+    def window(self) -> Window:
+        """What the queries of the longest sequence see."""
+        return Window(self.seqlen_k - self.seqlen_q, self.left, self.right, None, self.seqlen_k)
 
     @property
     def cache_rows(self) -> int:
@@ -230,7 +236,7 @@ def kvcache(
         moving = causal or any(w not in (None, -1) for w in window_size)
         rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved, moving)
     if cache_leftpad is not None:  # what stands before it lies outside of a window
-        left, asked = max(seqlen_k, NARROW) if left < 0 else left, True
+        left, asked = max(seqlen_k, NARROW) if left is None else left, True
     scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
     p = Problem(
         function, q, k_cache, v_cache, out, cu_seqlens_q, None, seqused, block_table, k, v, batch,

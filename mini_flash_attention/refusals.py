@@ -13,6 +13,8 @@ import torch
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from .rules.window import Window, first_visible, last_visible
+
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 128
 NARROW = 16  # keys to the left; a window of fewer may change how scores are worked out
@@ -207,8 +209,8 @@ def pair(window_size: Any) -> Any:
 
 def window(
     function: str, causal: Any, window_size: Any, seqlen_q: int, seqlen_k: int
-) -> tuple[int, int, bool]:
-    """(left, right), -1 where open, as is a bound that can cut nothing off at these lengths, unless
+) -> tuple[int | None, int | None, bool]:
+    """(left, right), None where open, as is a bound that can cut nothing off at these lengths, unless
     it is NARROW, for a sequence is to get the same bits beside longer ones; whether left was given.
     """
     flags(function, causal=causal)
@@ -225,10 +227,11 @@ def window(
         refuse(ValueError, function, "window_size", "-1 (open) or more", window_size)
     if causal:
         right = 0
-    # The last query stands on the last key, so left < seqlen_k - 1 is what can cut; and the first
-    # of seqlen_q queries stands seqlen_q - 1 keys before the last.
-    left, asked = -1 if left >= max(seqlen_k - 1, NARROW) else left, left >= 0
-    return left, -1 if right >= seqlen_q - 1 else right, asked
+    sees = Window(seqlen_k - seqlen_q, left, right, None, seqlen_k)
+    # What the last query still sees cuts nothing off for any, nor what the first one sees.
+    open_left = left < 0 or (first_visible(seqlen_q - 1, sees) <= 0 and left >= NARROW)
+    open_right = right < 0 or last_visible(0, sees) >= seqlen_k - 1
+    return None if open_left else left, None if open_right else right, left >= 0
 
 
 def splits(function: str, num_splits: Any) -> int:

@@ -30,7 +30,7 @@ from triton.runtime.driver import driver
 
 import mini_flash_attention as mfa
 from mini_flash_attention import dispatch, plan
-from mini_flash_attention.kernels.hopper import TmaLaunch
+from mini_flash_attention.kernels.tma import TmaLaunch
 from mini_flash_attention.kernels.launch import Launch
 
 BATCH, SEQLEN_Q, SEQLEN_K = 2, 1024, 1 << 14
@@ -422,6 +422,8 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
     try:
         call(variant)
     except Exception as error:
+        import traceback, os
+        if os.environ.get("TB"): traceback.print_exc()
         return [{"variant": str(variant), "error": f"{type(error).__name__}: {error}"}]
     seconds = time.perf_counter() - start
     names = [name for name, _, _ in launched]
@@ -435,7 +437,9 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
             if name in ("forward", "decode") and aligned(variant):
                 row["narrow"] = len(re.findall(r"\bLDG\.\S*U16\b", machine_code(compiled)))
             if name == "forward_hopper":
-                keys, consumers, _, scores, mod = launch.constants[-5:]
+                facts, mod = launch.constants[-2:]
+                keys, consumers = facts.BLOCK_N.value, facts.CONSUMERS.value
+                scores = facts.SCORES.value
                 early = scores == "bounded" and variant.head_dim > 128
                 lazy = variant.head_dim > 64 and scores == "" and mod is None
                 # Exponentials of a thread, one of four a polynomial where there is tanh too;

@@ -1,15 +1,107 @@
 """The inner loop of Algorithm 1, shared by the Triton kernels: keys and values tile by tile."""
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
+from ..problem import Problem
 from ..rules import mask, paging, scores, softmax
+from ..tiles import Tiles
+from .launch import eights, padded, twins, wide
+
+
+class Config(NamedTuple):
+    """What a kernel is compiled for."""
+
+    # loads
+    PAGE_SIZE: Any  # 0 unless paged
+    HEAD_DIM: Any
+    D: Any  # columns of a tile that holds HEAD_DIM
+    HEAD_DIM_V: Any
+    D_V: Any
+    WIDE: Any
+    TWINS: Any
+    EIGHTS: Any
+    # the loop
+    BLOCK_M: Any
+    BLOCK_N: Any
+    SCORES: Any  # `scores.modified`
+
+    @classmethod
+    def of(cls, *facts: Any) -> "Config":
+        """As constants of the compiler's; the interpreter, which runs Python, wants them plain."""
+        return cls(*(facts if scores.INTERPRETED.value else map(tl.constexpr, facts)))
+
+
+def config(p: Problem, out: torch.Tensor, tiles: Tiles, way: str) -> Config:
+    """What a kernel for p is compiled for; `way` is that of `launch.Changes`."""
+    head_dim, head_dim_v = p.q.shape[-1], p.v.shape[-1]
+    return Config.of(
+        p.page_size, head_dim, padded(head_dim, head_dim_v), head_dim_v,
+        padded(head_dim_v, head_dim), wide(p, tiles.block_n), twins(p, tiles.block_n),
+        eights(p.q, p.k, p.v, out), tiles.block_m, tiles.block_n, way,
+    )  # fmt: skip
+
+
+class Strides(NamedTuple):
+    """(batch or page, token, head) strides of q, k, v and out."""
+
+    q_b: Any
+    q_t: Any
+    q_h: Any
+    k_b: Any
+    k_t: Any
+    k_h: Any
+    v_b: Any
+    v_t: Any
+    v_h: Any
+    o_b: Any
+    o_t: Any
+    o_h: Any
+
+
+class KeysValues(NamedTuple):
+    """Where the keys and values of a sequence's KV head lie."""
+
+    k: Any  # of the first key, or of the first page
+    v: Any
+    stride_k: Any  # from key to key
+    stride_v: Any
+    page_stride_k: Any  # from page to page
+    page_stride_v: Any
+    block_table: Any  # the sequence's row
+    num_pages: Any
 
 
 @triton.jit
 def in_eights(b, t, h, EIGHTS: tl.constexpr):
     """Strides, which the compiler sees to be multiples of 8 if EIGHTS (`launch.eights`)."""
     return (b // 8 * 8, t // 8 * 8, h // 8 * 8) if EIGHTS else (b, t, h)
+
+
+@triton.jit
+def hinted(s, C: tl.constexpr):
+    """The same `Strides`, for the compiler."""
+    q_b, q_t, q_h = in_eights(s.q_b, s.q_t, s.q_h, C.EIGHTS & 1)
+    k_b, k_t, k_h = in_eights(s.k_b, s.k_t, s.k_h, C.EIGHTS & 2)
+    v_b, v_t, v_h = in_eights(s.v_b, s.v_t, s.v_h, C.EIGHTS & 4)
+    o_b, o_t, o_h = in_eights(s.o_b, s.o_t, s.o_h, C.EIGHTS & 8)
+    return Strides(q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h)
+
+
+@triton.jit
+def sequence_start(k, v, s, head_k, row_k, first_k, C: tl.constexpr):
+    """k and v, from the tensors' beginnings moved to KV head head_k, and to the first key of one
+    sequence unless it is found through the block table. row_k: of a cache.
+    """
+    k += head_k * s.k_h
+    v += head_k * s.v_h
+    if C.PAGE_SIZE == 0:
+        k += row_k * s.k_b + tl.cast(first_k, tl.int64) * s.k_t
+        v += row_k * s.v_b + tl.cast(first_k, tl.int64) * s.v_t
+    return k, v
 
 
 @triton.jit
@@ -25,114 +117,109 @@ def load_rows(base, offset, row_ok, WHOLE: tl.constexpr, HEAD_DIM: tl.constexpr,
 
 
 @triton.jit
-def find_pages(
-    start, seqlen_k, table, num_pages,
-    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+def find_pages(start, seqlen_k, at, C: tl.constexpr):
     """Pages of the keys start..start + BLOCK_N, and which can be read: one if it holds them all."""
-    n = tl.arange(0, BLOCK_N)
-    if PAGE_SIZE % BLOCK_N == 0:
-        page, real = paging.lookup(table + start // PAGE_SIZE, start < seqlen_k, num_pages)
-    elif BLOCK_N % PAGE_SIZE == 0:
-        entry = table + start // PAGE_SIZE + n // PAGE_SIZE
-        page, real = paging.lookup(entry, start + n < seqlen_k, num_pages)
+    n = tl.arange(0, C.BLOCK_N)
+    if C.PAGE_SIZE % C.BLOCK_N == 0:
+        entry = at.block_table + start // C.PAGE_SIZE
+        page, real = paging.lookup(entry, start < seqlen_k, at.num_pages)
+    elif C.BLOCK_N % C.PAGE_SIZE == 0:
+        entry = at.block_table + start // C.PAGE_SIZE + n // C.PAGE_SIZE
+        page, real = paging.lookup(entry, start + n < seqlen_k, at.num_pages)
     else:
-        entry = table + (start + n) // PAGE_SIZE
-        page, real = paging.lookup(entry, start + n < seqlen_k, num_pages)
-    return tl.cast(page, tl.int64) if WIDE else page, real
+        entry = at.block_table + (start + n) // C.PAGE_SIZE
+        page, real = paging.lookup(entry, start + n < seqlen_k, at.num_pages)
+    return tl.cast(page, tl.int64) if C.WIDE else page, real
 
 
 @triton.jit
-def slots(start, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+def slots(start, C: tl.constexpr):
     """Places of the same keys inside their pages; the same for every tile of whole pages."""
-    n = tl.arange(0, BLOCK_N)
-    if PAGE_SIZE % BLOCK_N == 0:
-        slot = start % PAGE_SIZE + n
-    elif BLOCK_N % PAGE_SIZE == 0:
-        slot = n % PAGE_SIZE
+    n = tl.arange(0, C.BLOCK_N)
+    if C.PAGE_SIZE % C.BLOCK_N == 0:
+        slot = start % C.PAGE_SIZE + n
+    elif C.BLOCK_N % C.PAGE_SIZE == 0:
+        slot = n % C.PAGE_SIZE
     else:
-        slot = (start + n) % PAGE_SIZE
-    return tl.cast(slot, tl.int64) if WIDE else slot
+        slot = (start + n) % C.PAGE_SIZE
+    return tl.cast(slot, tl.int64) if C.WIDE else slot
 
 
 @triton.jit
-def rows(start, stride, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+def rows(start, stride, C: tl.constexpr):
     """Offsets of the keys start..start + BLOCK_N.
 
     What is inside a tile fits in 32 bits unless WIDE, and then stays the same from tile to tile:
     a tenth fewer instructions in the loop.
     """
-    n = tl.arange(0, BLOCK_N)
-    if WIDE:
+    n = tl.arange(0, C.BLOCK_N)
+    if C.WIDE:
         return tl.cast(start + n, tl.int64) * stride
     return tl.cast(start, tl.int64) * stride + n * stride
 
 
 @triton.jit
+def in_a_window(real, j, i, window):
+    """Which of the real keys j may be read: what lies before every window of the queries i may be
+    someone else's by now.
+    """
+    real = real & (j >= mask.first_visible(tl.min(i, 0), window))
+    if window.first_key is not None:
+        real = real & (j >= window.first_key)
+    return real
+
+
+@triton.jit
 def attend(
     m, l, o, q, i,  # [M], [M] or [M, N], [M, D], [M, D], [M]
-    begin, clear_begin, clear_end, end, CUT: tl.constexpr,
-    k, v, stride_k, stride_v, page_stride_k, page_stride_v, table, num_pages,
-    diagonal, left, right, pad, seqlen_k, scale, b, head, changes,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
-    SCORES: tl.constexpr, SCORE_MOD: tl.constexpr,
+    tiles, CUT: tl.constexpr, at, window, scoring, C: tl.constexpr, SCORE_MOD: tl.constexpr,
 ):  # fmt: skip
-    """Lines 7 to 11 of Algorithm 1 over the keys begin..end.
+    """Lines 7 to 11 of Algorithm 1 over the keys tiles.begin..tiles.end.
 
-    changes: what `scores.modified` is given. pad: None, or the first key there is.
-
-    CUT: the mask cuts tiles, but none of clear_begin..clear_end. TWINS: the offsets of k serve v
-    too. l is a sum per row, or one per row and column where summing over the columns would wait
-    for other warps in every tile.
+    at: `KeysValues`. CUT: the mask cuts tiles, but none of clear_begin..clear_end. C.TWINS: the
+    offsets of k serve v too. l is a sum per row, or one per row and column where summing over the
+    columns would wait for other warps in every tile.
     """
-    if PAGE_SIZE:  # looked up a tile ahead, so that no load of keys waits for the block table
-        page, there = find_pages(begin, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N, WIDE)
-    for start in tl.range(begin, end, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        if PAGE_SIZE:
-            slot = slots(start, PAGE_SIZE, BLOCK_N, WIDE)
-            offset_k = page * page_stride_k + slot * stride_k
+    if C.PAGE_SIZE:  # looked up a tile ahead, so that no load of keys waits for the block table
+        page, there = find_pages(tiles.begin, window.seqlen_k, at, C)
+    for start in tl.range(tiles.begin, tiles.end, C.BLOCK_N):
+        j = start + tl.arange(0, C.BLOCK_N)
+        if C.PAGE_SIZE:
+            slot = slots(start, C)
+            offset_k = page * at.page_stride_k + slot * at.stride_k
             offset_v = offset_k
-            if not TWINS:
-                offset_v = page * page_stride_v + slot * stride_v
-            real = there & (j < seqlen_k)
-            page, there = find_pages(
-                start + BLOCK_N, seqlen_k, table, num_pages, PAGE_SIZE, BLOCK_N, WIDE
-            )
+            if not C.TWINS:
+                offset_v = page * at.page_stride_v + slot * at.stride_v
+            real = there & (j < window.seqlen_k)
+            page, there = find_pages(start + C.BLOCK_N, window.seqlen_k, at, C)
         else:
-            real = j < seqlen_k
-            offset_k = rows(start, stride_k, BLOCK_N, WIDE)
+            real = j < window.seqlen_k
+            offset_k = rows(start, at.stride_k, C)
             offset_v = offset_k
-            if not TWINS:
-                offset_v = rows(start, stride_v, BLOCK_N, WIDE)
-        if CUT and LEFT:  # what lies before every window may be someone else's by now
-            real = real & (j >= tl.min(i, 0) + (diagonal - left))
-            if pad is not None:
-                real = real & (j >= pad)
-        WHOLE: tl.constexpr = not (CUT or PAGE_SIZE)
-        k_tile = load_rows(k, offset_k, real, WHOLE, HEAD_DIM, D)  # [N, D]
-        s = tl.dot(q, k_tile.T)  # [M, N]
+            if not C.TWINS:
+                offset_v = rows(start, at.stride_v, C)
+        if CUT and window.left is not None:
+            real = in_a_window(real, j, i, window)
+        WHOLE: tl.constexpr = not (CUT or C.PAGE_SIZE)
+        k = load_rows(at.k, offset_k, real, WHOLE, C.HEAD_DIM, C.D)  # [N, D]
+        s = tl.dot(q, k.T)  # S = Q Kᵀ  [M, N]
         s = scores.modified(
-            s, b, head, i[:, None] + diagonal, start, tl.arange(0, BLOCK_N)[None, :], changes,
-            SCORES, SCORE_MOD,
+            s, scoring.b, scoring.head, i[:, None] + window.diagonal, start,
+            tl.arange(0, C.BLOCK_N)[None, :], scoring.modification, C.SCORES, SCORE_MOD,
         )  # fmt: skip
         if CUT:
-            if (start < clear_begin) | (start >= clear_end):
-                i_, j_ = i[:, None], j[None, :]
-                seen = mask.sees(i_, j_, diagonal, left, right, pad, seqlen_k, LEFT, RIGHT)
-                s = tl.where(seen, s, float("-inf"))
-        if SCORES == "bounded":
-            p = tl.exp2(s * scale)
+            if (start < tiles.clear_begin) | (start >= tiles.clear_end):
+                s = tl.where(mask.sees(i[:, None], j[None, :], window), s, float("-inf"))
+        if C.SCORES == "bounded":
+            p = tl.exp2(s * scoring.scale)
             l += tl.sum(p, 1)
         else:
-            m, alpha, p = softmax.rescale(m, s, scale)
+            m, alpha, p = softmax.rescale(m, s, scoring.scale)
             if len(l.shape) == 1:
                 l = l * alpha + tl.sum(p, 1)
             else:
                 l = l * alpha[:, None] + p
             o = o * alpha[:, None]
-        v_tile = load_rows(v, offset_v, real, WHOLE, HEAD_DIM_V, D_V)  # [N, D]
-        o = tl.dot(p.to(v_tile.dtype), v_tile, o)
+        v = load_rows(at.v, offset_v, real, WHOLE, C.HEAD_DIM_V, C.D_V)  # [N, D]
+        o = tl.dot(p.to(v.dtype), v, o)  # O += P V
     return m, l, o

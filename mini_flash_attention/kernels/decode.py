@@ -12,6 +12,8 @@ Source: Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023); equal shares as in Str
 (arXiv:2301.03598).
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,123 +21,149 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..plan import Decode
 from ..problem import Problem
-from ..rules import heads, mask, sequence, softmax, split
+from ..rules import heads, mask, scores, sequence, softmax, split, work
+from ..rules.window import Window
 from . import shares
-from .attend import attend, in_eights, load_rows
-from .launch import MAX_INT, SIZES, Launch, changes, eights, padded, strides, twins, where, wide
+from .attend import (
+    KeysValues, Strides, attend, config, hinted, load_rows, sequence_start,
+)  # fmt: skip
+from .launch import MAX_INT, SIZES, Launch, changes, strides, where
+
+
+class Tensors(NamedTuple):
+    """What a launch reads and writes, from each tensor's beginning."""
+
+    q: Any
+    at: Any  # `KeysValues`
+    out: Any
+    lse: Any
+    strides: Any  # `Strides`
+    stride_lse_b: Any
+    stride_lse_h: Any
+    stride_table: Any
+
+
+class Parts(NamedTuple):
+    """Where results go that are no whole, for `combine.py` to fold."""
+
+    numbers: Any  # fp32: outputs [slots, rows, D], maxima, sums; None where there are none
+    slots: Any
+    rows: Any  # of a slot
+
+
+class Piece(NamedTuple):
+    """A block of rows of one KV head, and some of the key tiles that its sequence sees."""
+
+    b: Any
+    head_k: Any
+    block: Any
+    low: Any  # its key tiles
+    high: Any
+    whole: Any  # whether they are all
+    slot: Any  # of `Parts`, else
+
+
+@triton.jit
+def slope_of(b, head, row_ok, given):
+    """ALiBi's slopes of rows' heads [M, 1]."""
+    slopes = given.alibi_slopes + b.to(tl.int64) * given.stride_slopes + head
+    return tl.load(slopes, mask=row_ok, other=0.0)[:, None]
+
+
+@triton.jit
+def sink_of(head, row_ok, whole, given):
+    """The sinks of rows' heads, -inf for parts, to which `combine` adds them."""
+    sink = tl.load(given.s_aux + head, mask=row_ok, other=0.0).to(tl.float32)
+    return tl.where(whole, sink, float("-inf"))
 
 
 @triton.jit
 def decode_tiles(
-    b, head_k, block, low, high, whole, slot, given,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
-    SCORES: tl.constexpr, SCORE_MOD: tl.constexpr,
-):  # fmt: skip
-    """A block of rows of one KV head against the tiles low..high of what its sequence sees.
-
-    The result goes to out and lse if those tiles are the whole, else to a slot of the parts.
-    """
-    (
-        q, k, v, out, lse, parts, block_table, lengths, alibi_slopes, s_aux, aux,
-        stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
-        stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
-        stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
-        scale, stride_slopes, factor, softcap, num_pages,
-    ) = given  # fmt: skip
-    leftpad, cache_batch_idx, cache_rows = lengths[4], lengths[5], lengths[10]
-    left, right = lengths[11], lengths[12]
+    piece, group, tensors, parts, batch, given, C: tl.constexpr, SCORE_MOD: tl.constexpr
+):
+    """Attention of a `Piece`, to out and lse if it is the whole, else to its slot of the parts."""
+    BLOCK_M: tl.constexpr = C.BLOCK_M
+    BLOCK_N: tl.constexpr = C.BLOCK_N
+    D_V: tl.constexpr = C.D_V
+    lengths, s = batch.lengths, tensors.strides
     # Which keys are mine, and which rows? Row r is query token r // group of head r % group in the
     # KV head's group.
-    first_q, rows_q, first_k, length_k, start, _ = shares.key_range(
-        b, lengths, LEFT, RIGHT, BLOCK_N
-    )
-    pad = leftpad
-    if leftpad is not None:
-        pad = sequence.first_key(b, leftpad, length_k)
+    mine = shares.key_range(piece.b, batch, BLOCK_N)
+    rows_q, length_k = mine.rows_q, mine.length_k
+    first_key = lengths.cache_leftpad
+    if lengths.cache_leftpad is not None:
+        first_key = sequence.first_key(piece.b, lengths.cache_leftpad, length_k)
+    window = Window(length_k - rows_q, batch.left, batch.right, first_key, length_k)
     rows = rows_q * group
     local = tl.arange(0, BLOCK_M)
-    row = block * BLOCK_M + local
+    row = piece.block * BLOCK_M + local
     i, member = heads.unpack(row, group)
-    head_k = head_k.to(tl.int64)
+    head_k = piece.head_k.to(tl.int64)
     head = head_k * group + member
 
-    diagonal = length_k - rows_q
-    first = block * BLOCK_M // group
-    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // group, rows_q - 1)
-    begin, clear_begin, clear_end, end = mask.key_tiles(
-        first, last, diagonal, left, right, pad, length_k, BLOCK_N, LEFT, RIGHT
-    )
-    begin = tl.maximum(begin, start + low * BLOCK_N)
-    end = tl.minimum(end, start + high * BLOCK_N)
+    first = piece.block * BLOCK_M // group
+    last = tl.minimum((piece.block * BLOCK_M + BLOCK_M - 1) // group, rows_q - 1)
+    seen = mask.key_tiles(first, last, window, BLOCK_N)
+    begin = tl.maximum(seen.begin, mine.begin + piece.low * BLOCK_N)
+    end = tl.minimum(seen.end, mine.begin + piece.high * BLOCK_N)
+    seen = mask.KeyBlocks(begin, seen.clear_begin, seen.clear_end, end)
 
-    changes = (factor, softcap, alibi_slopes, aux)
-    if alibi_slopes is not None:
-        slopes = alibi_slopes + b.to(tl.int64) * stride_slopes + head
-        slope = tl.load(slopes, mask=row < rows, other=0.0)
-        changes = (factor, softcap, slope[:, None], aux)
-    sink = s_aux
-    if s_aux is not None:
-        sink = tl.load(s_aux + head, mask=row < rows, other=0.0).to(tl.float32)
-        sink = tl.where(whole, sink, float("-inf"))  # of parts, `combine` adds it
+    slope, sink = given.alibi_slopes, given.s_aux
+    if given.alibi_slopes is not None:
+        slope = slope_of(piece.b, head, row < rows, given)
+    if given.s_aux is not None:
+        sink = sink_of(head, row < rows, piece.whole, given)
+    modification = scores.Modification(given.factor, given.softcap, slope, given.aux)
+    scoring = scores.Scoring(given.scale, piece.b, head[:, None], modification)
 
-    entry = b
-    b = b.to(tl.int64)
-    if lengths[0] is not None:
-        q += tl.cast(first_q, tl.int64) * stride_q_t
-        out += tl.cast(first_q, tl.int64) * stride_o_t
+    b = piece.b.to(tl.int64)
+    q, out, lse = tensors.q, tensors.out, tensors.lse
+    if lengths.cu_seqlens_q is not None:
+        q += tl.cast(mine.first_q, tl.int64) * s.q_t
+        out += tl.cast(mine.first_q, tl.int64) * s.o_t
         if lse is not None:
-            lse += first_q
-    q += b * stride_q_b
-    offset_q = i.to(tl.int64) * stride_q_t + head * stride_q_h
-    q_tile = load_rows(q, offset_q, row < rows, False, HEAD_DIM, D)
-    k += head_k * stride_k_h
-    v += head_k * stride_v_h
+            lse += mine.first_q
+    q += b * s.q_b
+    offset_q = i.to(tl.int64) * s.q_t + head * s.q_h
+    q_tile = load_rows(q, offset_q, row < rows, False, C.HEAD_DIM, C.D)
     row_k = b
-    if cache_batch_idx is not None:
-        row_k = sequence.cache_row(b, cache_batch_idx, cache_rows)[0].to(tl.int64)
-    if PAGE_SIZE == 0:
-        k += row_k * stride_k_b
-        v += row_k * stride_v_b
-        if lengths[1] is not None:
-            k += tl.cast(first_k, tl.int64) * stride_k_t
-            v += tl.cast(first_k, tl.int64) * stride_v_t
-    else:
-        block_table += row_k * stride_table
+    if lengths.cache_batch_idx is not None:
+        row_k = work.cache_row(b, lengths, length_k)[0].to(tl.int64)
+    at = tensors.at
+    k, v = sequence_start(at.k, at.v, s, head_k, row_k, mine.first_k, C)
+    block_table = at.block_table
+    if C.PAGE_SIZE:
+        block_table += row_k * tensors.stride_table
+    at = KeysValues(k, v, s.k_t, s.v_t, s.k_b, s.v_b, block_table, at.num_pages)
 
     # One loop with a mask: what the mask costs is hidden behind the loads, and between two loops
     # no load would be on its way.
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M] if BLOCK_M * BLOCK_N >= 4096 else [BLOCK_M, BLOCK_N], tl.float32)
     o = tl.zeros([BLOCK_M, D_V], tl.float32)
-    m, l, o = attend(
-        m, l, o, q_tile, i, begin, clear_begin, clear_end, end, True,
-        k, v, stride_k_t, stride_v_t, stride_k_b, stride_v_b, block_table, num_pages,
-        diagonal, left, right, pad, length_k, scale, entry, head[:, None], changes,
-        LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, BLOCK_N, D, HEAD_DIM_V, D_V, WIDE, TWINS,
-        SCORES, SCORE_MOD,
-    )  # fmt: skip
+    m, l, o = attend(m, l, o, q_tile, i, seen, True, at, window, scoring, C, SCORE_MOD)
     if len(l.shape) == 2:
         l = tl.sum(l, 1)
-    o, lse_tile = softmax.finish(m, l, o, scale, sink)
+    o, lse_tile = softmax.finish(m, l, o, given.scale, sink)
     d_v = tl.arange(0, D_V)
-    wanted = (row < rows)[:, None] & (d_v < HEAD_DIM_V)[None, :]
-    if whole:
-        out += b * stride_o_b
+    wanted = (row < rows)[:, None] & (d_v < C.HEAD_DIM_V)[None, :]
+    if piece.whole:
+        out += b * s.o_b
         tl.store(
-            out + (i.to(tl.int64) * stride_o_t + head * stride_o_h)[:, None] + d_v[None, :],
+            out + (i.to(tl.int64) * s.o_t + head * s.o_h)[:, None] + d_v[None, :],
             o.to(out.dtype.element_ty),
             mask=wanted,
         )
         if lse is not None:
-            tl.store(lse + b * stride_lse_b + head * stride_lse_h + i, lse_tile, mask=row < rows)
-    elif parts is not None:
-        at = slot.to(tl.int64) * part_rows + local
-        tl.store(parts + at[:, None] * HEAD_DIM_V + d_v[None, :], o, mask=wanted)
-        maxima = parts + slots.to(tl.int64) * part_rows * HEAD_DIM_V
-        tl.store(maxima + at, m, mask=row < rows)
-        tl.store(maxima + slots.to(tl.int64) * part_rows + at, l, mask=row < rows)
+            lse_rows = lse + b * tensors.stride_lse_b + head * tensors.stride_lse_h + i
+            tl.store(lse_rows, lse_tile, mask=row < rows)
+    elif parts.numbers is not None:
+        place = piece.slot.to(tl.int64) * parts.rows + local
+        tl.store(parts.numbers + place[:, None] * C.HEAD_DIM_V + d_v[None, :], o, mask=wanted)
+        all_rows = parts.slots.to(tl.int64) * parts.rows
+        maxima = parts.numbers + all_rows * C.HEAD_DIM_V
+        tl.store(maxima + place, m, mask=row < rows)
+        tl.store(maxima + all_rows + place, l, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -148,44 +176,43 @@ def decode_kernel(
     batch, nheads_k, group, splits, split_tiles, slots, part_rows,
     seqlen_q, seqlen_k, total_q, total_k, num_pages, cache_rows, scale, left, right, appended,
     stride_slopes, factor, softcap,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, HEAD_DIM_V: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, TWINS: tl.constexpr,
-    EIGHTS: tl.constexpr, SCORES: tl.constexpr, SCORE_MOD: tl.constexpr,
-    SHARES: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr, SCORE_MOD: tl.constexpr, SHARES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:  # `combine` may take its place as soon as there is room, and waits there
         gdc_launch_dependents()
-    lengths = (
-        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad, cache_batch_idx,
-        seqlen_q, seqlen_k, total_q, total_k, cache_rows, left, right, appended,
+    strides = hinted(
+        Strides(
+            stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
+            stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
+        ),
+        C,
     )  # fmt: skip
-    stride_q_b, stride_q_t, stride_q_h = in_eights(stride_q_b, stride_q_t, stride_q_h, EIGHTS & 1)
-    stride_k_b, stride_k_t, stride_k_h = in_eights(stride_k_b, stride_k_t, stride_k_h, EIGHTS & 2)
-    stride_v_b, stride_v_t, stride_v_h = in_eights(stride_v_b, stride_v_t, stride_v_h, EIGHTS & 4)
-    stride_o_b, stride_o_t, stride_o_h = in_eights(stride_o_b, stride_o_t, stride_o_h, EIGHTS & 8)
-    given = (
-        q, k, v, out, lse, parts, block_table, lengths, alibi_slopes, s_aux, aux,
-        stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
-        stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
-        stride_lse_b, stride_lse_h, stride_table, group, slots, part_rows,
-        scale, stride_slopes, factor, softcap, num_pages,
+    lengths = sequence.Lengths(
+        cu_seqlens_q, seqused_q, seqlen_q, total_q, cu_seqlens_k, seqused_k, seqlen_k, total_k,
+        appended, cache_batch_idx, cache_leftpad, cache_rows,
     )  # fmt: skip
+    at = KeysValues(
+        k, v, strides.k_t, strides.v_t, strides.k_b, strides.v_b, block_table, num_pages
+    )
+    tensors = Tensors(q, at, out, lse, strides, stride_lse_b, stride_lse_h, stride_table)
+    sequences = shares.Batch(batch, lengths, left, right)
+    given = scores.Inputs(scale, factor, softcap, aux, alibi_slopes, stride_slopes, s_aux)
+    left_over = Parts(parts, slots, part_rows)
     program = tl.program_id(0)
-    blocks = tl.cdiv(seqlen_q * group, BLOCK_M)
+    blocks = tl.cdiv(seqlen_q * group, C.BLOCK_M)
     if SHARES:
         # Programs of one share stand side by side, so that all heads of a key are read together.
         block = program % blocks
         head_k = program // blocks % nheads_k
         share = program // blocks // nheads_k
-        total = shares.count(batch, lengths, LEFT, RIGHT, BLOCK_N)
+        total = shares.count(sequences, C.BLOCK_N)
         cuts = tl.minimum(splits, total)
         tile, stop = split.share(total, share, cuts)
-        b, before = shares.find(tile, batch, lengths, LEFT, RIGHT, BLOCK_N)
+        b, before = shares.find(tile, sequences, C.BLOCK_N)
         crossed = 0  # shares that the sequence which goes on after this one lies in
         # Lengths that another stream changes meanwhile may spoil results, but lead nowhere else.
         while (tile < stop) & (b < batch):
-            tiles = shares.key_range(b, lengths, LEFT, RIGHT, BLOCK_N)[5]
+            tiles = shares.key_range(b, sequences, C.BLOCK_N).tiles
             low = tile - before
             high = tl.minimum(tiles, low + stop - tile)
             begins = low == 0
@@ -193,11 +220,9 @@ def decode_kernel(
                 crossed = split.share_of(before + tiles - 1, total, cuts) - share + 1
                 crossed = tl.minimum(crossed, cuts - share)
                 tl.store(owners + 2 * program, b)
-            decode_tiles(
-                b, head_k, block, low, high, begins & (high == tiles),
-                2 * program + begins.to(tl.int32), given, LEFT, RIGHT, PAGE_SIZE, HEAD_DIM, D,
-                HEAD_DIM_V, D_V, BLOCK_M, BLOCK_N, WIDE, TWINS, SCORES, SCORE_MOD,
-            )  # fmt: skip
+            slot = 2 * program + begins.to(tl.int32)
+            piece = Piece(b, head_k, block, low, high, begins & (high == tiles), slot)
+            decode_tiles(piece, group, tensors, left_over, sequences, given, C, SCORE_MOD)
             before += tiles
             tile += high - low
             b += 1
@@ -207,15 +232,13 @@ def decode_kernel(
         block = program // splits % blocks
         head_k = program // splits // blocks % nheads_k
         b = program // splits // blocks // nheads_k
-        tiles = shares.key_range(b, lengths, LEFT, RIGHT, BLOCK_N)[5]
+        tiles = shares.key_range(b, sequences, C.BLOCK_N).tiles
         size = split_tiles
         if size == 0:
             size = tl.cdiv(tiles, splits)
         low, high = split.part(tiles, size, part)
-        decode_tiles(
-            b, head_k, block, low, high, splits == 1, program, given, LEFT, RIGHT, PAGE_SIZE,
-            HEAD_DIM, D, HEAD_DIM_V, D_V, BLOCK_M, BLOCK_N, WIDE, TWINS, SCORES, SCORE_MOD,
-        )  # fmt: skip
+        piece = Piece(b, head_k, block, low, high, splits == 1, program)
+        decode_tiles(piece, group, tensors, left_over, sequences, given, C, SCORE_MOD)
 
 
 POINTERS = (
@@ -237,18 +260,14 @@ def workspace(p: Problem, plan: Decode) -> dict[str, int]:
 
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode) -> Launch:
     """The launch that writes attention of p to out and lse, or to parts where keys are split."""
-    tiles = plan.tiles
-    head_dim, head_dim_v, change = p.q.shape[-1], p.v.shape[-1], changes(p)
+    tiles, head_dim, change = plan.tiles, p.q.shape[-1], changes(p)
     total_k = MAX_INT if p.page_size else p.k.shape[0]
     constants = (
         *strides(p.q), *strides(p.k), *strides(p.v), *where(p, out, lse),
         p.batch, p.k.shape[-2], p.group, plan.splits, plan.split_tiles, plan.slots,
         plan.rows, p.seqlen_q, p.seqlen_k, p.q.shape[0], total_k, p.k.shape[0], p.cache_rows,
         change.scale, p.left, p.right, p.appended, *change.numbers,
-        p.left >= 0, p.right >= 0, p.page_size, head_dim, padded(head_dim, head_dim_v),
-        head_dim_v, padded(head_dim_v, head_dim), tiles.block_m, tiles.block_n,
-        wide(p, tiles.block_n), twins(p, tiles.block_n), eights(p.q, p.k, p.v, out), *change.flags,
-        plan.shares, plan.overlapped,
+        config(p, out, tiles, change.way), p.scores.score_mod, plan.shares, plan.overlapped,
     )  # fmt: skip
     # Tuned without a limit at head_dim 128, where ptxas spills for the sake of a second program.
     crowded = p.page_size > 0 and tiles.num_warps == 8

@@ -70,7 +70,7 @@ class Changes(NamedTuple):
 
     scale: float  # of the softmax, in powers of two
     numbers: tuple[int, float, float]  # stride of the slopes' batch, factor, softcap
-    flags: tuple[str, Any]  # SCORES, SCORE_MOD
+    way: str  # SCORES
 
 
 def changes(p: Problem, *own: str) -> Changes:
@@ -87,7 +87,7 @@ def changes(p: Problem, *own: str) -> Changes:
         if not softcap and slopes is None and math.frexp(factor)[0] == 0.5:
             way = "folded" if p.q.dtype is torch.bfloat16 else ""
     elif softcap:
-        scale, narrow = softcap * LOG2E, 0 <= p.left < NARROW
+        scale, narrow = softcap * LOG2E, p.left is not None and p.left < NARROW
         # fp16 does not hold such weights. Times values from 1e-15 to 1e10 they are safe in fp32.
         # Rounding changes them by up to 2^-9, even the largest, which would otherwise be exactly 1.
         # Over many keys the errors average out; for a single key `softmax.unrounded` undoes the
@@ -97,8 +97,8 @@ def changes(p: Problem, *own: str) -> Changes:
     elif slopes is not None:  # what is subtracted is scaled with the score
         factor = 1 / p.softmax_scale
         way = "linear"
-    scores = way if way and way in own else "softcap" if softcap else ""
-    return Changes(scale, (stride, factor, softcap), (scores, score_mod))
+    way = way if way in own else "softcap" if softcap else ""
+    return Changes(scale, (stride, factor, softcap), way)
 
 
 def wide(p: Problem, block_n: int) -> bool:

@@ -5,67 +5,84 @@ sequences, cuts out its share and finds the sequence where that begins. A sequen
 counts one tile, so that somebody writes its rows.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from ..rules import mask, sequence, work
+from ..rules.window import Window
 
 CHUNK = tl.constexpr(32)  # sequences looked at together: as many as a warp has threads
 
 
-@triton.jit
-def key_range(b, lengths, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of sequences b: the first query row and how many; the first key and how many are in use;
-    the first tile (in keys) that any query sees, how many tiles.
-    """
-    (
-        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad, cache_batch_idx,
-        seqlen_q, seqlen_k, total_q, total_k, cache_rows, left, right, appended,
-    ) = lengths  # fmt: skip
-    first_q, rows_q = 0, seqlen_q
-    if cu_seqlens_q is not None:
-        first_q, rows_q = sequence.query_span(b, cu_seqlens_q, total_q)
-        rows_q = sequence.used_queries(b, seqused_q, tl.minimum(rows_q, seqlen_q))
-    first_k, length_k = work.keys(b, cu_seqlens_k, seqused_k, seqlen_k, total_k, appended, rows_q)
-    if cache_batch_idx is not None:
-        length_k = tl.where(sequence.cache_row(b, cache_batch_idx, cache_rows)[1], length_k, 0)
-    pad = leftpad
-    if leftpad is not None:
-        pad = sequence.first_key(b, leftpad, length_k)
-    begin, _, _, end = mask.key_tiles(
-        0, rows_q - 1, length_k - rows_q, left, right, pad, length_k, BLOCK_N, LEFT, RIGHT
-    )
-    tiles = tl.maximum((end - begin) // BLOCK_N, 1)
-    return first_q, rows_q, first_k, length_k, begin, tiles
+class Batch(NamedTuple):
+    """The sequences that a launch is about."""
+
+    number: Any
+    lengths: Any  # `sequence.Lengths`
+    left: Any  # of the window
+    right: Any
+
+
+class KeyRange(NamedTuple):
+    """Of a sequence, or of several: query rows, keys, and the key tiles that any query sees."""
+
+    first_q: Any
+    rows_q: Any
+    first_k: Any
+    length_k: Any
+    begin: Any  # of the first tile, in keys
+    tiles: Any
 
 
 @triton.jit
-def chunk(first, batch, lengths, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_range(b, batch, BLOCK_N: tl.constexpr):
+    """The `KeyRange` of sequences b."""
+    lengths = batch.lengths
+    first_q, rows_q = 0, lengths.seqlen_q
+    if lengths.cu_seqlens_q is not None:
+        first_q, rows_q = sequence.query_span(b, lengths.cu_seqlens_q, lengths.total_q)
+        rows_q = tl.minimum(rows_q, lengths.seqlen_q)
+        rows_q = sequence.used_queries(b, lengths.seqused_q, rows_q)
+    first_k, length_k = work.keys(b, lengths, rows_q)
+    if lengths.cache_batch_idx is not None:
+        length_k = work.cache_row(b, lengths, length_k)[1]
+    first_key = lengths.cache_leftpad
+    if lengths.cache_leftpad is not None:
+        first_key = sequence.first_key(b, lengths.cache_leftpad, length_k)
+    window = Window(length_k - rows_q, batch.left, batch.right, first_key, length_k)
+    seen = mask.key_tiles(0, rows_q - 1, window, BLOCK_N)
+    tiles = tl.maximum((seen.end - seen.begin) // BLOCK_N, 1)
+    return KeyRange(first_q, rows_q, first_k, length_k, seen.begin, tiles)
+
+
+@triton.jit
+def chunk(first, batch, BLOCK_N: tl.constexpr):
     """Tiles of the sequences first..first + CHUNK, 0 past the batch."""
     b = first + tl.arange(0, CHUNK)
-    tiles = key_range(tl.minimum(b, batch - 1), lengths, LEFT, RIGHT, BLOCK_N)[5]
-    return tl.where(b < batch, tiles, 0)
+    tiles = key_range(tl.minimum(b, batch.number - 1), batch, BLOCK_N).tiles
+    return tl.where(b < batch.number, tiles, 0)
 
 
 @triton.jit
-def count(batch, lengths, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
+def count(batch, BLOCK_N: tl.constexpr):
     """Tiles of the whole batch."""
     total = 0
-    for first in range(0, batch, CHUNK):
-        tiles = chunk(first, batch, lengths, LEFT, RIGHT, BLOCK_N)
-        total += tl.sum(tiles, 0)
+    for first in range(0, batch.number, CHUNK):
+        total += tl.sum(chunk(first, batch, BLOCK_N), 0)
     return total
 
 
 @triton.jit
-def find(tile, batch, lengths, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
+def find(tile, batch, BLOCK_N: tl.constexpr):
     """The sequence that a tile of the line belongs to, and the number of tiles before it."""
     b = 0
     before = 0
     passed = 0
-    for first in range(0, batch, CHUNK):
-        tiles = chunk(first, batch, lengths, LEFT, RIGHT, BLOCK_N)
-        over = (passed + tl.cumsum(tiles, 0) <= tile) & (first + tl.arange(0, CHUNK) < batch)
+    for first in range(0, batch.number, CHUNK):
+        tiles = chunk(first, batch, BLOCK_N)
+        over = (passed + tl.cumsum(tiles, 0) <= tile) & (first + tl.arange(0, CHUNK) < batch.number)
         b += tl.sum(over.to(tl.int32), 0)
         before += tl.sum(tl.where(over, tiles, 0), 0)
         passed += tl.sum(tiles, 0)

@@ -7,11 +7,42 @@ Source: ALiBi, arXiv:2108.12409; soft cap, arXiv:2408.00118, section 2.
 """
 
 import os
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+class Modification(NamedTuple):
+    """What a score is modified with; `plan` says how these numbers come about."""
+
+    factor: Any  # before the soft cap, or of the slope, or before a score_mod
+    softcap: Any
+    slope: Any  # ALiBi's: None, or one a row
+    aux: Any  # tensors for the score_mod: None without
+
+
+class Scoring(NamedTuple):
+    """How the scores of rows become weights."""
+
+    scale: Any  # of the softmax, in powers of two
+    b: Any  # the batch entry they are of
+    head: Any
+    modification: Any
+
+
+class Inputs(NamedTuple):
+    """What a launch knows of scores, for all heads."""
+
+    scale: Any
+    factor: Any
+    softcap: Any
+    aux: Any
+    alibi_slopes: Any
+    stride_slopes: Any  # from batch entry to batch entry
+    s_aux: Any
 
 
 @triton.jit
@@ -30,29 +61,28 @@ def tanh(x):
 def modified(s, b, head, i, start, n, given, SCORES: tl.constexpr, SCORE_MOD: tl.constexpr):
     """Scores s of batch entry b: queries i of `head` against the keys start + n.
 
-    given: factor, softcap, ALiBi slopes or None, what SCORE_MOD is handed beside the score or None.
     SCORES: what else is asked for, and what the kernel does itself (`launch.Changes`).
     Without anything to do, s stays as it is and the softmax scales it. With a soft cap alone, the
     softmax multiplies by it. With ALiBi alone scores are not scaled either, but the slope is by
     their factor's inverse: one multiplication less a score.
     """
-    factor, softcap, slope, aux = given
+    slope = given.slope
     CAPPED: tl.constexpr = SCORES == "softcap" or SCORES == "bounded"
     if CAPPED:
-        s = tanh(s * factor)
+        s = tanh(s * given.factor)
         if SCORE_MOD is not None or slope is not None:
-            s = s * softcap
+            s = s * given.softcap
     elif SCORE_MOD is not None and SCORES != "folded":
-        s = s * factor
+        s = s * given.factor
     if slope is not None:
         if not CAPPED and SCORE_MOD is None:
-            slope = slope * factor
+            slope = slope * given.factor
         distance = tl.cast(n, tl.float32) - tl.cast(i - start, tl.float32)
         s = s - slope * tl.abs(distance)
     if SCORE_MOD is not None:
         i = tl.maximum(i, 0)  # before the first key stand queries without any; it may read by i
-        if aux is None:
+        if given.aux is None:
             s = SCORE_MOD(s, b, head, i, start + n)
         else:
-            s = SCORE_MOD(s, b, head, i, start + n, aux)
+            s = SCORE_MOD(s, b, head, i, start + n, given.aux)
     return s

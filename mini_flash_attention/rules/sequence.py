@@ -4,8 +4,27 @@ Lengths come from device tensors whose content nobody checked, so every one is c
 the tensors passed in can hold: a bad length gives a wrong answer, never a stray access.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Lengths(NamedTuple):
+    """Where the sequences of a batch lie, and how far the tensors passed in reach."""
+
+    cu_seqlens_q: Any  # of queries: None unless packed
+    seqused_q: Any
+    seqlen_q: Any  # no sequence has more
+    total_q: Any
+    cu_seqlens_k: Any  # of keys
+    seqused_k: Any
+    seqlen_k: Any
+    total_k: Any
+    appended: Any  # keys that a call appends to each sequence; -1: as many as it has queries
+    cache_batch_idx: Any  # of a cache
+    cache_leftpad: Any
+    cache_rows: Any
 
 
 @triton.jit

@@ -1,13 +1,14 @@
 """Tiles of work on their way from the Hopper kernel's producer to its consumers, and back.
 
 The producer tells of a tile in a turn. Two turns at most are under way. A consumer whose rows have
-outgrown their reference (`attend_hopper.py`) wants the tile again, and gets it two turns later, or
+outgrown their reference (`softmax.outgrown`) wants the tile again, and gets it two turns later, or
 next if there is no other work.
 """
 
 from typing import Any, NamedTuple
 
-from .hopper import FOUR, ONE, gl, gluon, mbarrier
+from ..gluon import gl, gluon, mbarrier
+from .pipeline import FOUR, ONE
 
 
 class Turns(NamedTuple):
@@ -38,27 +39,27 @@ def word(turns, turn, n, LAYOUT: gl.constexpr = FOUR):
 
 
 @gluon.jit
-def ended(turns, turn, CONSUMERS: gl.constexpr, FAST: gl.constexpr):
+def ended(turns, turn, C: gl.constexpr):
     """Wait until the consumers are through with the turn two before; whether one wants it again."""
     mbarrier.wait(turns.empty.index(turn % 2), (turn // 2 & 1) ^ 1)
     again = turn < 0
-    for c in gl.static_range(CONSUMERS if FAST else 0):
+    for c in gl.static_range(C.CONSUMERS if C.FAST else 0):
         again |= word(turns, turn, AGAIN + c, ONE) > 0
     return again
 
 
 @gluon.jit
-def take(turns, turn, number, total, CONSUMERS: gl.constexpr, FAST: gl.constexpr):
+def take(turns, turn, number, total, C: gl.constexpr):
     """The tile of work for this turn, and whether it is one again and not the `number`-th.
 
-    FAST: whether any can be wanted again. Where there is no more work, so can the last turn's.
+    C.FAST: whether any can be wanted again. Where there is no more work, so can the last turn's.
     """
-    again = ended(turns, turn, CONSUMERS, FAST)
-    mine = gl.where(again, word(turns, turn, NUMBER, ONE), number) if FAST else number
-    if FAST and mine >= total:
-        again = ended(turns, turn + 1, CONSUMERS, FAST)
+    again = ended(turns, turn, C)
+    mine = gl.where(again, word(turns, turn, NUMBER, ONE), number) if C.FAST else number
+    if C.FAST and mine >= total:
+        again = ended(turns, turn + 1, C)
         mine = gl.where(again, word(turns, turn + 1, NUMBER, ONE), number)
-        for c in gl.static_range(CONSUMERS):
+        for c in gl.static_range(C.CONSUMERS):
             say(turns, turn, AGAIN + c, word(turns, turn + 1, AGAIN + c, ONE), ONE)
             say(turns, turn + 1, AGAIN + c, 0, ONE)
     return mine, again

@@ -1,0 +1,127 @@
+"""How a Hopper consumer writes its 64 rows: through TMA, or by itself where TMA would not stop."""
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+from ...rules import heads
+from ..gluon import fence_async_shared, gl, gluon, tma_store
+from . import pipeline, scheduler
+
+
+class Stores(NamedTuple):
+    """What the consumers write."""
+
+    o_desc: Any
+    out: Any  # or parts
+    lse: Any
+    stride_o_b: Any
+    stride_o_t: Any
+    stride_o_h: Any
+    stride_lse_b: Any
+    stride_lse_h: Any
+    # Of parts.
+    total: Any
+    part_rows: Any
+
+
+class Tile(NamedTuple):
+    """What a consumer has to know of a tile of work once its rows are done."""
+
+    tiles: Any  # of keys
+    first: Any  # the consumer's first row in the sequence
+    rows_q: Any
+    b: Any
+    head: Any
+    place: Any  # of a part, or the sequence's first row
+    first_q: Any  # the consumer's first row in all of q, or in the sequence if it is a part
+
+
+@gluon.jit
+def tile_of(turns, turn, which: gl.constexpr, C: gl.constexpr):
+    """Read where it is needed, instead of held in registers all along."""
+    tiles = scheduler.word(turns, turn, scheduler.TILES)
+    first = scheduler.word(turns, turn, scheduler.FIRST) + 64 * which
+    rows_q = scheduler.word(turns, turn, scheduler.ROWS_Q)
+    b, head = scheduler.word(turns, turn, scheduler.B), scheduler.word(turns, turn, scheduler.HEAD)
+    place = scheduler.word(turns, turn, scheduler.FIRST_Q)
+    first_q = first if C.SPLIT else place + first
+    return Tile(tiles, first, rows_q, b, head, place, first_q)
+
+
+@gluon.constexpr_function
+def quads(columns):
+    """As an accumulator, but of 16 columns a thread has four that lie side by side."""
+    registers = [[0, 1], [0, 2], [8, 0], *([0, 1 << n] for n in range(4, columns.bit_length() - 1))]
+    lanes = [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns])
+
+
+@gluon.jit
+def store_rows(rows, o, wanted, HEAD_DIM: gl.constexpr):
+    """Write o [64, D] to the wanted ones of 64 rows; where they are long, 8 bytes at a time."""
+    o = o.to(rows.dtype.element_ty)
+    if o.shape[1] > 128 and o.dtype != gl.float32:
+        o = gl.convert_layout(o, quads(o.shape[1]))
+    layout: gl.constexpr = gl.SliceLayout(1, o.type.layout)
+    rows = gl.expand_dims(gl.convert_layout(rows, layout, assert_trivial=True), 1)
+    wanted = gl.expand_dims(gl.convert_layout(wanted, layout, assert_trivial=True), 1)
+    d = gl.expand_dims(gl.arange(0, o.shape[1], gl.SliceLayout(0, o.type.layout)), 0)
+    gl.store(rows + d, o, mask=wanted & (d < HEAD_DIM))
+
+
+@gluon.jit
+def fits_tma(tile, C: gl.constexpr):
+    """Whether TMA may write all 64 rows: it stops at a tensor's end, not a sequence's."""
+    THROUGH: gl.constexpr = C.THROUGH and not C.SPLIT
+    return THROUGH & (tile.tiles > 0) & ((not C.PACKED) | (tile.first + 64 <= tile.rows_q))
+
+
+@gluon.jit
+def store_tma(o, shared, worked, which: gl.constexpr, tile, stores, C: gl.constexpr):
+    """Write 64 rows through the place of their queries, which nobody reads any more."""
+    place = shared.q.tiles.index(pipeline.q_place(shared.q, worked, which, C.CONSUMERS))
+    place.reshape([64, C.D]).store(o.to(stores.o_desc.dtype))
+    fence_async_shared()
+    b = 0 if C.PACKED else tile.b
+    tma_store(stores.o_desc, [b, tile.first_q // C.GROUP, tile.head * C.GROUP, 0], place)
+
+
+@gluon.jit
+def store(
+    o, m, l, lse_tile, which: gl.constexpr, done, again, tile, rows, stores, C: gl.constexpr
+):
+    """Write 64 rows, unless they are `done`, and their LSE; or a part for `combine.py` to fold.
+    Nothing if the tile of work is wanted `again`.
+    """
+    HEAD_DIM: gl.constexpr = C.HEAD_DIM
+    GROUP: gl.constexpr = C.GROUP
+    b, head = tile.b.to(gl.int64), tile.head.to(gl.int64) * GROUP
+    row = gl.arange(0, 64, gl.SliceLayout(1, pipeline.accumulator(C.D)))
+    writable = row < scheduler.word(rows.turns, rows.turn, scheduler.WRITABLE) - tile.first
+    if C.FAST:
+        writable &= not again
+    t, member = heads.unpack(tile.first_q + row, GROUP)
+    if not done:
+        if C.SPLIT:
+            base = stores.out
+            at = tile.place.to(gl.int64) * stores.part_rows + 64 * which + row
+            all_rows = pipeline.here(stores.total).to(gl.int64) * stores.part_rows
+            gl.store(base + all_rows * HEAD_DIM + at, m, mask=writable)
+            gl.store(base + all_rows * (HEAD_DIM + 1) + at, l, mask=writable)
+            at *= HEAD_DIM
+        else:
+            base = stores.out + b * pipeline.here(stores.stride_o_b)
+            base += head * pipeline.here(stores.stride_o_h)
+            at = t.to(gl.int64) * pipeline.here(stores.stride_o_t)
+            if GROUP > 1:
+                at += member.to(gl.int64) * pipeline.here(stores.stride_o_h)
+            mine = row < tile.rows_q - tile.first
+            o = gl.where(gl.expand_dims(mine, 1), o, 0.0)
+            lse_tile = gl.where(mine, lse_tile, float("-inf"))
+        store_rows(tl.multiple_of(base + at, 16), o, writable, HEAD_DIM)  # bytes, as TMA wants too
+    if stores.lse is not None:
+        base = stores.lse + b * pipeline.here(stores.stride_lse_b)
+        base += head * pipeline.here(stores.stride_lse_h)
+        at = t + member * pipeline.here(stores.stride_lse_h) if GROUP > 1 else t
+        gl.store(base + at, lse_tile, mask=writable)

@@ -1,0 +1,201 @@
+"""How a producer and its consumers hand each other tiles: stages, barriers, turns to issue."""
+
+from typing import Any, NamedTuple
+
+from ...rules import paging
+from ..gluon import fence_async_shared, gl, gluon, mbarrier, tma_load
+
+STAGES = gl.constexpr(2)  # tiles in a ring
+# The hardware has 16 named barriers. Triton takes the first few itself, 8 to 15 are free.
+K_FREED, V_FREED = gl.constexpr(8), gl.constexpr(10)  # and the next: a place in a ring is free
+TURN = gl.constexpr(12)  # and those after: a consumer's turn to issue
+ONE = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+FOUR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+FOUR_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))
+
+
+@gluon.constexpr_function
+def accumulator(columns):
+    """Where a consumer's four warps hold the 64 rows of a product."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+class Queries(NamedTuple):
+    """Q tiles, which consumers take in turn, a barrier for each that it is free, and `arrival`s."""
+
+    tiles: Any
+    full: Any
+    free: Any
+
+
+@gluon.jit
+def q_place(queries, worked, which, CONSUMERS: gl.constexpr):
+    """Where a consumer's queries lie: consumers take places in turn."""
+    return (worked * CONSUMERS + which) % queries.tiles.shape[0]
+
+
+@gluon.jit
+def arrival(queries, worked, which, CONSUMERS: gl.constexpr):
+    """What says that a consumer's queries are there. Its own, in every second turn with any work:
+    where two share one, the first to wait could take the other's turn for its own.
+    """
+    return queries.full.index(worked % 2 * CONSUMERS + which)
+
+
+class Ring(NamedTuple):
+    """Tiles that the producer fills in turn. The n-th lies in place n % STAGES.
+
+    `full` says that a tile is there; that a place is free again, the named barriers from `freed`
+    on: to arrive at one costs a consumer less than an mbarrier, for which its warps have to meet.
+    """
+
+    tiles: Any
+    full: Any
+    freed: Any
+
+
+class Shared(NamedTuple):
+    """What producer and consumers hand each other in shared memory."""
+
+    q: Any  # `Queries`
+    k: Any  # `Ring`
+    v: Any  # `Ring`
+    turns: Any  # `scheduler.Turns`
+
+
+@gluon.jit
+def barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
+    """New mbarriers that COUNT arrivals complete."""
+    made = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(NUMBER):
+        mbarrier.init(made.index(n), count=COUNT)
+    return made
+
+
+@gluon.jit
+def named_barrier(OPERATION: gl.constexpr, barrier, THREADS: gl.constexpr):
+    """`sync`: wait until THREADS threads have come, these included. `arrive`: come, and go on."""
+    PTX: gl.constexpr = f"bar.{OPERATION} $1, {THREADS}; mov.u32 $0, 0;"
+    gl.inline_asm_elementwise(PTX, "=r,r", [gl.to_tensor(barrier)], gl.int32, False, 1)
+
+
+@gluon.jit
+def my_turn(which: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Where there are three, wait until the consumer before has issued its products."""
+    if CONSUMERS == 3:
+        named_barrier("sync", TURN + which, 256)
+
+
+@gluon.jit
+def your_turn(which: gl.constexpr, CONSUMERS: gl.constexpr):
+    if CONSUMERS == 3:
+        named_barrier("arrive", TURN + (which + 1) % CONSUMERS, 256)
+
+
+@gluon.jit
+def here(x):
+    """The integer x, of which nothing is worked out before: that would take registers all along."""
+    x = gl.to_tensor(x)
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
+
+
+@gluon.jit
+def place(n):
+    """Where in a ring the n-th tile lies. Products wait for this: n % STAGES takes longer."""
+    return n & STAGES - 1
+
+
+@gluon.jit
+def tile(ring, n):
+    return ring.tiles.index(place(n))
+
+
+class Source(NamedTuple):
+    """Where the keys, or values, of a sequence's KV head lie, as descriptors see them."""
+
+    block_table: Any  # the sequence's row; None unless paged
+    batch: Any
+    first: Any  # row of the first key
+    seqlen_k: Any
+    head: Any
+
+
+@gluon.jit
+def load_tile(desc, source, start, tile, barrier, wanted, C: gl.constexpr):
+    """Load the keys, or values, of a sequence from its `start`-th, in pieces of at most a page."""
+    N: gl.constexpr = desc.block_shape[1]
+    PAGE_SIZE: gl.constexpr = C.PAGE_SIZE
+    WHOLE: gl.constexpr = tile.shape[1]
+    mbarrier.expect(barrier, WHOLE // N * desc.block_type.nbytes, pred=wanted)
+    if PAGE_SIZE == 0:
+        tma_load(desc, [source.batch, source.first + start, source.head, 0], barrier, tile, pred=wanted)
+    else:  # pages that are none read as zeros, as all does that lies outside the descriptor
+        for group in gl.static_range(0, WHOLE, 4 * N):  # four look-ups on their way at a time
+            pages = ()
+            for n in gl.static_range(group, min(group + 4 * N, WHOLE), N):
+                entry = source.block_table + (start + n) // PAGE_SIZE
+                page = paging.page_of(entry, wanted & (start + n < source.seqlen_k))
+                pages = pages + (page,)  # type: ignore[assignment]  # noqa: RUF005 (no `*` in Gluon)
+            for n in gl.static_range(group, min(group + 4 * N, WHOLE), N):
+                at = [pages[(n - group) // N], (start + n) % PAGE_SIZE, source.head, 0]
+                tma_load(desc, at, barrier, tile.slice(n, N, 1), pred=wanted)
+
+
+@gluon.jit
+def fill(ring, n, desc, source, start, wanted, C: gl.constexpr):
+    """Load the n-th tile of a ring, once its place is free."""
+    stage = n % STAGES
+    if wanted and n >= STAGES:
+        named_barrier("sync", ring.freed + stage, 128 * C.CONSUMERS + 32)
+    load_tile(desc, source, start, tile(ring, n), ring.full.index(stage), wanted, C)
+
+
+@gluon.jit
+def fill_part(ring, n, desc, source, start, low, times, C: gl.constexpr):
+    """`fill`, with zeros outside the keys low..seqlen_k: a weight of 0 does not hide what is NaN.
+
+    The producer waits for the load at the ring's last barrier, which it has used `times` times.
+    """
+    stage = n % STAGES
+    if n >= STAGES:
+        named_barrier("sync", ring.freed + stage, 128 * C.CONSUMERS + 32)
+    tile = ring.tiles.index(stage)
+    load_tile(desc, source, start, tile, ring.full.index(STAGES), True, C)
+    mbarrier.wait(ring.full.index(STAGES), times & 1)
+    low, high = low - start, source.seqlen_k - start
+    N: gl.constexpr = tile.shape[1]
+    D: gl.constexpr = tile.shape[3]
+    for first in gl.static_range(0, N, 8):
+        if (first < low) | (first + 8 > high):
+            row = here(first) + gl.arange(0, 8, gl.SliceLayout(1, ROWS))
+            keep = gl.expand_dims((row >= low) & (row < high), 1)
+            for column in gl.static_range(0, D, 64):  # few registers
+                part = tile.reshape([N, D]).slice(first, 8).slice(column, 64, 1)
+                x = part.load(ROWS)
+                part.store(gl.where(keep, x, 0.0).to(x.dtype))
+    fence_async_shared()
+    mbarrier.arrive(ring.full.index(stage))
+
+
+@gluon.jit
+def filled(ring, n, wanted):
+    """Wait until the n-th tile is there, if it is wanted."""
+    mbarrier.wait(ring.full.index(place(n)), n // STAGES & 1, pred=wanted)
+
+
+@gluon.jit
+def free(ring, n, CONSUMERS: gl.constexpr):
+    """A consumer has read the n-th tile."""
+    named_barrier("arrive", ring.freed + place(n), 128 * CONSUMERS + 32)
+
+
+@gluon.jit
+def pass_by(which: gl.constexpr, keys, values, n, CONSUMERS: gl.constexpr):
+    """A consumer frees the n-th tile without a look, when it is there: the place is one before."""
+    filled(keys, n, True)
+    my_turn(which, CONSUMERS)
+    your_turn(which, CONSUMERS)
+    free(keys, n, CONSUMERS)
+    filled(values, n, True)
+    free(values, n, CONSUMERS)

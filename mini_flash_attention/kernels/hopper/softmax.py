@@ -1,0 +1,256 @@
+"""The softmax of a Hopper consumer: 64 rows of scores in the registers of its four warps."""
+
+from typing import Any, NamedTuple
+
+from ...rules import mask
+from ...rules.scores import modified
+from ...rules.window import Window
+from ..gluon import gl, gluon
+from . import scheduler
+
+LOWEST = gl.constexpr(-3.4028234663852886e38)  # of fp32: no score lies below
+SLACK = gl.constexpr(8.0)  # powers of 2 by which a weight may exceed 1 where sums are moved lazily
+LARGE = gl.constexpr(2.0**27)  # from here on rounding m * scale is off by more than 2^4
+# Of sums of weights where maxima are not followed: up to SAFE products have about as much room as
+# ever, up to LIMIT an LSE is right.
+SAFE, LIMIT = gl.constexpr(2.0**12), gl.constexpr(2.0**32)
+
+
+
+class Rows(NamedTuple):
+    """Where a consumer reads what its rows are: again wherever it is needed, instead of held in
+    registers all along.
+    """
+
+    turns: Any
+    turn: Any
+    which: Any
+    left: Any  # of the window
+    right: Any
+
+
+class Weighing(NamedTuple):
+    """Weights are 2^(s * factor - reference)."""
+
+    factor: Any
+    reference: Any
+
+
+# 2^t for |t| < 127 and -inf: 1.5 * 2^23 + 127 rounds t to a whole number n, and leaves n + 127, the
+# exponent of 2^n, in the last bits of r. Of the rest, within 1/2, 2^f is a polynomial with a
+# relative error of 3e-6. What is no number stays none.
+EXP2 = gl.constexpr("""{ .reg .f32 t, r, f, p; .reg .b32 i;
+max.NaN.f32 t, $4, 0fC2FE0000; add.rn.f32 r, t, 0f4B40007F; sub.rn.f32 f, r, 0f4B40007F;
+sub.rn.f32 f, t, f; fma.rn.f32 p, f, 0f3C1D0166, 0f3D64FE23; fma.rn.f32 p, p, f, 0f3E7601BC;
+fma.rn.f32 p, p, f, 0f3F317096; fma.rn.f32 p, p, f, 0f3F800000;
+mov.b32 i, r; shl.b32 i, i, 23; mov.b32 r, i; mul.rn.f32 $0, p, r;
+} ex2.approx.ftz.f32 $1, $5; ex2.approx.ftz.f32 $2, $6; ex2.approx.ftz.f32 $3, $7;""")
+
+
+@gluon.jit
+def exp2(x):
+    """2^x, one of four by the units of products: where those of functions have tanh to do too."""
+    return gl.inline_asm_elementwise(EXP2, "=f,=f,=f,=f,f,f,f,f", [x], gl.float32, True, 4)
+
+
+@gluon.constexpr_function
+def scaling(count):
+    """PTX: $0, $1, ... times as many factors, unless none in the warp is below 1; its registers.
+
+    Of the 64 rows of a product a thread holds two: one's sums are $0 and $1, the other's $2 and $3.
+    """
+    factors = [f"${2 * count + n}" for n in range(count)]
+    products = "".join(f"mul.f32 ${n}, ${n}, {factors[n]};" for n in range(count))
+    ask = "setp.lt.f32 any, {0}, 0f3F800000; setp.lt.or.f32 any, {2}, 0f3F800000, any;"
+    vote = "vote.sync.any.pred any, any, 0xffffffff; @!any bra.uni DONE;"
+    code = f"{{ .reg .pred any; {ask.format(*factors)} {vote} {products} DONE: }}"
+    return code, ",".join(["=f"] * count + [str(n) for n in range(count)] + ["f"] * count), count
+
+
+@gluon.jit
+def scaled(o, alpha):
+    """o [64, D] times alpha [64, 1], none of it above 1, by the warps where some of it is below."""
+    PTX: gl.constexpr = scaling(o.shape[1] // 2)
+    return gl.inline_asm_elementwise(PTX[0], PTX[1], [o, alpha], gl.float32, False, PTX[2])
+
+
+@gluon.jit
+def sums(p, BLOCK_N: gl.constexpr):
+    """Sums [64, 4] of what one thread holds of a row; the four are added at the end."""
+    return gl.sum(gl.sum(gl.reshape(p, [64, BLOCK_N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def by_row(x, like):
+    """x [64] as a column that broadcasts over `like`."""
+    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, like.type.layout)), 1)
+
+
+@gluon.jit
+def by_place(s, start, BLOCK_N: gl.constexpr):
+    """Scores [64, BLOCK_N / 8, 4, 2] with their rows i and keys: start + n, `start` a tile.
+
+    Of key 8 a + 2 b + c a thread knows a and c when it is compiled: b goes to the start.
+    """
+    pieces = gl.reshape(s, [64, BLOCK_N // 8, 4, 2])
+    rest: gl.constexpr = gl.SliceLayout(3, pieces.type.layout)
+    a = gl.arange(0, BLOCK_N // 8, gl.SliceLayout(0, gl.SliceLayout(2, rest)))
+    b = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, rest)))
+    c = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, pieces.type.layout))))
+    i = gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, rest)))
+    n = 8 * a[None, :, None, None] + c[None, None, None, :]
+    return pieces, i[:, None, None, None], (start + 2 * b)[None, None, :, None], n
+
+
+@gluon.jit
+def as_before(pieces, s):
+    """What `by_place` cut apart, laid out like s."""
+    return gl.convert_layout(gl.reshape(pieces, s.shape), s.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def masked(s, start, rows, C: gl.constexpr):
+    """Scores with -inf where the query of a row does not see the key; keys from `start`."""
+    length_k = scheduler.word(rows.turns, rows.turn, scheduler.LENGTH_K)
+    diagonal = length_k - scheduler.word(rows.turns, rows.turn, scheduler.ROWS_Q) // C.GROUP
+    first = scheduler.word(rows.turns, rows.turn, scheduler.FIRST) + 64 * rows.which
+    pieces, i, shift, n = by_place(s, start, C.BLOCK_N)
+    i = (first + i) // C.GROUP - shift
+    window = Window(diagonal, rows.left, rows.right, None, length_k - shift)
+    return as_before(gl.where(mask.sees(i, n, window), pieces, float("-inf")), s)
+
+
+@gluon.jit
+def rescale(m, s, tilt, scale, LAZY: gl.constexpr):
+    """`softmax.rescale` with one instruction an element fewer: scale and subtract in one.
+
+    Returns m, alpha, and what `weights` makes weights of: scores, factor, reference.
+
+    LAZY: m follows a row's maximum only where it has grown by more than SLACK, so that most tiles
+    leave what was summed before as it is (an idea of FlashAttention-4).
+    tilt: None, or what `tilted` says is still to be added to the scores.
+
+    A row begins with m = LOWEST, so that m is a number. What is subtracted, m times a factor, is
+    rounded. Inside a tile all weights share that, and it cancels; between tiles with different
+    maxima it does not, since alpha is exact: from |m * scale| = 2^16 on such tiles are weighed
+    against each other with errors like those of scores one fp32 rounding apart. The factor is
+    `scale`, unless their product is so large that weights could overflow: then a power of 2,
+    with which nothing is rounded, and m * factor lies between 2^26 and 2^27. A score one rounding
+    below the maximum weighs 2^-8 or less there.
+    """
+    if tilt is None:
+        top = gl.max(s, 1)
+    else:
+        pieces = gl.reshape(s, [64, s.shape[1] // 8, 4, 2])
+        top = gl.max(gl.max(gl.max(pieces, 3), 1) + tilt, 1)
+        top = gl.convert_layout(top, m.type.layout, assert_trivial=True)
+    m_new = gl.where(top > m + SLACK / scale, top, m) if LAZY else gl.maximum(m, top)
+    # Where scores should be higher, it is lower instead.
+    reference = m_new if tilt is None else by_row(m_new, tilt) - tilt
+    exponent = reference.to(gl.int32, bitcast=True) & 0x7F800000
+    power = (((127 + 26 + 127 << 23) - 2**32) - exponent).to(gl.float32, bitcast=True)
+    factor = gl.where(gl.abs(reference) > LARGE / scale, power, scale)
+    alpha = gl.exp2((m - m_new) * scale)
+    reference = gl.expand_dims(reference * factor, 1)
+    factor = gl.expand_dims(factor, 1)
+    if tilt is not None:
+        s, factor, reference = pieces, gl.expand_dims(factor, 3), gl.expand_dims(reference, 3)
+    return m_new, alpha, s, factor, reference
+
+
+@gluon.jit
+def weights(s, factor, reference, SCORES: gl.constexpr, like):
+    """2^(s * factor - reference), laid out like `like`."""
+    p = exp2(s * factor) if SCORES == "bounded" else gl.exp2(s * factor - reference)
+    return as_before(p, like) if len(p.shape) == 4 else p
+
+
+@gluon.jit
+def moved(l, o, alpha, LAZY: gl.constexpr):
+    """Sums over earlier tiles, to the new reference."""
+    o = scaled(o, by_row(alpha, o)) if LAZY else o * by_row(alpha, o)
+    return l * by_row(alpha, l), o
+
+
+@gluon.jit
+def outgrown(m, l, o, rows, scale, WINDOW: gl.constexpr):
+    """Whether any of the first so many rows has outgrown its reference m, in l or in o.
+
+    Nor can those do without maxima whose factor is not the scale (`rescale`). Behind a window's
+    left end sums may have been scaled down again.
+    """
+    mine = gl.arange(0, 64, l.type.layout) < rows
+    top = gl.where((gl.abs(m) > LARGE / 2 / scale) & (l > 0.0), float("inf"), l)
+    top = gl.max(gl.where(mine, top, 0.0), 0)
+    found = top > LIMIT
+    if WINDOW or top > SAFE:
+        infinite = gl.where(gl.expand_dims(mine, 1) & (not (gl.abs(o) < float("inf"))), 1, 0)
+        found |= gl.max(gl.max(infinite, 1), 0) > 0
+    return found
+
+
+@gluon.jit
+def tilted(s, first, start, changes, BLOCK_N: gl.constexpr):
+    """ALiBi of queries from `first`: scores, and what `rescale` is still to add to them, [64, 4].
+
+    Before all of the queries, or after them, it is linear in the key: of a thread's part of a row
+    all but slope * key inside the tile is the same, and left to the maximum. Keys are counted from
+    the one next to the queries, where scores are largest and no digit may be lost.
+    """
+    pieces, i, shift, n = by_place(s, start, BLOCK_N)
+    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, pieces.type.layout))
+    row = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
+    column = gl.expand_dims(2 * gl.arange(0, 4, gl.SliceLayout(0, layout)), 0)
+    slope = changes.slope * changes.factor
+    tilt = slope * (start - first + column - row).to(gl.float32)
+    if (start < first + 64) & (start + BLOCK_N > first):
+        pieces = modified(pieces, 0, 0, first + i, shift, n, changes, "linear", None)
+        tilt = gl.zeros_like(tilt)
+    elif start < first:
+        pieces = pieces + slope * (n - BLOCK_N).to(gl.float32)
+        tilt += slope * BLOCK_N
+    else:
+        pieces = pieces - slope * n.to(gl.float32)
+        tilt = -tilt
+    return as_before(pieces, s), tilt
+
+
+@gluon.jit
+def weighed(
+    m, s, weighing, start, cut, exact, first, rows, scoring, C: gl.constexpr,
+    SCORE_MOD: gl.constexpr,
+):  # fmt: skip
+    """`rescale` of what becomes of scores of queries from `first` and keys from `start`, with the
+    mask where it is `cut`. A tile that is not `exact`, and not cut, goes by the `Weighing` of the
+    one before.
+    """
+    SCORES: gl.constexpr = C.SCORES
+    LAZY: gl.constexpr = C.LAZY
+    changes = scoring.modification
+    factor, reference = weighing.factor, weighing.reference
+    tilt = None
+    if SCORES == "linear":
+        s, tilt = tilted(s, first, start, changes, C.BLOCK_N)
+    elif SCORE_MOD is not None or changes.slope is not None:
+        pieces, i, shift, n = by_place(s, start, C.BLOCK_N)
+        pieces = modified(
+            pieces, scoring.b, scoring.head, first + i, shift, n, changes, SCORES, SCORE_MOD
+        )
+        s = as_before(pieces, s)
+    elif SCORES != "":
+        s = modified(s, 0, 0, 0, 0, 0, changes, SCORES, SCORE_MOD)
+    alpha = m
+    if exact:
+        if cut:
+            s = masked(s, start, rows, C)
+        if SCORES != "bounded":
+            m, alpha, s, factor, reference = rescale(m, s, tilt, scoring.scale, LAZY)
+    return m, alpha, s, Weighing(factor, reference)
+
+
+@gluon.jit
+def narrowed(p, like):
+    """p in the dtype of `like`, neighbours together. Left to itself LLVM at times pairs others."""
+    BF16: gl.constexpr = like.dtype == gl.bfloat16
+    PTX: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if BF16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(PTX, "=r,f,f", [p], like.dtype, True, 2)
