@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-from . import __version__, dispatch, plan
+from . import __version__, settings
 from . import flash_attn_func as attend
 from . import flash_attn_varlen_func as attend_packed
 from . import flash_attn_with_kvcache as attend_to_cache
+from .plan import decode, hopper
+from .plan.gpu import Gpu, gpu_of
 from .reference import attention
 
 DESCRIPTION = """\
@@ -40,33 +42,33 @@ def version(distribution: str) -> str:
         return "not installed"
 
 
-def find_gpu() -> tuple[plan.Gpu | None, str]:
+def find_gpu() -> tuple[Gpu | None, str]:
     """The GPU that the kernels would run on, and a line about it."""
     if not torch.cuda.is_available():
         return None, "none that torch can use"
     try:
-        gpu = plan.gpu(torch.device("cuda", torch.cuda.current_device()))
+        gpu = gpu_of(torch.device("cuda", torch.cuda.current_device()))
     except NotImplementedError as error:
         return None, str(error)
     capability = f"{gpu.arch // 10}.{gpu.arch % 10}"
     return gpu, f"{gpu.name}, capability {capability}, {gpu.multiprocessors} multiprocessors"
 
 
-def chosen(gpu: plan.Gpu | None) -> tuple[str, ...]:
+def chosen(gpu: Gpu | None) -> tuple[str, ...]:
     """Which kernels serve many queries and which few, and why."""
-    if dispatch.INTERPRETED:
+    if settings.INTERPRETED:
         return ("portable kernels in Triton's interpreter (TRITON_INTERPRET=1)",) * 2
     if gpu is None:
         return ("PyTorch's own attention (no GPU)",) * 2
-    few = f"decode kernel, to {plan.DECODE_SEQLEN_Q} queries, more where it pays, or num_splits"
-    if plan.PORTABLE:
+    few = f"decode kernel, to {decode.DECODE_SEQLEN_Q} queries, more where it pays, or num_splits"
+    if settings.PORTABLE:
         return "portable kernel (MINI_FLASH_ATTENTION_PORTABLE=1)", few
     if gpu.arch != 90:
         return "portable kernel (the other needs compute capability 9.0)", few
-    return f"Hopper kernel from {plan.HOPPER_FLOPS / 1e9:.1f} GFLOP on, portable below", few
+    return f"Hopper kernel from {hopper.HOPPER_FLOPS / 1e9:.1f} GFLOP on, portable below", few
 
 
-def environment(gpu: plan.Gpu | None, about: str) -> Iterator[str]:
+def environment(gpu: Gpu | None, about: str) -> Iterator[str]:
     many, few = chosen(gpu)
     found = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)]
     registry = hasattr(torch.nn.attention, "register_flash_attention_impl")
@@ -172,12 +174,12 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser.parse_args(arguments)
     gpu, about = find_gpu()
     print(*environment(gpu, about), "", sep="\n")
-    interpreted = dispatch.INTERPRETED  # which knows neither bf16 products nor Gluon
-    hopper = gpu is not None and gpu.arch == 90 and not (plan.PORTABLE or interpreted)
+    interpreted = settings.INTERPRETED  # which knows neither bf16 products nor Gluon
+    has_hopper = gpu is not None and gpu.arch == 90 and not (settings.PORTABLE or interpreted)
     device = "cpu" if gpu is None else "cuda"
     dtype = torch.float16 if interpreted else torch.bfloat16
     failures = 0
-    for check in [*CHECKS, HOPPER] if hopper else CHECKS:
+    for check in [*CHECKS, HOPPER] if has_hopper else CHECKS:
         try:
             error, promise = errors(check, device, dtype)
             kept = error <= promise  # not if error is NaN

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from . import dispatch, problem
-from .refusals import either
+from . import dispatch
+from .entries import DENSE, KVCACHE, VARLEN
+from .validate.options import either
 
 # A list[int] is not a list[int | None] to type checkers, because lists can be written to.
 Window = tuple[int | None, int | None] | list[int | None] | list[int] | list[None] | torch.Tensor
@@ -88,7 +89,7 @@ def flash_attn_func(
         "return_attn_probs": return_attn_probs, "s_aux": s_aux, "score_mod": score_mod,
         "score_mod_args": score_mod_args, "out": out,
     }  # fmt: skip
-    result, lse = dispatch.run(problem.dense, arguments, {})
+    result, lse = dispatch.run(DENSE, arguments)
     return (result, lse, None) if return_attn_probs else result
 
 
@@ -163,7 +164,7 @@ def flash_attn_varlen_func(
         "seqused_k": seqused_k, "s_aux": s_aux, "score_mod": score_mod,
         "score_mod_args": score_mod_args, "num_splits": num_splits, "out": out,
     }  # fmt: skip
-    result, lse = dispatch.run(problem.varlen, arguments, {})
+    result, lse = dispatch.run(VARLEN, arguments)
     return (result, lse, None) if return_attn_probs else result
 
 
@@ -255,5 +256,5 @@ def flash_attn_with_kvcache(
         "max_seqlen_q": max_seqlen_q, "s_aux": s_aux, "score_mod": score_mod,
         "score_mod_args": score_mod_args, "fixed_split_size": fixed_split_size, "out": out,
     }  # fmt: skip
-    result, lse = dispatch.run(problem.kvcache, arguments, problem.CACHE_NAMES)
+    result, lse = dispatch.run(KVCACHE, arguments)
     return (result, lse) if return_softmax_lse else result

@@ -7,10 +7,10 @@ out the keys that are in use, sequence by sequence, and to say who sees whom.
 import torch
 import torch.nn.functional as F
 
-from . import language
-from .memory import overlaps_itself
+from . import triton_on_cpu
 from .problem import Problem, Rotary
 from .rules.window import Window, first_visible, last_visible
+from .validate.memory import overlaps_itself
 
 
 def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -114,12 +114,14 @@ def _changed(p: Problem, s: torch.Tensor, b: int, skipped: int) -> torch.Tensor:
         slopes = slopes if slopes.dim() == 1 else slopes[b : b + batch, :]
         s = s - slopes[..., None, None] * (i - j).abs()
     if score_mod is not None:
-        s = language.call(score_mod, s, numbers, heads, i.clamp(min=0), j, *([aux] if aux else []))
+        s = triton_on_cpu.call(
+            score_mod, s, numbers, heads, i.clamp(min=0), j, *([aux] if aux else [])
+        )
     return s
 
 
 def _seen(window: Window, seqlen_q: int, skipped: int) -> torch.Tensor | None:
-    """(seqlen_q, keys from `skipped` on) bool, True where a query sees a key; None if all see all."""
+    """(seqlen_q, keys from `skipped` on) bool: whether a query sees a key; None if all see all."""
     i = torch.arange(seqlen_q, device="cpu")[:, None]
     j = torch.arange(skipped, window.seqlen_k, device="cpu")
     bounds = []

@@ -5,14 +5,16 @@ A plain eager call does without them, which saves the CPU some microseconds. The
 module is imported: a FLOP counter made before counts none of them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import dispatch, problem
+from . import execution
+from .entries import DENSE, KVCACHE, VARLEN, Entry
 from .problem import Problem, empty_out, shape_of_lse
+from .recipes import Result
 
 NAMESPACE = "mini_flash_attention"
 SCORES = (
@@ -60,7 +62,7 @@ def name_of(score_mod: Any) -> str:
 name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def run(describe: Callable[..., Problem], arguments: Mapping[str, Any]) -> dispatch.Result:
+def run(entry: Entry, arguments: Mapping[str, Any]) -> Result:
     """(out, softmax_lse or None) of a call, through the operator for it.
 
     What a compiler traces is checked when it runs, with the lengths it runs with.
@@ -82,10 +84,9 @@ def run(describe: Callable[..., Problem], arguments: Mapping[str, Any]) -> dispa
             if given["out"].shape != shape or given["out"].dtype != v.dtype:
                 raise ValueError(f"{NAMESPACE}: out: expected shape {shape} in q's dtype")
     else:
-        dispatch.check(describe, given)
+        execution.validate(entry, given)
     out = given.pop("out")
-    wanted = "return_softmax_lse" if "return_softmax_lse" in given else "return_attn_probs"
-    given["need_lse"] = given.pop(wanted)
+    given["need_lse"] = given.pop(entry.wants_lse)
     given.pop("dropout_p", None)
     given.pop("deterministic", None)
     given["window_size"] = [-1 if w is None else w for w in given["window_size"]]
@@ -95,8 +96,8 @@ def run(describe: Callable[..., Problem], arguments: Mapping[str, Any]) -> dispa
     for name in LONGEST:
         if isinstance(given.get(name), torch.Tensor):  # read when the operator runs
             given |= {name: None, f"{name}_tensor": given[name]}
-    name = describe.__name__
-    if name == "kvcache":
+    name = entry.name
+    if entry is KVCACHE:
         given["cache_seqlen"] = None
         if not isinstance(given["cache_seqlens"], torch.Tensor):
             given |= {"cache_seqlens": None, "cache_seqlen": given["cache_seqlens"]}
@@ -131,29 +132,27 @@ def _arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return nothing | given | {"return_softmax_lse": need_lse}
 
 
-def _define(name: str, schema: str) -> None:
+def _define(entry: Entry, name: str, schema: str) -> None:
     """An operator: what it does, what it makes of tensors without memory, and what that costs."""
     LIBRARY.define(f"{name}({schema}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.mini_flash_attention, name).default
     order = [argument.name for argument in operator._schema.arguments]
-    describe = getattr(problem, name.removesuffix("_append"))
-    names = problem.CACHE_NAMES if name.startswith("kvcache") else {}
 
     def compute(*values: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         arguments = _arguments(name, {**dict(zip(order, values, strict=False)), **named})
         # In a graph that PyTorch records, memory is its own and none may be kept.
-        out, lse = dispatch.compute(describe, arguments, names, keep=False)
+        out, lse = execution.run(entry, arguments, keep=False)
         return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse
 
     def fake(*values: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         given = {**dict(zip(order, values, strict=False)), **named}
-        q, v = given["q"], given[names.get("v", "v")]
+        q, v = given["q"], given[entry.tensors.get("v", "v")]
         shape = shape_of_lse(q) if given["need_lse"] else (0,)
         return empty_out(q, v.shape[-1]), q.new_empty(shape, dtype=torch.float32)
 
     def flops(*values: Any, out_val: Any = None, **named: Any) -> int:
         given = {**dict(zip(order, values, strict=False)), **named}
-        return _flops(describe(**_arguments(name, given)))
+        return _flops(entry.parse(**_arguments(name, given)))
 
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, compute, key)
@@ -176,4 +175,4 @@ def _flops(p: Problem) -> int:
 
 
 for _name, _schema in SCHEMAS.items():
-    _define(_name, _schema)
+    _define({"dense": DENSE, "varlen": VARLEN}.get(_name, KVCACHE), _name, _schema)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .api import Window, flash_attn_func, flash_attn_varlen_func
-from .refusals import plain, refuse, shape
+from .errors import invalid
+from .validate.tensors import plain, shape
 
 
 def flash_attn_qkvpacked_func(
@@ -93,7 +94,7 @@ def _parts(function: str, name: str, x: Any, rank: int, parts: int) -> Any:
     if x.dim() != rank or x.shape[-3] != parts:
         outer = "batch, seqlen" if rank == 5 else "total"
         wanted = f"shape ({outer}, {parts}, heads, head_dim)"
-        refuse(ValueError, function, name, wanted, tuple(x.shape))
+        raise invalid(ValueError, function, name, wanted, tuple(x.shape))
     return x.unbind(-3)
 
 
@@ -116,9 +117,9 @@ def merge_attention_states(
     for name, x in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
         plain(function, name, x)
         if x.device != out_a.device:
-            refuse(ValueError, function, name, f"a tensor on {out_a.device}", x.device)
+            raise invalid(ValueError, function, name, f"a tensor on {out_a.device}", x.device)
     if out_a.dim() not in (3, 4):
-        refuse(ValueError, function, "out_a", "3 or 4 dimensions", tuple(out_a.shape))
+        raise invalid(ValueError, function, "out_a", "3 or 4 dimensions", tuple(out_a.shape))
     *outer, nheads, _ = out_a.shape
     shape(function, "out_b", out_b, tuple(out_a.shape))
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):

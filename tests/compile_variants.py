@@ -29,13 +29,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import mini_flash_attention as mfa
-from mini_flash_attention import dispatch, plan
-from mini_flash_attention.kernels.tma import TmaLaunch
+from mini_flash_attention import dispatch, recipes, settings
 from mini_flash_attention.kernels.launch import Launch
+from mini_flash_attention.kernels.tma import TmaLaunch
+from mini_flash_attention.plan import decode, gpu, hopper
 
 BATCH, SEQLEN_Q, SEQLEN_K = 2, 1024, 1 << 14
 NHEADS, NHEADS_K = 8, 2
-FLOPS = plan.HOPPER_FLOPS
+FLOPS = hopper.HOPPER_FLOPS
 ARCHS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 
@@ -226,14 +227,14 @@ def call(variant: Variant) -> None:
         more["s_aux"] = torch.empty(nheads, dtype=dtype)
     if "mod" in words:
         more |= {"score_mod": in_document, "score_mod_args": (numbers(BATCH, SEQLEN_K),)}
-    plan.PORTABLE = variant.kernel != "forward_hopper"
-    plan.MANY_KEYS = 0 if "many" in words else 2**31
+    settings.PORTABLE = variant.kernel != "forward_hopper"
+    hopper.MANY_KEYS = 0 if "many" in words else 2**31
     lse, mask = "lse" in words, MASKS[variant.mask]
     automatic = {"wide", "shares", "short", "packs", "parts"} & set(words)
-    plan.HOPPER_FLOPS = 0 if {"packs", "parts"} & set(words) else FLOPS
-    plan.SMALL_WORK = 0 if "wide" in words else 2**31
-    plan.SPLIT_KEYS = 0 if "parts" in words else 2**31  # no forward kernel's call is decoded
-    plan.SHARED_WORK = plan.WAVES_WORK = 0 if "shares" in words else 2**31
+    hopper.HOPPER_FLOPS = 0 if {"packs", "parts"} & set(words) else FLOPS
+    decode.SMALL_WORK = 0 if "wide" in words else 2**31
+    decode.SPLIT_KEYS = 0 if "parts" in words else 2**31  # no forward kernel's call is decoded
+    decode.SHARED_WORK = decode.WAVES_WORK = 0 if "shares" in words else 2**31
     layout, _, size = variant.keys.partition(" ")
     pages: dict[str, torch.Tensor] = {}
     if size:
@@ -404,11 +405,11 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
     """What came of each kernel that the variant launches, except those seen before."""
     launched: list[tuple[str, Launch, Any]] = []
 
-    def run(describe: Any, arguments: Any, names: Any) -> Any:
-        p = describe(**arguments)
+    def run(entry: Any, arguments: Any) -> Any:
+        p = entry.parse(**arguments)
         if "far" in variant.words.split():
             p = p._replace(k=far(p.k), v=far(p.v))
-        return dispatch._follow(dispatch._recipe(p, arguments, names), arguments)
+        return recipes.follow(recipes.make(entry, p, arguments), arguments)
 
     def compile_only(launch: Launch, tensors: Any, stream: Any = None) -> None:
         arguments = launch.arguments(tensors)
@@ -473,7 +474,8 @@ def main() -> None:
     )
     todo = everything if turn is None else share(arch, turn)
     driver.set_active(Driver(arch))
-    plan.gpu = lambda device: plan.Gpu(f"sm_{arch}", arch, ARCHS[arch])
+    made = gpu.Gpu(f"sm_{arch}", arch, ARCHS[arch], settings.triton_version())
+    gpu.gpu_of = lambda device: made
     seen: set[str] = set()
     for variant in todo:
         for result in compile_variant(variant, seen):

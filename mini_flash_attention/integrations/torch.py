@@ -26,8 +26,8 @@ from torch.library import Library
 from torch.nn import attention
 
 from .. import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from ..errors import invalid, not_implemented
 from ..problem import empty_out
-from ..refusals import later, refuse
 
 _names: set[str] = set()
 
@@ -44,10 +44,12 @@ def register(name: str = "mini") -> None:
     if not hasattr(attention, "register_flash_attention_impl"):
         wanted = "a version with torch.nn.attention.register_flash_attention_impl"
         hint = "update torch, or call flash_attn_func yourself"
-        refuse(NotImplementedError, "register", "torch", wanted, torch.__version__, hint)
+        raise invalid(NotImplementedError, "register", "torch", wanted, torch.__version__, hint)
     taken = attention.list_flash_attention_impls()
     if name in taken and name not in _names:
-        refuse(ValueError, "register", "name", f"none of {taken}", repr(name), "choose another")
+        raise invalid(
+            ValueError, "register", "name", f"none of {taken}", repr(name), "choose another"
+        )
     attention.register_flash_attention_impl(name, register_fn=Overrides)
     _names.add(name)
 
@@ -166,12 +168,12 @@ def _backward(*_: Any, **__: Any) -> NoReturn:
 
 def _refuse(function: str, dropout_p: float, return_debug_mask: bool, more: dict[str, Any]) -> None:
     if dropout_p:
-        later(function, "dropout_p", "0.0")
+        raise not_implemented(function, "dropout_p", "0.0")
     if return_debug_mask:
-        later(function, "return_debug_mask", "False")
+        raise not_implemented(function, "return_debug_mask", "False")
     for name, x in more.items():
         if x is not None:
-            later(function, name, "None")
+            raise not_implemented(function, name, "None")
 
 
 def _undrawn(query: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -38,7 +38,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from ..refusals import kind_of, refuse
+from ..errors import invalid, kind_of
 
 # What some models pass beside the usual arguments and we would have to ignore.
 FOREIGN = ("position_bias", "sinks", "block_indices")
@@ -84,14 +84,14 @@ class Mask:
         return self
 
     def __getattr__(self, name: str) -> NoReturn:
-        refuse(AttributeError, "attention", "mask", ALONE, f"mask.{name}", INSTEAD)
+        raise invalid(AttributeError, "attention", "mask", ALONE, f"mask.{name}", INSTEAD)
 
     def __getitem__(self, index: Any) -> NoReturn:
         self.__torch_function__(torch.Tensor.__getitem__)
 
     @classmethod
     def __torch_function__(cls, function: Any, *unused: Any) -> NoReturn:
-        refuse(
+        raise invalid(
             NotImplementedError, "attention", "mask", ALONE, f"{function.__name__}(mask)", INSTEAD
         )
 
@@ -115,17 +115,19 @@ def register(name: str = "mini") -> None:
     errors are those of `flash_attn_func`, `flash_attn_varlen_func` and `flash_attn_with_kvcache`.
     """
     if not isinstance(name, str):
-        refuse(TypeError, "register", "name", "a str", kind_of(name))
+        raise invalid(TypeError, "register", "name", "a str", kind_of(name))
     if "flash" in name:
         hint = "transformers looks for a package of such a name"
-        refuse(ValueError, "register", "name", "one without 'flash' in it", repr(name), hint)
+        raise invalid(ValueError, "register", "name", "one without 'flash' in it", repr(name), hint)
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         hint = "pip install 'transformers>=5.17,<6'"
-        refuse(ImportError, "register", "transformers", "version 5", error, hint)
+        raise invalid(ImportError, "register", "transformers", "version 5", error, hint) from error
     if name == "eager" or AttentionInterface().get(name, attention) is not attention:
-        refuse(ValueError, "register", "name", "one that is free", repr(name), "as 'mini' is")
+        raise invalid(
+            ValueError, "register", "name", "one that is free", repr(name), "as 'mini' is"
+        )
     for known in (name, f"{name}_flash"):
         AttentionInterface.register(known, attention)
         AttentionMaskInterface.register(known, attention_mask_of)
@@ -173,13 +175,15 @@ def attention_mask_of(
     # Only a name tells of blocks, which images make.
     if use_vmap or name == "or_mask" or chunked or askew:
         wanted, got = "causality, a window and padding", "a mask of its own"
-        refuse(NotImplementedError, "attention", "mask", wanted, got, INSTEAD)
+        raise invalid(NotImplementedError, "attention", "mask", wanted, got, INSTEAD)
     used = used if causal else kv_length
     mask = Mask(causal, window, kv_length)
     if attention_mask is not None:
         if attention_mask.dim() != 2 or (counted and used > kv_length):
             wanted = f"shape ({batch_size}, {used})"
-            refuse(ValueError, "attention", "attention_mask", wanted, tuple(attention_mask.shape))
+            raise invalid(
+                ValueError, "attention", "attention_mask", wanted, tuple(attention_mask.shape)
+            )
         keys = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
         mask = _padding(mask, keys, used, q_length)
     elif causal and not allow_is_causal_skip and q_length == kv_length > 1:  # it may be packed
@@ -224,7 +228,9 @@ def attention(
     """
     for name in FOREIGN:
         if kwargs.get(name) is not None:
-            refuse(NotImplementedError, "attention", name, "None", kind_of(kwargs[name]), INSTEAD)
+            raise invalid(
+                NotImplementedError, "attention", name, "None", kind_of(kwargs[name]), INSTEAD
+            )
     mask = attention_mask
     if cache is not None:  # also turns the lengths in kwargs into those of this layer
         key, value = cache.update(key, value, module.layer_idx, kwargs)
@@ -236,7 +242,9 @@ def attention(
     elif not isinstance(mask, Mask) or mask.keys != k.shape[1]:
         got = f"{mask.keys} keys" if isinstance(mask, Mask) else tuple(mask.shape)
         hint = "pass the padding, (batch, tokens); a model that makes masks or keys needs eager"
-        refuse(ValueError, "attention", "attention_mask", f"shape {len(q), k.shape[1]}", got, hint)
+        raise invalid(
+            ValueError, "attention", "attention_mask", f"shape {len(q), k.shape[1]}", got, hint
+        )
     options: dict[str, Any] = {
         "softmax_scale": scaling,
         "causal": mask.causal,
@@ -247,7 +255,7 @@ def attention(
     if mask.lengths is not None:
         if dropout:
             hint = "set attention_dropout=0.0 in the model's configuration"
-            refuse(NotImplementedError, "attention", "dropout", "0.0", dropout, hint)
+            raise invalid(NotImplementedError, "attention", "dropout", "0.0", dropout, hint)
         return flash_attn_with_kvcache(q, k, v, cache_seqlens=mask.lengths, **options), None
     options["dropout_p"] = dropout
     if mask.real is not None:

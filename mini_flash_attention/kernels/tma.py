@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..plan.layout import strides
 from .gluon import TensorDescriptor, gl
-from .launch import ALIGNMENT, Launch, Tensors, strides
+from .launch import ALIGNMENT, Launch, Tensors
 
 
 class View(NamedTuple):
@@ -18,9 +19,7 @@ class View(NamedTuple):
     box: list[int]
 
 
-def view(
-    name: str, x: torch.Tensor, tokens: int, rows: int, columns: int, heads: int = 1
-) -> View:
+def view(name: str, x: torch.Tensor, tokens: int, rows: int, columns: int, heads: int = 1) -> View:
     """x as a descriptor sees it: `tokens` of a sequence or a page, boxes of `rows` for `heads`."""
     packed = x.dim() == 3
     *outer, nheads, head_dim = x.shape

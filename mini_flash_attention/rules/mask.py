@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import window as windows
 
-# As if they stood in this module, where Triton's interpreter finds `tl`, without which it won't run.
+# As if they stood in this module: Triton's interpreter wants to find `tl` beside a function.
 first_visible = triton.jit(FunctionType(windows.first_visible.__code__, globals()))
 last_visible = triton.jit(FunctionType(windows.last_visible.__code__, globals()))
 

@@ -6,13 +6,14 @@ as `start + n`, n constants of the compiler's: distances then cost one addition 
 Source: ALiBi, arXiv:2108.12409; soft cap, arXiv:2408.00118, section 2.
 """
 
-import os
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from .. import settings
+
+INTERPRETED = tl.constexpr(settings.INTERPRETED)
 
 
 class Modification(NamedTuple):

@@ -20,11 +20,11 @@ class Window(NamedTuple):
     seqlen_k: Any
 
 
-def first_visible(i, window):
+def first_visible(i: "Any", window: "Any") -> "Any":
     """The first key of query i's window, for a window with a left side; it may lie before key 0."""
     return i + (window.diagonal - window.left)
 
 
-def last_visible(i, window):
+def last_visible(i: "Any", window: "Any") -> "Any":
     """The last key of query i's window, for a window with a right side; it may not exist."""
     return i + (window.diagonal + window.right)

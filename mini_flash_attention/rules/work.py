@@ -43,9 +43,7 @@ def queries(number, lengths, table, BLOCK_M: tl.constexpr):
         writable = lengths.seqlen_q
     else:
         tile, unit = grid.place(number, table.tiles, table.nheads, table.per_group)
-        b, tile = sequence.find(
-            tile, lengths.cu_seqlens_q, table.batch, lengths.total_q, BLOCK_M
-        )
+        b, tile = sequence.find(tile, lengths.cu_seqlens_q, table.batch, lengths.total_q, BLOCK_M)
         first_q, length_q = sequence.query_span(b, lengths.cu_seqlens_q, lengths.total_q)
         rows_q = tl.minimum(length_q, lengths.seqlen_q)
         rows_q = sequence.used_queries(b, lengths.seqused_q, rows_q)

@@ -39,7 +39,7 @@ from ... import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from ...refusals import refuse
+from ...errors import invalid
 from . import bert_padding, interface2, interface3, losses, rotary, rotary_embedding
 from .stand_in import Contents, Finder
 
@@ -124,7 +124,7 @@ def install() -> ModuleType:
             got = f"{name}, version {version}, from {getattr(module, '__file__', 'nowhere')}"
             hint = "call install() before anything imports it"
             wanted = "that nothing has imported it yet"
-            refuse(RuntimeError, "install", name.partition(".")[0], wanted, got, hint)
+            raise invalid(RuntimeError, "install", name.partition(".")[0], wanted, got, hint)
     if finder not in sys.meta_path:
         sys.meta_path.insert(0, finder)
     _finder = finder

@@ -16,7 +16,7 @@ from ... import (
 )
 from ... import flash_attn_with_kvcache as kvcache
 from ...api import Window
-from ...refusals import refuse
+from ...errors import invalid
 
 
 def flash_attn_with_kvcache(
@@ -132,7 +132,7 @@ def _same_lengths(
         )
         hint = "flash_attn_varlen_func lets the last query see the last key"
         wanted = "False where queries and keys differ in length"
-        refuse(NotImplementedError, function, "causal", wanted, got, hint)
+        raise invalid(NotImplementedError, function, "causal", wanted, got, hint)
 
 
 def maybe_contiguous(x: torch.Tensor | None) -> torch.Tensor | None:

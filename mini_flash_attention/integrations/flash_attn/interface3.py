@@ -20,7 +20,8 @@ from ... import flash_attn_func as dense
 from ... import flash_attn_varlen_func as varlen
 from ... import flash_attn_with_kvcache as kvcache
 from ...api import Window
-from ...refusals import later, plain, refuse, shape
+from ...errors import invalid, not_implemented
+from ...validate.tensors import plain, shape
 
 MAX_SPLITS = 128  # of this package; FlashAttention-3 has 256
 
@@ -28,10 +29,10 @@ MAX_SPLITS = 128  # of this package; FlashAttention-3 has 256
 def _refuse(function: str, attention_chunk: int = 0, **others: Any) -> None:
     """Refuse what would change the result and is not implemented."""
     if attention_chunk:
-        later(function, "attention_chunk", "0")
+        raise not_implemented(function, "attention_chunk", "0")
     for name, x in others.items():
         if x is not None:
-            later(function, name, "None")
+            raise not_implemented(function, name, "None")
 
 
 def flash_attn_func(
@@ -107,7 +108,7 @@ def flash_attn_qkvpacked_func(
     else:
         wanted = "(batch, seqlen, 3, nheads, head_dim), or 4 dimensions with num_heads_q"
         got = f"{tuple(qkv.shape)} with num_heads_q={num_heads_q}"
-        refuse(ValueError, function, "qkv", wanted, got)
+        raise invalid(ValueError, function, "qkv", wanted, got)
     return flash_attn_func(
         q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size,
         attention_chunk, softcap, return_attn_probs=return_attn_probs,
@@ -216,9 +217,9 @@ def flash_attn_with_kvcache(
         v_descale=v_descale,
     )  # fmt: skip
     if cu_seqlens_k_new is not None and cu_seqlens_k_new is not cu_seqlens_q:
-        later(function, "cu_seqlens_k_new", "cu_seqlens_q itself")
+        raise not_implemented(function, "cu_seqlens_k_new", "cu_seqlens_q itself")
     if rotary_seqlens is not None and rotary_seqlens is not cache_seqlens:
-        later(function, "rotary_seqlens", "cache_seqlens itself")
+        raise not_implemented(function, "rotary_seqlens", "cache_seqlens itself")
     result = kvcache(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
         cache_leftpad, page_table, softmax_scale, causal, window_size, softcap,
@@ -295,19 +296,21 @@ def flash_attn_combine(
     plain(function, "out_partial", out_partial)
     plain(function, "lse_partial", lse_partial)
     if out_partial.dim() not in (4, 5):
-        refuse(ValueError, function, "out_partial", "4 or 5 dimensions", tuple(out_partial.shape))
+        raise invalid(
+            ValueError, function, "out_partial", "4 or 5 dimensions", tuple(out_partial.shape)
+        )
     shape(function, "lse_partial", lse_partial, tuple(out_partial.shape[:-1]))
     if not out_partial.is_floating_point():
-        refuse(TypeError, function, "out_partial", "a float dtype", out_partial.dtype)
+        raise invalid(TypeError, function, "out_partial", "a float dtype", out_partial.dtype)
     if out is not None:
         plain(function, "out", out)
         shape(function, "out", out, tuple(out_partial.shape[1:]))
         if out_dtype is not None and out.dtype is not out_dtype:
-            refuse(TypeError, function, "out", f"dtype {out_dtype}, as out_dtype", out.dtype)
+            raise invalid(TypeError, function, "out", f"dtype {out_dtype}, as out_dtype", out.dtype)
     for name, x in (("lse_partial", lse_partial), ("out", out)):
         if x is not None and x.device != out_partial.device:
             wanted = f"a tensor on {out_partial.device}, as out_partial"
-            refuse(ValueError, function, name, wanted, x.device)
+            raise invalid(ValueError, function, name, wanted, x.device)
     wide = torch.promote_types(out_partial.dtype, torch.float32)
     partial = lse_partial.to(wide)
     lse = partial.logsumexp(0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...refusals import later, refuse
+from ...errors import invalid, not_implemented
 
 
 def cross_entropy_loss(
@@ -47,12 +47,14 @@ def cross_entropy_loss(
     """
     function = "cross_entropy_loss"
     if process_group is not None:
-        later(function, "process_group", "None")
+        raise not_implemented(function, "process_group", "None")
     if logits.dim() != 2:
-        refuse(ValueError, function, "logits", "shape (batch, vocab_size)", tuple(logits.shape))
+        raise invalid(
+            ValueError, function, "logits", "shape (batch, vocab_size)", tuple(logits.shape)
+        )
     if labels.shape != logits.shape[:1]:
         wanted = f"shape {tuple(logits.shape[:1])}"
-        refuse(ValueError, function, "labels", wanted, tuple(labels.shape))
+        raise invalid(ValueError, function, "labels", wanted, tuple(labels.shape))
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     losses = F.cross_entropy(
         scaled, labels.long(), ignore_index=ignore_index, reduction="none",
@@ -93,9 +95,9 @@ class CrossEntropyLoss(torch.nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             wanted = "'mean', 'sum' or 'none'"
-            refuse(ValueError, "CrossEntropyLoss", "reduction", wanted, repr(reduction))
+            raise invalid(ValueError, "CrossEntropyLoss", "reduction", wanted, repr(reduction))
         if process_group is not None:
-            later("CrossEntropyLoss", "process_group", "None")
+            raise not_implemented("CrossEntropyLoss", "process_group", "None")
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing

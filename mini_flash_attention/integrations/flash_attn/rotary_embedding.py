@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ...refusals import later, refuse
+from ...errors import invalid, not_implemented
 from .rotary import Offsets, apply_rotary_emb, apply_rotary_emb_kv_, apply_rotary_emb_qkv_
 
 
@@ -38,7 +38,7 @@ class RotaryEmbedding(torch.nn.Module):
     ) -> None:
         super().__init__()
         if not pos_idx_in_fp32:
-            later("RotaryEmbedding", "pos_idx_in_fp32", "True")
+            raise not_implemented("RotaryEmbedding", "pos_idx_in_fp32", "True")
         self.dim = dim
         self.base = float(base)
         self.interleaved = interleaved
@@ -121,7 +121,7 @@ class RotaryEmbedding(torch.nn.Module):
         )  # fmt: skip
         if cos is None or sin is None:
             got = "None beside a seqlen_offset on the device"
-            refuse(ValueError, "RotaryEmbedding", "max_seqlen", "a length", got)
+            raise invalid(ValueError, "RotaryEmbedding", "max_seqlen", "a length", got)
         if kv is None:
             return apply_rotary_emb_qkv_(
                 qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q

@@ -88,9 +88,7 @@ def store_tma(o, shared, worked, which: gl.constexpr, tile, stores, C: gl.conste
 
 
 @gluon.jit
-def store(
-    o, m, l, lse_tile, which: gl.constexpr, done, again, tile, rows, stores, C: gl.constexpr
-):
+def store(o, m, l, lse_tile, which: gl.constexpr, done, again, tile, rows, stores, C: gl.constexpr):
     """Write 64 rows, unless they are `done`, and their LSE; or a part for `combine.py` to fold.
     Nothing if the tile of work is wanted `again`.
     """

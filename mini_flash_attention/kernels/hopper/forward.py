@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ... import plan as plans
-from ...plan import Hopper
+from ...plan.hopper import Hopper
+from ...plan.layout import size_class
 from ...problem import Problem
 from ...rules import scores, sequence, work
-from ..gluon import NEWER, fence_async_shared, gl, gluon
-from ..launch import MAX_INT, SIZES, Launch, changes, where
+from ..gluon import fence_async_shared, gl, gluon
+from ..launch import MAX_INT, SIZES, Launch, where
 from ..tma import TmaLaunch, view
 from . import pipeline, scheduler
 from .consumer import consume
@@ -121,17 +121,13 @@ def launch(
     fold: Launch | None,
 ) -> Launch:  # fmt: skip
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
-    tiles, (nheads, head_dim) = plan.tiles, p.q.shape[-2:]
-    columns, score_mod, slopes = plans.size_class(head_dim), p.scores.score_mod, p.scores.alibi_slopes
-    # Triton 3.8 and newer have no registers for these beside rows of 256, or with three consumers.
-    # How many there are must change no bits, so two don't get them either.
-    crowded = columns == 256 and score_mod is not None
-    full = NEWER and head_dim <= 64 and slopes is not None
-    if (NEWER and crowded) or (full and p.windowed):
-        return otherwise
-    # At 256 one tile's way out of two is no faster.
-    change = changes(p, "bounded", "folded", *["linear"] * (head_dim <= 128 and not full))
-    packed, group, total = p.cu_seqlens_q is not None, plan.group, plan.rows * plan.units
+    tiles, group, change = plan.tiles, plan.group, plan.change
+    nheads, head_dim = p.q.shape[-2:]
+    packed, total, columns = (
+        p.cu_seqlens_q is not None,
+        plan.rows * plan.units,
+        size_class(head_dim),
+    )
     splits, part_rows, pointers = 1, 0, POINTERS
     if plan.parts:
         splits, part_rows = plan.parts.splits, plan.parts.rows
@@ -146,25 +142,17 @@ def launch(
         view("v", p.v, tokens_k, box, columns),
         view("out", out, tokens_q, 64 // group, columns, group),
     ]
-    # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was never
-    # written; and what lies before every window may be someone else's by now.
-    inside = p.cu_seqlens_k is not None or p.seqused_k is not None or p.page_size > 0
-    # Most tiles of keys can do without maxima, where weights have the range for it.
-    plain = change.way == "" and score_mod is None and slopes is None
     config = Config(
-        columns, tiles.block_n, tiles.consumers, tiles.q_tiles, group, packed, plan.parts is not None,
-        plain and columns <= 128 and p.q.dtype is torch.bfloat16,
-        p.page_size, inside or p.left is not None,
-        head_dim, change.way,
-        columns > 64,  # fewer are as soon moved as asked for
-        tiles.q_tiles >= 2 * tiles.consumers,
+        columns, tiles.block_n, tiles.consumers, tiles.q_tiles, group, packed,
+        plan.parts is not None, plan.fast, p.page_size, plan.clear, head_dim, change.way, plan.lazy,
+        plan.through,
     )  # fmt: skip
     constants = (
         *where(p, out, lse), p.batch, nheads // group, p.group // group, plan.rows, plan.per_group,
         total * splits, p.seqlen_q * group, p.seqlen_k, total_q,
         MAX_INT if p.page_size else total_k,
         change.scale, p.left, p.right, p.appended, *change.numbers, splits, part_rows,
-        Config._make(map(gl.constexpr, config)), score_mod,
+        Config._make(map(gl.constexpr, config)), p.scores.score_mod,
     )  # fmt: skip
     return TmaLaunch(
         forward_hopper_kernel, plan.programs, pointers, constants, 4,

@@ -10,8 +10,7 @@ from ...rules import mask, work
 from ...rules import softmax as rule
 from ...rules.scores import Scoring
 from ...rules.window import Window
-from ..gluon import fence_async_shared, gl, gluon, mbarrier, tma
-from ..gluon import warpgroup_mma, warpgroup_mma_wait
+from ..gluon import fence_async_shared, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from . import pipeline, scheduler, softmax
 
 

@@ -129,7 +129,9 @@ def load_tile(desc, source, start, tile, barrier, wanted, C: gl.constexpr):
     WHOLE: gl.constexpr = tile.shape[1]
     mbarrier.expect(barrier, WHOLE // N * desc.block_type.nbytes, pred=wanted)
     if PAGE_SIZE == 0:
-        tma_load(desc, [source.batch, source.first + start, source.head, 0], barrier, tile, pred=wanted)
+        tma_load(
+            desc, [source.batch, source.first + start, source.head, 0], barrier, tile, pred=wanted
+        )
     else:  # pages that are none read as zeros, as all does that lies outside the descriptor
         for group in gl.static_range(0, WHOLE, 4 * N):  # four look-ups on their way at a time
             pages = ()

@@ -125,9 +125,7 @@ def produce(loads, lengths, table, shared, C: gl.constexpr):
             m = gl.maximum(done + j - 1, 0)
             partly = (start_v + C.BLOCK_N > length_k) | (start_v < low)
             if C.CLEAR and (j > 0) & partly:
-                pipeline.fill_part(
-                    shared.v, m, loads.v_desc, source, start_v, low, cleared, C
-                )
+                pipeline.fill_part(shared.v, m, loads.v_desc, source, start_v, low, cleared, C)
                 cleared += 1
             else:
                 pipeline.fill(shared.v, m, loads.v_desc, source, start_v, j > 0, C)

@@ -16,7 +16,6 @@ LARGE = gl.constexpr(2.0**27)  # from here on rounding m * scale is off by more 
 SAFE, LIMIT = gl.constexpr(2.0**12), gl.constexpr(2.0**32)
 
 
-
 class Rows(NamedTuple):
     """Where a consumer reads what its rows are: again wherever it is needed, instead of held in
     registers all along.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .refusals import kind_of, refuse
+from .errors import invalid, kind_of
 
 # Functions that PyTorch has under the same name: those of tl, and those of libdevice.
 SAME = "abs ceil cos erf exp exp2 floor log log2 rsqrt sigmoid sin sqrt zeros_like"
@@ -44,7 +44,7 @@ class Tile:
         if self.values.numel() != 1:
             hint = "on the CPU an argument is a tensor of all its values: use tl.where, & and |"
             got = tuple(self.values.shape)
-            refuse(ValueError, "score_mod", "condition", "one value", got, hint)
+            raise invalid(ValueError, "score_mod", "condition", "one value", got, hint)
         return bool(self.values)
 
     def to(self, dtype: torch.dtype) -> "Tile":
@@ -58,7 +58,7 @@ def tensor(x: Any, what: str = "value") -> torch.Tensor:
     if isinstance(x, torch.Tensor):
         return x
     if not isinstance(x, (bool, int, float)):
-        refuse(TypeError, "score_mod", what, "a tensor or a number", kind_of(x))
+        raise invalid(TypeError, "score_mod", what, "a tensor or a number", kind_of(x))
     dtype = torch.float32 if isinstance(x, float) else None
     return torch.tensor(x, dtype=dtype, device="cpu")
 
@@ -124,7 +124,7 @@ def load(pointer: Pointer, mask: Any = None, other: Any = None, **hints: Any) ->
         ends = [int(n) for n in index.aminmax()] if index.numel() else []
         if any(not -first <= n < size - first for n in ends):
             wanted, got = f"indices from {-first} to {size - first - 1}", f"{ends[0]} to {ends[1]}"
-            refuse(IndexError, "score_mod", "tl.load", wanted, got, "mask what lies outside")
+            raise invalid(IndexError, "score_mod", "tl.load", wanted, got, "mask what lies outside")
         values = x.as_strided((size,), (1,), 0)[index + first]
         return torch.where(there.bool(), values, other.to(x.dtype))
 
@@ -144,7 +144,7 @@ class Names:
 
     def __getattr__(self, name: str) -> Any:
         wanted, got = "an elementwise function", "one that CPU tensors don't have"
-        refuse(AttributeError, "score_mod", f"{self.module}.{name}", wanted, got)
+        raise invalid(AttributeError, "score_mod", f"{self.module}.{name}", wanted, got)
 
     def late(self, name: str) -> Any:
         """The function of this name, or one that refuses when it is called."""
@@ -200,7 +200,7 @@ def call(score_mod: Any, score: torch.Tensor, *arguments: Any) -> torch.Tensor:
     result = tensor(Rebuilder().function(score_mod)(*given), "result")
     if result.shape != score.shape:  # nor would it be broadcast in a kernel
         wanted, hint = f"the score's shape {tuple(score.shape)}", "add 0 * score"
-        refuse(ValueError, "score_mod", "result", wanted, tuple(result.shape), hint)
+        raise invalid(ValueError, "score_mod", "result", wanted, tuple(result.shape), hint)
     return result.to(score.dtype)
 
 
@@ -245,7 +245,9 @@ class Rebuilder:
         if is_compiled(x) and self.names.setdefault((old.__module__, old.__qualname__), x) is not x:
             got = f"two called {old.__qualname__}"
             hint = "Triton compiles the first for both: pass what differs as an argument"
-            refuse(ValueError, "score_mod", "helpers", "a different name for each", got, hint)
+            raise invalid(
+                ValueError, "score_mod", "helpers", "a different name for each", got, hint
+            )
         cells = {name: types.CellType() for name in old.__code__.co_freevars}
         names = dict(old.__globals__)
         new = types.FunctionType(old.__code__, names, old.__name__, None, tuple(cells.values()))

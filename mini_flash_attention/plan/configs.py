@@ -1,4 +1,4 @@
-"""Tiles of the Triton kernels, by head_dim and architecture: what `plan.py` chooses from."""
+"""Tables of tiles, by head_dim and architecture: what the plan chooses from."""
 
 from typing import NamedTuple
 
@@ -75,3 +75,16 @@ SMALL_DECODE = {
     256: _decode((0, 32, 8, 3), (0, 16, 4, 3), (0, 16, 4, 3)),
 }
 SHARED_KB = {80: 164, 90: 228, 100: 228, 103: 228}  # of a multiprocessor; 100 where not listed
+
+
+class HopperTiles(NamedTuple):
+    """What the Hopper kernel is compiled for."""
+
+    consumers: int  # of 64 query rows each
+    block_n: int
+    q_tiles: int  # of 64 rows in shared memory; twice as many as consumers, results go through them
+
+
+# By head_dim, measured (bench/NOTES.md). Three consumers hide one another's waiting best, but have
+# registers for head_dim 64 alone (`hopper.MANY_KEYS`).
+HOPPER_TILES = {64: HopperTiles(2, 128, 4), 128: HopperTiles(2, 128, 4), 256: HopperTiles(2, 64, 3)}

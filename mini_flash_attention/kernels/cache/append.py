@@ -9,9 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..problem import Problem, empty_out
-from ..rules import paging, rotary, sequence
-from .launch import SIZES, Launch, strides
+from ...plan.append import append
+from ...plan.layout import strides
+from ...problem import Problem, empty_out
+from ...rules import paging, rotary, sequence
+from ..launch import SIZES, Launch
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -90,7 +92,7 @@ def launches(p: Problem) -> list[Launch]:
     if p.v_new.numel():
         made.append(_launch(p, "v_new", p.v_new, "v", p.v, False))
     if p.rotary is not None and p.q.numel():
-        q = empty_out(p.q)
+        q = empty_out(p.q, device="meta")  # for its strides
         made.append(_launch(p, "given_q", p.q, "q", q, True, queries=True))
     return made
 
@@ -100,27 +102,23 @@ def _launch(
     rotated: bool, queries: bool = False,
 ) -> Launch:  # fmt: skip
     nheads, head_dim = new.shape[-2:]
-    appended = p.seqlen_q if queries or p.appended < 0 else p.appended
+    plan = append(p, rotated, queries)
     seqlen_k = p.seqlen_k
     if queries and p.seqused_k is None:  # the kernel subtracts what it appends
-        seqlen_k += appended - p.appended
-    block = 1 if appended == 1 else 8 if rotated else 16
+        seqlen_k += plan.tokens - p.appended
     rotary_dim = 2 * p.rotary.cos.shape[1] if rotated and p.rotary else 0
     interleaved = bool(rotated and p.rotary and p.rotary.interleaved)
     still = bool(queries and p.rotary and not p.rotary.moving)
     constants: tuple[Any, ...] = (
         *strides(new), *strides(cache),
         p.block_table.stride(0) if p.block_table is not None else 0,
-        p.batch, nheads, seqlen_k, appended, p.q.shape[0], p.k.shape[0], p.cache_rows,
+        p.batch, nheads, seqlen_k, plan.tokens, p.q.shape[0], p.k.shape[0], p.cache_rows,
         p.rotary.cos.shape[0] if p.rotary else 0,
-        p.page_size, head_dim, triton.next_power_of_2(head_dim), block,
+        p.page_size, head_dim, triton.next_power_of_2(head_dim), plan.block,
         rotary_dim, interleaved, still, queries,
     )  # fmt: skip
     pointers = (
         new_name, cache_name, "cu_seqlens_q", "seqused_k", "block_table", "cache_batch_idx",
         *(("rotary_cos", "rotary_sin") if rotated else ("nothing", "nothing")),
     )  # fmt: skip
-    tiles = p.batch * -(-appended // block)
-    if p.cu_seqlens_q is not None:  # rules/sequence.py counts them through all sequences
-        tiles = p.q.shape[0] // block + p.batch
-    return Launch(append_kernel, tiles * nheads, pointers, constants, 1)
+    return Launch(append_kernel, plan.tiles * nheads, pointers, constants, 1)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..rules import mask, sequence, work
-from ..rules.window import Window
+from ...rules import mask, sequence, work
+from ...rules.window import Window
 
 CHUNK = tl.constexpr(32)  # sequences looked at together: as many as a warp has threads
 

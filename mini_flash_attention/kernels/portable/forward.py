@@ -9,14 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ..plan import Forward
-from ..problem import Problem
-from ..rules import heads, mask, scores, sequence, softmax, work
-from ..rules.window import Window
-from .attend import (
-    KeysValues, Strides, attend, config, hinted, load_rows, sequence_start,
-)  # fmt: skip
-from .launch import MAX_INT, SIZES, Launch, changes, strides, where
+from ...plan.forward import Forward
+from ...plan.layout import strides
+from ...plan.scores import changes
+from ...problem import Problem
+from ...rules import heads, mask, scores, sequence, softmax, work
+from ...rules.window import Window
+from ..launch import MAX_INT, SIZES, Launch, where
+from .attend import attend
+from .loads import KeysValues, Strides, config, hinted, load_rows, sequence_start
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -1,4 +1,4 @@
-"""What can be checked beyond a call's arguments: the numbers on the device, and Triton itself.
+"""What can be checked beyond a call's arguments: the numbers on the device.
 
 Kernels clamp lengths, positions and page numbers to what the tensors hold, so a bad one gives a
 wrong answer in silence. With MINI_FLASH_ATTENTION_CHECK=1 `values` reads them back before every
@@ -6,28 +6,21 @@ call, which waits for the GPU, and says which number is wrong. A tool for findin
 for service.
 """
 
-import os
-import warnings
-from functools import cache
 from itertools import pairwise
 from typing import NoReturn
 
 import torch
 
+from .errors import invalid
 from .problem import Problem, Rotary
-from .refusals import refuse
-
-SWITCH = "MINI_FLASH_ATTENTION_CHECK"
-ON = os.environ.get(SWITCH) == "1"
-OLDEST_TRITON = (3, 6)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it when it is imported
+from .settings import CHECK
 
 
 def values(p: Problem) -> None:
     """Refuse lengths, positions and page numbers that the kernels would clamp."""
     if p.q.is_cuda and torch.cuda.is_current_stream_capturing():
         hint = "the checks read lengths back, which a graph can't"
-        _wrong(p, SWITCH, "0 during CUDA-graph capture", 1, hint)
+        _wrong(p, CHECK, "0 during CUDA-graph capture", 1, hint)
     queries = [p.seqlen_q] * p.batch
     if p.cu_seqlens_q is not None:
         queries = _differences(p, "cu_seqlens_q", p.cu_seqlens_q, p.q.shape[0])
@@ -60,7 +53,7 @@ def values(p: Problem) -> None:
 
 
 def _wrong(p: Problem, argument: str, expected: str, got: object, hint: str = "") -> NoReturn:
-    refuse(ValueError, p.function, argument, expected, got, hint)
+    raise invalid(ValueError, p.function, argument, expected, got, hint)
 
 
 def _used(p: Problem) -> str:
@@ -129,42 +122,3 @@ def _positions(
         end = length - more + after
         if after and end > rows:
             _wrong(p, "rotary_cos", f"a table for the {end} positions of sequence {b}", rows)
-
-
-@cache
-def require_triton() -> None:
-    """Refuse, before a kernel is imported, where it could not run: Triton is missing or too old,
-    a module that it imports is missing, or TRITON_INTERPRET was changed after it was read.
-    """
-    package, wanted = "mini_flash_attention", ".".join(map(str, OLDEST_TRITON)) + " or newer"
-    hint = "pip install --upgrade triton; tensors on the CPU need none"
-    try:
-        import triton
-    except ImportError as error:
-        name = (error.name or "triton").partition(".")[0]
-        if name != "triton":
-            what = "'mini-flash-attention[interpreter]'" if name == "numpy" else name
-            expected = "a module that Triton imports"
-            refuse(ImportError, package, name, expected, "none", f"pip install {what}")
-        got = "none" if error.name == name else f"one that can't be imported: {error}"
-        refuse(ImportError, package, name, wanted, got, hint)
-    found = triton.__version__
-    if tuple(int(n) for n in found.split(".")[:2]) < OLDEST_TRITON:
-        refuse(ImportError, package, "triton", wanted, found, hint)
-    compiles = isinstance(triton.language.sigmoid, triton.JITFunction)
-    if len({INTERPRETED, triton.knobs.runtime.interpret, not compiles}) > 1:
-        expected = "the same value when Triton and this package are imported"
-        hint = "set it before Python starts"
-        refuse(RuntimeError, package, "TRITON_INTERPRET", expected, "two different ones", hint)
-
-
-def warn_of_late_switch() -> None:
-    """Warn once per process that TRITON_INTERPRET=1 was set too late."""
-    if not INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1":
-        _warn_once("TRITON_INTERPRET=1 was set too late to matter (set it before Python starts)")
-
-
-@cache
-def _warn_once(message: str) -> None:
-    # Level 6 is the caller of a public function.
-    warnings.warn(f"mini_flash_attention: {message}", RuntimeWarning, stacklevel=6)

@@ -4,8 +4,8 @@ All query heads that share a KV head, and all query tokens, are packed into the 
 so a key is loaded once for all of them. Keys are split among programs, and `combine.py` folds what
 they found. There are two ways to split, told apart by SHARES:
 
-- equal shares of the whole batch's keys (`shares.py`), one for each program that the GPU can run at
-  a time: it stays full to the end, whatever the lengths;
+- equal shares of the whole batch's keys (`stream_k.py`), one for each program that the GPU can run
+  at a time: it stays full to the end, whatever the lengths;
 - a number of parts for each sequence, where a caller asks for that.
 
 Source: Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023); equal shares as in Stream-K
@@ -19,15 +19,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from ..plan import Decode
-from ..problem import Problem
-from ..rules import heads, mask, scores, sequence, softmax, split, work
-from ..rules.window import Window
-from . import shares
-from .attend import (
-    KeysValues, Strides, attend, config, hinted, load_rows, sequence_start,
-)  # fmt: skip
-from .launch import MAX_INT, SIZES, Launch, changes, strides, where
+from ...plan.decode import Decode, maxnreg
+from ...plan.layout import strides
+from ...plan.scores import changes
+from ...problem import Problem
+from ...rules import heads, mask, scores, sequence, softmax, split, work
+from ...rules.window import Window
+from ..launch import MAX_INT, SIZES, Launch, where
+from ..portable.attend import attend
+from ..portable.loads import KeysValues, Strides, config, hinted, load_rows, sequence_start
+from . import stream_k
 
 
 class Tensors(NamedTuple):
@@ -88,7 +89,7 @@ def decode_tiles(
     lengths, s = batch.lengths, tensors.strides
     # Which keys are mine, and which rows? Row r is query token r // group of head r % group in the
     # KV head's group.
-    mine = shares.key_range(piece.b, batch, BLOCK_N)
+    mine = stream_k.key_range(piece.b, batch, BLOCK_N)
     rows_q, length_k = mine.rows_q, mine.length_k
     first_key = lengths.cache_leftpad
     if lengths.cache_leftpad is not None:
@@ -195,7 +196,7 @@ def decode_kernel(
         k, v, strides.k_t, strides.v_t, strides.k_b, strides.v_b, block_table, num_pages
     )
     tensors = Tensors(q, at, out, lse, strides, stride_lse_b, stride_lse_h, stride_table)
-    sequences = shares.Batch(batch, lengths, left, right)
+    sequences = stream_k.Batch(batch, lengths, left, right)
     given = scores.Inputs(scale, factor, softcap, aux, alibi_slopes, stride_slopes, s_aux)
     left_over = Parts(parts, slots, part_rows)
     program = tl.program_id(0)
@@ -205,14 +206,14 @@ def decode_kernel(
         block = program % blocks
         head_k = program // blocks % nheads_k
         share = program // blocks // nheads_k
-        total = shares.count(sequences, C.BLOCK_N)
+        total = stream_k.count(sequences, C.BLOCK_N)
         cuts = tl.minimum(splits, total)
         tile, stop = split.share(total, share, cuts)
-        b, before = shares.find(tile, sequences, C.BLOCK_N)
+        b, before = stream_k.find(tile, sequences, C.BLOCK_N)
         crossed = 0  # shares that the sequence which goes on after this one lies in
         # Lengths that another stream changes meanwhile may spoil results, but lead nowhere else.
         while (tile < stop) & (b < batch):
-            tiles = shares.key_range(b, sequences, C.BLOCK_N).tiles
+            tiles = stream_k.key_range(b, sequences, C.BLOCK_N).tiles
             low = tile - before
             high = tl.minimum(tiles, low + stop - tile)
             begins = low == 0
@@ -232,7 +233,7 @@ def decode_kernel(
         block = program // splits % blocks
         head_k = program // splits // blocks % nheads_k
         b = program // splits // blocks // nheads_k
-        tiles = shares.key_range(b, sequences, C.BLOCK_N).tiles
+        tiles = stream_k.key_range(b, sequences, C.BLOCK_N).tiles
         size = split_tiles
         if size == 0:
             size = tl.cdiv(tiles, splits)
@@ -260,7 +261,7 @@ def workspace(p: Problem, plan: Decode) -> dict[str, int]:
 
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode) -> Launch:
     """The launch that writes attention of p to out and lse, or to parts where keys are split."""
-    tiles, head_dim, change = plan.tiles, p.q.shape[-1], changes(p)
+    tiles, change = plan.tiles, changes(p)
     total_k = MAX_INT if p.page_size else p.k.shape[0]
     constants = (
         *strides(p.q), *strides(p.k), *strides(p.v), *where(p, out, lse),
@@ -269,9 +270,7 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode
         change.scale, p.left, p.right, p.appended, *change.numbers,
         config(p, out, tiles, change.way), p.scores.score_mod, plan.shares, plan.overlapped,
     )  # fmt: skip
-    # Tuned without a limit at head_dim 128, where ptxas spills for the sake of a second program.
-    crowded = p.page_size > 0 and tiles.num_warps == 8
     return Launch(
         decode_kernel, plan.programs, POINTERS, constants, tiles.num_warps, tiles.num_stages,
-        maxnreg=255 if head_dim <= 64 or head_dim > 128 or crowded else None,
+        maxnreg=maxnreg(p, tiles),
     )  # fmt: skip

@@ -5,12 +5,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from ..plan import Decode
-from ..problem import Problem
-from ..rules import heads, sequence, softmax
-from .launch import SIZES, Launch, changes, where
-
-MANY = 1024  # rows; as many fill the GPU with a warp each, and fewer with more of them
+from ...plan.decode import Decode, combine
+from ...plan.scores import changes
+from ...problem import Problem
+from ...rules import heads, sequence, softmax
+from ..launch import SIZES, Launch, where
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -88,15 +87,14 @@ def launch(
     p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode, group: int
 ) -> Launch:
     """The launch that folds what parts of keys left to out and lse; `group` heads lie in rows."""
-    head_dim = p.v.shape[-1]
-    programs = plan.rows * (plan.programs if plan.shares else plan.programs // plan.splits)
-    warps, at_once = 8 if head_dim > 64 else 4 if head_dim > 32 else 1, 32
-    if programs >= MANY and not (p.num_splits or p.split_size):  # else the same order in any batch
-        warps, at_once = 1, 8
+    head_dim, chosen = p.v.shape[-1], combine(p, plan)
     constants = (
         *where(p, out, lse)[:5], p.q.shape[-2] // group, group, plan.splits, plan.slots,
         plan.rows, p.seqlen_q, p.q.shape[0], changes(p).scale,
-        head_dim, triton.next_power_of_2(head_dim), plan.tiles.block_m,
-        at_once if head_dim <= 128 else at_once // 2, plan.shares, plan.overlapped,
+        head_dim, triton.next_power_of_2(head_dim), plan.tiles.block_m, chosen.at_once,
+        plan.shares, plan.overlapped,
     )  # fmt: skip
-    return Launch(combine_kernel, programs, POINTERS, constants, warps, launch_pdl=plan.overlapped)
+    return Launch(
+        combine_kernel, chosen.programs, POINTERS, constants, chosen.num_warps,
+        launch_pdl=plan.overlapped,
+    )  # fmt: skip

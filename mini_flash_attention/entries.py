@@ -1,0 +1,28 @@
+"""What the three public functions are called, who validates them, and what their tensors are to
+kernels.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from .problem import Problem
+from .validate import calls
+
+
+class Entry(NamedTuple):
+    """A public function, seen from inside."""
+
+    name: str  # of its operator
+    parse: Callable[..., Problem]
+    wants_lse: str  # the argument that asks for softmax_lse
+    tensors: Mapping[str, str]  # a kernel's name of a tensor -> the argument, where they differ
+
+
+DENSE = Entry("dense", calls.dense, "return_attn_probs", {})
+VARLEN = Entry("varlen", calls.varlen, "return_attn_probs", {})
+KVCACHE = Entry(
+    "kvcache",
+    calls.kvcache,
+    "return_softmax_lse",
+    {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_k": "cache_seqlens"},
+)

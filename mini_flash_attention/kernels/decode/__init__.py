@@ -1,0 +1,1 @@
+"""Triton kernels for few queries and long caches: attention, how keys are split, the combine."""

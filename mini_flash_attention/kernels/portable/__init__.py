@@ -1,0 +1,1 @@
+"""Triton kernels for prefill on every NVIDIA GPU from SM 80."""

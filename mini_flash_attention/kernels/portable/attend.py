@@ -1,0 +1,74 @@
+"""The inner loop of Algorithm 1, shared by the Triton kernels: keys and values tile by tile."""
+
+import triton
+import triton.language as tl
+
+from ...rules import mask, scores, softmax
+from .loads import find_pages, load_rows, rows, slots
+
+
+@triton.jit
+def in_a_window(real, j, i, window):
+    """Which of the real keys j may be read: what lies before every window of the queries i may be
+    someone else's by now.
+    """
+    real = real & (j >= mask.first_visible(tl.min(i, 0), window))
+    if window.first_key is not None:
+        real = real & (j >= window.first_key)
+    return real
+
+
+@triton.jit
+def attend(
+    m, l, o, q, i,  # [M], [M] or [M, N], [M, D], [M, D], [M]
+    tiles, CUT: tl.constexpr, at, window, scoring, C: tl.constexpr, SCORE_MOD: tl.constexpr,
+):  # fmt: skip
+    """Lines 7 to 11 of Algorithm 1 over the keys tiles.begin..tiles.end.
+
+    at: `KeysValues`. CUT: the mask cuts tiles, but none of clear_begin..clear_end. C.TWINS: the
+    offsets of k serve v too. l is a sum per row, or one per row and column where summing over the
+    columns would wait for other warps in every tile.
+    """
+    if C.PAGE_SIZE:  # looked up a tile ahead, so that no load of keys waits for the block table
+        page, there = find_pages(tiles.begin, window.seqlen_k, at, C)
+    for start in tl.range(tiles.begin, tiles.end, C.BLOCK_N):
+        j = start + tl.arange(0, C.BLOCK_N)
+        if C.PAGE_SIZE:
+            slot = slots(start, C)
+            offset_k = page * at.page_stride_k + slot * at.stride_k
+            offset_v = offset_k
+            if not C.TWINS:
+                offset_v = page * at.page_stride_v + slot * at.stride_v
+            real = there & (j < window.seqlen_k)
+            page, there = find_pages(start + C.BLOCK_N, window.seqlen_k, at, C)
+        else:
+            real = j < window.seqlen_k
+            offset_k = rows(start, at.stride_k, C)
+            offset_v = offset_k
+            if not C.TWINS:
+                offset_v = rows(start, at.stride_v, C)
+        if CUT and window.left is not None:
+            real = in_a_window(real, j, i, window)
+        WHOLE: tl.constexpr = not (CUT or C.PAGE_SIZE)
+        k = load_rows(at.k, offset_k, real, WHOLE, C.HEAD_DIM, C.D)  # [N, D]
+        s = tl.dot(q, k.T)  # S = Q Kᵀ  [M, N]
+        s = scores.modified(
+            s, scoring.b, scoring.head, i[:, None] + window.diagonal, start,
+            tl.arange(0, C.BLOCK_N)[None, :], scoring.modification, C.SCORES, SCORE_MOD,
+        )  # fmt: skip
+        if CUT:
+            if (start < tiles.clear_begin) | (start >= tiles.clear_end):
+                s = tl.where(mask.sees(i[:, None], j[None, :], window), s, float("-inf"))
+        if C.SCORES == "bounded":
+            p = tl.exp2(s * scoring.scale)
+            l += tl.sum(p, 1)
+        else:
+            m, alpha, p = softmax.rescale(m, s, scoring.scale)
+            if len(l.shape) == 1:
+                l = l * alpha + tl.sum(p, 1)
+            else:
+                l = l * alpha[:, None] + p
+            o = o * alpha[:, None]
+        v = load_rows(at.v, offset_v, real, WHOLE, C.HEAD_DIM_V, C.D_V)  # [N, D]
+        o = tl.dot(p.to(v.dtype), v, o)  # O += P V
+    return m, l, o

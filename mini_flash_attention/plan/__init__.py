@@ -1,0 +1,27 @@
+"""Which kernel, with which tiles: pure functions of a call's shapes and of the GPU.
+
+Every heuristic of the package stands here, and none looks at a length on the device.
+"""
+
+import torch
+
+from ..problem import Problem
+from . import decode as decoding
+from . import forward as forwarding
+from . import hopper as hoppers
+from .decode import Decode
+from .forward import Forward
+from .gpu import Gpu
+from .hopper import Hopper
+
+
+def attention(
+    p: Problem, out: torch.Tensor, gpu: Gpu, gluon: bool = True
+) -> Forward | Hopper | Decode:
+    """The launch that computes a call. gluon: whether kernels in Gluon can run."""
+    hopper = hoppers.hopper(p, out, gpu) if gluon else None
+    if hopper:
+        return hopper
+    if decoding.decodes(p, gpu):
+        return decoding.decode(p, gpu)
+    return forwarding.forward(p, gpu)

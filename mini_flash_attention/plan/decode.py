@@ -1,0 +1,199 @@
+"""Decoding: whether a call is decoded, with which tiles, and how keys are split and combined."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from ..problem import MAX_SPLITS, Problem
+from ..rules.window import first_visible
+from .configs import LARGE_DECODE, SHARED_KB, SMALL_DECODE, Tiles
+from .gpu import Gpu
+from .layout import size_class
+
+# Up to here all query tokens of a KV head fit in a tile or two, and reading keys is the cost.
+DECODE_SEQLEN_Q = 16
+# What splitting keys costs once, in keys that a tile of the forward kernel sees meanwhile.
+SPLIT_KEYS = 1500
+
+
+class Decode(NamedTuple):
+    """A launch of the decode kernel."""
+
+    tiles: Tiles
+    shares: bool  # whether `splits` equal shares of the batch's keys, or parts of each sequence
+    splits: int
+    split_tiles: int  # key tiles of a part; 0 for a sequence's tiles / splits
+    programs: int
+    rows: int  # of a program's tile that are in use
+    overlapped: bool  # the fold's launch begins before this one ends (SM 90)
+
+    @property
+    def slots(self) -> int:
+        """Places for what is not a whole: two for a share, which may begin and end with such."""
+        return 2 * self.programs if self.shares else self.programs if self.splits > 1 else 0
+
+
+def decodes(p: Problem, gpu: Gpu) -> bool:
+    """Whether a call is the decode kernel's: few queries or parts asked for.
+
+    Packed queries can be few by chance: with num_splits=1, which promises the same bits in any
+    batch, they stay with the forward kernel, and so do packed keys, which are of a prefill.
+    """
+    few = p.seqlen_q <= DECODE_SEQLEN_Q
+    if p.cu_seqlens_q is not None:
+        few = few and p.num_splits == 0 and (p.cu_seqlens_k is None or p.page_size > 0)
+    elif not few and p.num_splits == 0:
+        few = _splits_pay(p, gpu)
+    return p.seqlen_q > 0 and (few or p.num_splits > 1 or p.split_size > 0)
+
+
+def visible_keys(p: Problem) -> int:
+    """Keys of a sequence that any query sees; to the right of the last query there is none."""
+    return p.seqlen_k - (0 if p.left is None else max(0, first_visible(0, p.window)))
+
+
+def _splits_pay(p: Problem, gpu: Gpu) -> bool:
+    """Whether the forward kernel's tiles would leave so much of the GPU idle, or be so empty, that
+    packing the heads of a group and splitting keys is faster, although a tile takes longer.
+    """
+    nheads, nheads_k, most = p.q.shape[-2], p.k.shape[-2], gpu.multiprocessors
+    slower = 2.5 if p.q.shape[-1] > 64 else 1.5  # than the Hopper kernel's tiles, measured
+    waves = -(-p.batch * nheads * -(-p.seqlen_q // 128) // most)
+    units = p.batch * nheads_k * -(-p.seqlen_q * p.group // 128)
+    packed = units / most if units <= most else -(-units // most)  # more are not split
+    seen = p.seqlen_k if p.left is None else min(p.seqlen_k, p.left + 128)  # by a tile
+    return not p.scores.changed and waves * seen - packed * slower * visible_keys(p) > SPLIT_KEYS
+
+
+def decode_tiles(arch: int, head_dim: int, rows: int, changed: bool = False) -> tuple[Tiles, Tiles]:
+    """Wide and narrow tiles for `rows` query rows of a KV head.
+
+    changed: whether scores are more than scaled, which takes registers.
+    """
+    size = size_class(head_dim)
+    choice = (LARGE_DECODE if arch in SHARED_KB else SMALL_DECODE)[size]
+    most = 32 if size == 256 or arch not in SHARED_KB else 64
+    many = choice.many
+    if many and rows > (32 if arch == 90 else 64) and not changed:  # 64 x 64 fits on Hopper alone
+        if rows <= 64 < many.block_m:
+            many = many._replace(block_m=64, num_warps=many.num_warps // 2)
+        return many, many
+    block_m = min(most, 16 if rows <= 16 else 32 if rows <= 32 else 64)
+    narrow = choice.narrow if block_m == 16 else choice.rows
+    # Registers end: wide tiles of 32 rows fit at head_dim 128 alone, of 64 rows nowhere.
+    fits = block_m == 16 or (block_m == 32 and size == 128)
+    wide = choice.wide if fits else narrow
+    return wide._replace(block_m=block_m), narrow._replace(block_m=block_m)
+
+
+def programs_at_a_time(arch: int, tiles: Tiles, head_dim: int) -> int:
+    """Decode programs on a multiprocessor: registers allow two, if shared memory does."""
+    columns = max(16, 1 << (head_dim - 1).bit_length())
+    needed = (tiles.num_stages - 1) * 2 * tiles.block_n * columns * 2 + (12 << 10)
+    fits = 2 * needed <= SHARED_KB.get(arch, 100) << 10
+    return 2 if fits and tiles.block_m * columns < 128 * 128 else 1  # whose sums take half of them
+
+
+@lru_cache(maxsize=4096)
+def shares(units: int, resident: int) -> int:
+    """Into how many shares to cut a batch's keys if `units` programs work on each.
+
+    Programs run in waves of `resident`: the number that fills its waves best, the smallest of
+    those within 3 %.
+    """
+    if units <= resident // 8:
+        return resident // units
+
+    def filled(n: int) -> float:
+        return n * units / (-(-n * units // resident) * resident)
+
+    best = max(filled(n) for n in range(1, 17))
+    return next(n for n in range(1, 17) if filled(n) >= best - 0.03)
+
+
+MAX_SHARED_BATCH = 4096  # in shares every program counts the key tiles of all sequences
+# Bytes of keys and values for each multiprocessor to read. From the first on equal shares pay for
+# the counting, and from the second where whole sequences would fill a last wave in part. Below the
+# third folding more parts costs more than more programs gain.
+SHARED_WORK = 8 << 20
+WAVES_WORK = 2 << 20
+SMALL_WORK = 512 << 10
+
+
+def decode(p: Problem, gpu: Gpu) -> Decode:
+    """The launch of the decode kernel for a call."""
+    nheads_k, head_dim = p.k.shape[-2], max(p.q.shape[-1], p.v.shape[-1])
+    rows = p.seqlen_q * p.group
+    wide, narrow = decode_tiles(gpu.arch, head_dim, rows, p.scores.changed)
+    blocks = nheads_k * -(-rows // narrow.block_m)  # row blocks of a sequence
+    units = p.batch * blocks
+    visible = visible_keys(p)
+    key_tiles = -(-visible // narrow.block_n)
+    # Asked for: the same tiles in every batch, and so the same bits.
+    if p.split_size:
+        size = -(-p.split_size // narrow.block_n)
+        # A window's first key may lie inside a tile: that makes one more. At least two parts, so
+        # that a result always takes the same way, whatever the cache's capacity.
+        n = max(2, -(-(key_tiles + (p.left is not None)) // size))
+        return parts_of(narrow, rows, units, n, gpu)._replace(split_tiles=size)
+    if p.num_splits:  # parts beyond a tile each would take memory for nothing
+        most = max(2, key_tiles + (p.left is not None))
+        return parts_of(narrow, rows, units, min(p.num_splits, most), gpu)
+    work = units * visible * 2 * head_dim * p.k.element_size() // gpu.multiprocessors
+    small_pages = p.page_size > 0 and p.page_size % narrow.block_n > 0
+    enough = WAVES_WORK if units > gpu.multiprocessors else SHARED_WORK
+    if 1 < p.batch <= MAX_SHARED_BATCH and work >= enough:
+        # Counting takes registers.
+        tiles = decode_tiles(gpu.arch, head_dim, rows, True)[p.page_size > 0 or rows > 16]
+        blocks = nheads_k * -(-rows // tiles.block_m)
+        resident = gpu.multiprocessors * programs_at_a_time(gpu.arch, tiles, head_dim)
+        most = p.batch * max(1, -(-visible // tiles.block_n) + (p.left is not None))
+        n = min(shares(blocks, resident), most)
+        if most * n < 2**31:  # which is how far the kernel counts
+            return Decode(tiles, True, n, 0, n * blocks, min(rows, tiles.block_m), gpu.arch >= 90)
+    if units > gpu.multiprocessors:
+        return parts_of(narrow, rows, units, 1, gpu)
+    if 2 * units > gpu.multiprocessors:
+        return parts_of(wide, rows, units, 1, gpu)
+    tiles = narrow if small_pages or work < SMALL_WORK else wide
+    resident = gpu.multiprocessors
+    if work >= SMALL_WORK:
+        resident *= programs_at_a_time(gpu.arch, tiles, head_dim)
+    elif small_pages and rows <= 16 and visible > tiles.block_n:  # less to look up first
+        tiles = tiles._replace(block_n=max(16, tiles.block_n // 2))
+    most = min(MAX_SPLITS, -(-visible // tiles.block_n))
+    if not 0 < p.page_size <= tiles.block_n and most * units <= resident:  # none to load ahead
+        tiles = tiles._replace(num_stages=2)
+    return parts_of(tiles, rows, units, max(1, min(most, resident // max(1, units))), gpu)
+
+
+def parts_of(tiles: Tiles, rows: int, units: int, splits: int, gpu: Gpu) -> Decode:
+    in_use, overlapped = min(rows, tiles.block_m), gpu.arch >= 90 and splits > 1
+    return Decode(tiles, False, splits, 0, units * splits, in_use, overlapped)
+
+
+def maxnreg(p: Problem, tiles: Tiles) -> int | None:
+    """A limit on the registers of a thread, where ptxas would rather spill than lose occupancy."""
+    # Tuned without a limit at head_dim 128, where ptxas spills for the sake of a second program.
+    crowded = p.page_size > 0 and tiles.num_warps == 8
+    return 255 if p.q.shape[-1] <= 64 or p.q.shape[-1] > 128 or crowded else None
+
+
+MANY_ROWS = 1024  # as many fill the GPU with a warp each, and fewer with more of them
+
+
+class Combine(NamedTuple):
+    """A launch of the combine kernel: a program for each row."""
+
+    programs: int
+    num_warps: int
+    at_once: int  # parts
+
+
+def combine(p: Problem, plan: Decode) -> Combine:
+    """The launch that folds the parts of `plan`."""
+    head_dim = p.v.shape[-1]
+    programs = plan.rows * (plan.programs if plan.shares else plan.programs // plan.splits)
+    warps, at_once = 8 if head_dim > 64 else 4 if head_dim > 32 else 1, 32
+    if programs >= MANY_ROWS and not (p.num_splits or p.split_size):
+        warps, at_once = 1, 8  # else the same order in any batch
+    return Combine(programs, warps, at_once if head_dim <= 128 else at_once // 2)

@@ -1,0 +1,57 @@
+"""The forward kernel: its tiles, and the order in which they run."""
+
+from typing import NamedTuple
+
+from ..problem import Problem
+from .configs import SMALL, TILES, Tiles
+from .gpu import Gpu
+from .layout import size_class
+
+
+class Forward(NamedTuple):
+    """A launch of the forward kernel."""
+
+    tiles: Tiles
+    rows: int  # query tiles per unit
+    units: int  # (batch, head) pairs; heads alone when q is packed
+    per_group: int  # units whose keys share the L2 cache
+
+
+def forward_tiles(arch: int, head_dim: int, window: bool, page_size: int, packed: bool) -> Tiles:
+    """Tiles of the forward kernel; each fits the shared memory, and hardly any spills."""
+    size = size_class(head_dim)
+    choice = TILES.get(arch, SMALL)[size]
+    if window or head_dim & (head_dim - 1) or (packed and size == 64):
+        return choice.window
+    if not page_size:
+        return choice.plain
+    return choice.paged if page_size % choice.large_pages.block_n else choice.large_pages
+
+
+# Keys and values of the heads that run at the same time should fit in the L2 cache: 50 MB on an
+# H100 and H200, of which half is left after the two halves of the chip each keep their copy.
+L2_BYTES = 32 << 20
+
+
+def forward(p: Problem, gpu: Gpu) -> Forward:
+    """The launch of the forward kernel for a call."""
+    head_dim = max(p.q.shape[-1], p.v.shape[-1])
+    tight = head_dim <= 64 or gpu.arch in (100, 103)  # for a score_mod's registers
+    more = p.windowed or (p.scores.score_mod is not None and tight)
+    tiles = forward_tiles(gpu.arch, head_dim, more, p.page_size, p.cu_seqlens_q is not None)
+    return Forward(tiles, *work(p, gpu, tiles.block_m))
+
+
+def work(p: Problem, gpu: Gpu, block_m: int, packed: int = 1) -> tuple[int, int, int]:
+    """Tiles of query rows of a unit, units, and units per group; `packed` heads in the rows."""
+    nheads, head_dim = p.q.shape[-2] // packed, p.q.shape[-1]
+    if p.cu_seqlens_q is None:
+        rows, units = -(-p.seqlen_q * packed // block_m), p.batch * nheads
+    else:
+        # rules/sequence.py counts tiles through all sequences; each may leave one unused.
+        rows, units = p.q.shape[0] // block_m + p.batch, nheads
+    bytes_of_unit = 2 * p.seqlen_k * head_dim * p.k.element_size() * packed // p.group
+    per_group = min(units, L2_BYTES // max(1, bytes_of_unit))
+    if p.right is None and p.cu_seqlens_q is None:  # no tile is the longest: side by side in time
+        per_group = min(per_group, -(-gpu.multiprocessors // max(1, rows)))
+    return rows, units, max(1, per_group)

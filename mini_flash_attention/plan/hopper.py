@@ -1,0 +1,133 @@
+"""The Hopper kernel: whether it takes a call, its tiles, and what is packed into them."""
+
+from typing import NamedTuple
+
+import torch
+
+from .. import settings
+from ..problem import MAX_SPLITS, Problem
+from . import decode
+from .configs import HOPPER_TILES, HopperTiles, Tiles
+from .decode import Decode
+from .forward import work
+from .gpu import Gpu
+from .layout import size_class
+from .scores import Changes, changes
+
+# With fewer keys the larger tiles of three consumers are a loss, under a mask.
+MANY_KEYS = 1024  # of a query in the mean
+HOPPER_FLOPS = 4 << 30  # some 10 µs; below, descriptors cost the CPU more than the GPU gains
+
+
+class Hopper(NamedTuple):
+    """A launch of the Hopper kernel."""
+
+    tiles: HopperTiles
+    rows: int  # query tiles per unit
+    units: int  # as in Forward; of `group` heads each
+    per_group: int
+    programs: int
+    group: int  # heads of a KV head packed into the rows of a tile
+    parts: Decode | None  # what is to be folded where keys are split
+    change: Changes
+    fast: bool  # most tiles of keys can do without maxima (`kernels/hopper/mma.py`)
+    lazy: bool  # sums move to a new maximum only where it has grown by much
+    through: bool  # rows are written by TMA, through the place of their queries
+    clear: bool  # values outside of a sequence are replaced by zeros
+
+
+def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
+    """The launch of the Hopper kernel for a call, or None where the forward kernel has to do it.
+
+    out: its strides are looked at, its memory is not.
+    """
+    if settings.PORTABLE or gpu.arch != 90 or not _takes(p, out, gpu):
+        return None
+    head_dim = p.q.shape[-1]
+    tiles = HOPPER_TILES[size_class(head_dim)]
+    group, splits = _packing(p, gpu, tiles.block_n)
+    alone = group == splits == 1
+    if alone and decode.decodes(p, gpu):
+        return None
+    keys = p.seqlen_k - (min(p.seqlen_q, p.seqlen_k) // 2 if p.right is not None else 0)
+    keys = keys if p.left is None else min(keys, p.left + 1)
+    large = p.page_size % tiles.block_n == 0  # or no pages
+    simple = large and p.scores.score_mod is None  # which does what is unknown, and takes registers
+    if alone and simple and head_dim <= 64 and keys >= MANY_KEYS:
+        tiles = tiles._replace(consumers=3, q_tiles=6)
+    # With one split the batch decides nothing: a sequence gets the same bits in all of them.
+    if p.num_splits != 1 and 4 * p.q.numel() * p.seqlen_k < HOPPER_FLOPS:
+        return None
+    rows, units, per_group = work(p, gpu, 64 * tiles.consumers, group)
+    if rows * units >= 2**31 - gpu.multiprocessors:
+        return None
+    programs, parts = min(gpu.multiprocessors, rows * units * splits), None
+    if splits > 1:
+        block = Tiles(64 * tiles.consumers, tiles.block_n, 0, 0)
+        parts = decode.parts_of(block, p.seqlen_q * group, rows * units, splits, gpu)
+    own = ["linear"] * (head_dim <= 128 and not _no_registers(p, gpu))
+    change = changes(p, "bounded", "folded", *own)
+    plain = change.way == "" and not p.scores.changed
+    return Hopper(
+        tiles, rows, units, per_group, programs, group, parts, change,
+        fast=plain and head_dim <= 128 and p.q.dtype is torch.bfloat16,  # which has the range
+        lazy=head_dim > 64,  # fewer columns are as soon moved as asked for
+        through=tiles.q_tiles >= 2 * tiles.consumers,  # at 256 one tile's way out is no faster
+        # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was
+        # never written; and what lies before every window may be someone else's by now.
+        clear=any(x is not None for x in (p.cu_seqlens_k, p.seqused_k, p.block_table, p.left)),
+    )  # fmt: skip
+
+
+def _takes(p: Problem, out: torch.Tensor, gpu: Gpu) -> bool:
+    """Whether the kernel can do the call at all."""
+    nheads, head_dim = p.q.shape[-2:]
+    if head_dim % 8 or not 32 < head_dim <= 256 or p.v.shape[-1] != head_dim or not p.seqlen_k:
+        return False
+    if p.cache_batch_idx is not None or p.cache_leftpad is not None:
+        return False
+    # A tile lies in one page or is made of whole ones, of 16 keys or more; for those the producer
+    # needs registers that consumers of rows of 256, or three of them, can't spare.
+    block_n = HOPPER_TILES[size_class(head_dim)].block_n
+    small = p.page_size >= 16 and block_n % p.page_size == 0 and head_dim <= 128
+    if p.page_size % block_n and not small:
+        return False
+    if gpu.triton >= (3, 8) and head_dim > 128 and p.scores.score_mod is not None:
+        return False  # there are no registers for it beside rows of 256
+    if p.windowed and _no_registers(p, gpu):
+        return False
+    lse_in_32_bits = p.cu_seqlens_q is not None or nheads * p.seqlen_q < 2**31
+    return lse_in_32_bits and all(map(tma, (p.q, p.k, p.v, out)))
+
+
+def _no_registers(p: Problem, gpu: Gpu) -> bool:
+    """Whether Triton, from 3.8 on, has none left for ALiBi beside three consumers. How many there
+    are must change no bits, so two don't get any either.
+    """
+    return gpu.triton >= (3, 8) and p.q.shape[-1] <= 64 and p.scores.alibi_slopes is not None
+
+
+def _packing(p: Problem, gpu: Gpu, block_n: int) -> tuple[int, int]:
+    """Heads to pack into the Hopper kernel's tiles, where that leaves a quarter of them out, and
+    parts to split keys into, where tiles are few and keys many.
+    """
+    group, free = p.group, p.cu_seqlens_q is None and not p.num_splits and not p.split_size
+    tight = p.windowed and p.q.shape[-1] > 128  # packed rows have no registers for its mask
+    simple = not (p.scores.changed or p.scores.s_aux is not None or tight)
+    if not (simple and free) or p.seqlen_q <= (64 if 64 % group else 16 // group):
+        return 1, 1  # by the last, a tile of the decode kernel's serves a whole group better
+    packed, alone = (-(-p.seqlen_q * n // 128) * (p.q.shape[-2] // n) for n in (group, 1))
+    if 64 % group or 4 * packed > 3 * alone:
+        group, packed = 1, alone
+    seen = decode.visible_keys(p)
+    most = min(MAX_SPLITS, seen // (4 * block_n))
+    splits = max(1, min(most, gpu.multiprocessors // max(1, p.batch * packed)))
+    return group, splits if seen - seen // splits > decode.SPLIT_KEYS else 1
+
+
+def tma(x: torch.Tensor) -> bool:
+    """Whether a TMA descriptor can stand for x, as far as shape and strides say: TMA wants strides
+    of whole 16 bytes and 32-bit coordinates.
+    """
+    steps = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
+    return x.numel() > 0 and all(s % 8 == 0 and 0 < s < 2**31 for s in steps)

@@ -1,0 +1,204 @@
+"""Calls that are remembered: what was found out the first time, and how to follow it again."""
+
+import threading
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from . import plan, settings, triton_on_cpu
+from .entries import Entry
+from .errors import invalid
+from .plan import forward as forwarding
+from .plan import gpu as gpus
+from .plan.decode import Decode
+from .plan.forward import Forward
+from .plan.gpu import Gpu
+from .plan.hopper import Hopper
+from .problem import Problem, empty_out
+from .validate.tensors import transformed
+
+if TYPE_CHECKING:
+    from .kernels.launch import Launch
+
+MAX_RECIPES = 4096
+PLAIN = (int, float, bool, type(None))
+OWN_MEMORY = frozenset((torch.Tensor, torch.nn.Parameter, torch.nn.Buffer))
+
+Arguments = dict[str, Any]
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Recipe(NamedTuple):
+    """All that a call needs beside its tensors."""
+
+    function: str
+    launches: "list[Launch]"
+    lse_shape: tuple[int, ...] | None
+    workspace: dict[str, int]  # elements: a counter, what split keys leave in parts and owners
+    head_dim: int = 0  # of the result, 0 where it is q's
+    rotates: bool = False  # the queries, to a tensor of their own
+    clears: bool = False  # rows that no program writes
+    subclassed: bool = False  # whether some tensor's class might have no memory of its own
+
+
+_recipes: dict[Hashable, Recipe] = {}
+
+
+def remember(key: Hashable, recipe: Recipe) -> None:
+    """Keep a recipe for the calls that are like this one."""
+    if len(_recipes) >= MAX_RECIPES:
+        _recipes.clear()
+    _recipes[key] = recipe
+
+
+def look_up(entry: Entry, arguments: Arguments) -> tuple[Any, Recipe | None]:
+    """What checks, plan and launches depend on, and the recipe for it if there is one.
+
+    None where each call must be looked at afresh.
+    """
+    if settings.CHECKED or transformed() or type(arguments.get("cache_seqlens")) is int:
+        return None, None  # the last, because it grows with every token
+    grad = torch.is_grad_enabled()
+    # 1 and True and 1.0 are equal, but not alike.
+    key: list[Any] = [entry.name, settings.PORTABLE, *map(type, arguments.values())]
+    try:
+        for x in arguments.values():
+            if x is None:
+                continue
+            if isinstance(x, torch.Tensor):
+                if not x.dim() or (grad and x.requires_grad) or x.is_neg():
+                    return None, None  # a length to be read, or to be refused
+                key += (x.dtype, x.device, x.shape, x.stride())
+            elif type(x) is tuple:
+                for y in (len(x), *x):
+                    if type(y) in PLAIN:
+                        key += (type(y), y)
+                    elif (grad and y.requires_grad) or y.is_neg():
+                        return None, None
+                    else:
+                        key += (type(y), y.dtype, y.device, y.layout)
+            elif type(x) in PLAIN or hasattr(x, "arg_names"):  # a score_mod, compiled in
+                key.append(x)
+            else:
+                return None, None
+        signature = tuple(key)
+        return signature, _recipes.get(signature)
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+        return None, None  # unhashable, or no plain tensor
+
+
+def _attention(
+    p: Problem, out: torch.Tensor, chosen: Forward | Hopper | Decode, gpu: Gpu
+) -> tuple["list[Launch]", dict[str, int]]:
+    """The launches of a plan, and the elements of their workspace."""
+    from .kernels.decode import combine, decode
+    from .kernels.portable import forward
+
+    lse = None if p.lse_shape is None else torch.empty(p.lse_shape, device="meta")
+    if isinstance(chosen, Decode):
+        launches, workspace = [decode.launch(p, out, lse, chosen)], decode.workspace(p, chosen)
+        if workspace:
+            launches.append(combine.launch(p, out, lse, chosen, p.group))
+        return launches, workspace
+    if isinstance(chosen, Forward):
+        return [forward.launch(p, out, lse, chosen)], {}
+    from .kernels.hopper import forward as hopper
+
+    fallback, fold, workspace = forward.launch(p, out, lse, forwarding.forward(p, gpu)), None, {}
+    if chosen.parts:
+        workspace = decode.workspace(p, chosen.parts)
+        fold = combine.launch(p, out, lse, chosen.parts, chosen.group)
+    launch = hopper.launch(p, out, lse, chosen, fallback, fold)
+    return [launch], {**workspace, "counter": 1}
+
+
+def make(entry: Entry, p: Problem, arguments: Arguments) -> Recipe:
+    """Plan a call and make its launches."""
+    settings.require_triton()
+    if p.scores.score_mod is not None:
+        score_mod = triton_on_cpu.launchable(p.scores.score_mod, settings.INTERPRETED)
+        p = p._replace(scores=p.scores._replace(score_mod=score_mod))
+    if settings.INTERPRETED and p.q.dtype is torch.bfloat16:
+        wanted, hint = "float16 or float32 in Triton's interpreter", "its bf16 products are wrong"
+        raise invalid(TypeError, p.function, "q", wanted, p.q.dtype, hint)
+    from .kernels.cache import append
+
+    gpu = gpus.gpu_of(p.q.device)
+    out = p.out if p.out is not None else empty_out(p.q, p.v.shape[-1], "meta")
+    launches = append.launches(p)
+    if p.rotary is not None:
+        p = p._replace(q=empty_out(p.q, device="meta"))
+    workspace, clears = dict[str, int](), False
+    if out.numel():
+        chosen = plan.attention(p, out, gpu, gluon=not settings.INTERPRETED)
+        clears = isinstance(chosen, Decode) and p.cu_seqlens_q is not None
+        more, workspace = _attention(p, out, chosen, gpu)
+        launches += more
+    head_dim = 0 if p.v.shape[-1] == p.q.shape[-1] else p.v.shape[-1]
+    given = [name for name, x in arguments.items() if isinstance(x, torch.Tensor)]
+    classes = {type(x) for x in (*map(arguments.get, given), *arguments["score_mod_args"])}
+    known = {name: name for name in (*given, "out", "lse", "aux", *workspace)}
+    known |= {name: x if x in given else "nothing" for name, x in entry.tensors.items()}
+    known |= {"given_q": "q", "q": "rotated_q"} if p.rotary else {}
+    for launch in launches:
+        launch.find(known)
+    return Recipe(
+        p.function, launches, p.lse_shape, workspace, head_dim, bool(p.rotary), clears,
+        not classes <= OWN_MEMORY,
+    )  # fmt: skip
+
+
+def follow(recipe: Recipe, tensors: Arguments, keep: bool = True) -> Result:
+    """Launch it; what it needs besides is put beside the arguments."""
+    q, stream = tensors["q"], None
+    index = q.get_device()
+    if index >= 0:  # not the CPU
+        if torch.cuda.current_device() != index:
+            with torch.cuda.device(index):
+                return follow(recipe, tensors, keep)
+        stream = torch._C._cuda_getCurrentRawStream(index)
+    out, lse = tensors["out"], None
+    if out is None:
+        out = tensors["out"] = empty_out(q, recipe.head_dim)
+    if recipe.lse_shape is not None:
+        lse = torch.empty(recipe.lse_shape, dtype=torch.float32, device=q.device)
+    if recipe.clears:
+        out.zero_()
+        if lse is not None:
+            lse.fill_(float("-inf"))
+    tensors |= {"lse": lse, "nothing": None, "aux": tensors["score_mod_args"] or None}
+    if recipe.workspace:
+        _find_room(recipe.workspace, tensors, stream if keep else None)
+    if recipe.rotates:
+        tensors["rotated_q"] = empty_out(q)
+    for launch in recipe.launches:
+        launch(tensors, stream)
+    return out, lse
+
+
+_rooms: dict[Hashable, dict[str, torch.Tensor]] = {}
+MAX_ROOMS, MAX_KEPT = 16, 8 << 20  # elements of 4 bytes
+
+
+def _find_room(workspace: dict[str, int], tensors: Arguments, stream: int | None) -> None:
+    """Put a recipe's workspace among its tensors, and keep it for the next call.
+
+    The counter is a zero to draw tiles of work from, which a kernel leaves zero again. Kernels of
+    one stream run one after the other and share what is kept; threads don't, for their launches may
+    lie between one another's. A CUDA graph, which may be replayed on any stream, has its own.
+    """
+    room, device = {}, tensors["q"].device
+    if stream is not None and not torch.cuda.is_current_stream_capturing():
+        room = _rooms.setdefault((device, stream, threading.get_ident()), {})
+        if len(_rooms) > MAX_ROOMS:
+            _rooms.pop(list(_rooms)[0], None)  # noqa: RUF015 (another thread may add one meanwhile)
+    for name, elements in workspace.items():
+        x = room.get(name)
+        if x is None or x.numel() < elements:
+            make: Any = torch.zeros if name == "counter" else torch.empty
+            dtype = torch.float32 if name == "parts" else torch.int32
+            x = make(elements, dtype=dtype, device=device)
+            if elements <= MAX_KEPT:
+                room[name] = x
+        tensors[name] = x

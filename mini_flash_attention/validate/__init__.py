@@ -1,0 +1,1 @@
+"""Whether a call fits: asked before anything is launched or written, without reading a tensor."""
