@@ -105,11 +105,15 @@ def _attention(
         return [forward.launch(p, out, lse, chosen)], {}
     from .kernels.hopper import forward as hopper
 
-    fallback, fold, workspace = forward.launch(p, out, lse, forwarding.forward(p, gpu)), None, {}
-    if chosen.parts:
-        workspace = decode.workspace(p, chosen.parts)
-        fold = combine.launch(p, out, lse, chosen.parts, chosen.group)
-    launch = hopper.launch(p, out, lse, chosen, fallback, fold)
+    fallback, combined, workspace = (
+        forward.launch(p, out, lse, forwarding.forward(p, gpu)),
+        None,
+        {},
+    )
+    if chosen.partials:
+        workspace = decode.workspace(p, chosen.partials)
+        combined = combine.launch(p, out, lse, chosen.partials, chosen.group)
+    launch = hopper.launch(p, out, lse, chosen, fallback, combined)
     return [launch], {**workspace, "counter": 1}
 
 
@@ -142,7 +146,7 @@ def make(entry: Entry, p: Problem, arguments: Arguments) -> Recipe:
     known |= {name: x if x in given else "nothing" for name, x in entry.tensors.items()}
     known |= {"given_q": "q", "q": "rotated_q"} if p.rotary else {}
     for launch in launches:
-        launch.find(known)
+        launch.bind(known)
     return Recipe(
         p.function, launches, p.lse_shape, workspace, head_dim, bool(p.rotary), clears,
         not classes <= OWN_MEMORY,
@@ -197,7 +201,7 @@ def _find_room(workspace: dict[str, int], tensors: Arguments, stream: int | None
         x = room.get(name)
         if x is None or x.numel() < elements:
             make: Any = torch.zeros if name == "counter" else torch.empty
-            dtype = torch.float32 if name == "parts" else torch.int32
+            dtype = torch.float32 if name == "partials" else torch.int32
             x = make(elements, dtype=dtype, device=device)
             if elements <= MAX_KEPT:
                 room[name] = x

@@ -234,7 +234,7 @@ def call(variant: Variant) -> None:
     hopper.HOPPER_FLOPS = 0 if {"packs", "parts"} & set(words) else FLOPS
     decode.SMALL_WORK = 0 if "wide" in words else 2**31
     decode.SPLIT_KEYS = 0 if "parts" in words else 2**31  # no forward kernel's call is decoded
-    decode.SHARED_WORK = decode.WAVES_WORK = 0 if "shares" in words else 2**31
+    decode.STREAM_K_WORK = decode.WAVES_WORK = 0 if "shares" in words else 2**31
     layout, _, size = variant.keys.partition(" ")
     pages: dict[str, torch.Tensor] = {}
     if size:
@@ -415,8 +415,8 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
         arguments = launch.arguments(tensors)
         compiled = launch.kernel.warmup(*arguments, grid=(launch.programs,), **launch.options)
         launched.append((launch.kernel.__name__.removesuffix("_kernel"), launch, compiled))
-        if isinstance(launch, TmaLaunch) and launch.fold:
-            compile_only(launch.fold, tensors)
+        if isinstance(launch, TmaLaunch) and launch.combine_launch:
+            compile_only(launch.combine_launch, tensors)
 
     dispatch.run, Launch.__call__, TmaLaunch.__call__ = run, compile_only, compile_only
     start = time.perf_counter()
@@ -440,7 +440,7 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
             if name == "forward_hopper":
                 facts, mod = launch.constants[-2:]
                 keys, consumers = facts.BLOCK_N.value, facts.CONSUMERS.value
-                scores = facts.SCORES.value
+                scores = facts.SCORE_MODE.value
                 early = scores == "bounded" and variant.head_dim > 128
                 lazy = variant.head_dim > 64 and scores == "" and mod is None
                 # Exponentials of a thread, one of four a polynomial where there is tanh too;

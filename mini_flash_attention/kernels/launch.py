@@ -14,15 +14,15 @@ MAX_INT = 2**31 - 1
 # Arguments of kernels that Triton is not to compile for one by one, where they are 1 or a multiple
 # of 16.
 SIZES = [
-    "stride_lse_b", "stride_lse_h", "stride_table", "batch", "nheads", "group", "tiles",
-    "per_group", "seqlen_q", "seqlen_k", "total_q", "total_k", "num_pages", "cache_rows", "left",
-    "right", "appended", "nheads_k", "splits", "split_tiles", "slots", "part_rows", "total",
+    "stride_lse_b", "stride_lse_h", "stride_table", "batch", "nheads", "group", "num_m_blocks",
+    "l2_group", "seqlen_q", "seqlen_k", "total_q", "total_k", "num_pages", "cache_rows", "left",
+    "right", "appended", "nheads_k", "splits", "split_tiles", "slots", "partial_rows", "total",
     "stride_slopes", "rows_cos",
 ]  # fmt: skip
 ALIGNMENT = 16  # bytes; Triton compiles for pointers that are, or are not, multiples of it
 
 
-def where(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> tuple[int, ...]:
+def output_strides(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> tuple[int, ...]:
     """Strides of out, of the LSE's batch and head, and of the block table's rows."""
     lse_strides = (0, 0)
     if lse is not None:
@@ -57,7 +57,7 @@ class Launch:
         self.options |= {name: x for name, x in more.items() if x}
         self.runner: Any = None
 
-    def find(self, known: Mapping[str, str]) -> None:
+    def bind(self, known: Mapping[str, str]) -> None:
         """Replace the kernel's names of its tensors by those they are `known` under."""
         self.pointers = tuple(known.get(name, "nothing") for name in self.pointers)
 

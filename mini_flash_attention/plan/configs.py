@@ -15,7 +15,7 @@ class Tiles(NamedTuple):
 class Choice(NamedTuple):
     """Tiles for a head_dim: plain, and where windows or pages take registers."""
 
-    plain: Tiles
+    dense: Tiles
     window: Tiles  # also for a head_dim that is no power of two, and packed queries up to 64
     paged: Tiles
     large_pages: Tiles  # pages of whole tiles

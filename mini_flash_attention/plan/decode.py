@@ -19,7 +19,7 @@ class Decode(NamedTuple):
     """A launch of the decode kernel."""
 
     tiles: Tiles
-    shares: bool  # whether `splits` equal shares of the batch's keys, or parts of each sequence
+    stream_k: bool  # whether `splits` equal shares of the batch's keys, or parts of each sequence
     splits: int
     split_tiles: int  # key tiles of a part; 0 for a sequence's tiles / splits
     programs: int
@@ -29,7 +29,7 @@ class Decode(NamedTuple):
     @property
     def slots(self) -> int:
         """Places for what is not a whole: two for a share, which may begin and end with such."""
-        return 2 * self.programs if self.shares else self.programs if self.splits > 1 else 0
+        return 2 * self.programs if self.stream_k else self.programs if self.splits > 1 else 0
 
 
 def decodes(p: Problem, gpu: Gpu) -> bool:
@@ -58,8 +58,10 @@ def _splits_pay(p: Problem, gpu: Gpu) -> bool:
     nheads, nheads_k, most = p.q.shape[-2], p.k.shape[-2], gpu.multiprocessors
     slower = 2.5 if p.q.shape[-1] > 64 else 1.5  # than the Hopper kernel's tiles, measured
     waves = -(-p.batch * nheads * -(-p.seqlen_q // 128) // most)
-    units = p.batch * nheads_k * -(-p.seqlen_q * p.group // 128)
-    packed = units / most if units <= most else -(-units // most)  # more are not split
+    batch_heads = p.batch * nheads_k * -(-p.seqlen_q * p.group // 128)
+    packed = (
+        batch_heads / most if batch_heads <= most else -(-batch_heads // most)
+    )  # more are not split
     seen = p.seqlen_k if p.left is None else min(p.seqlen_k, p.left + 128)  # by a tile
     return not p.scores.changed and waves * seen - packed * slower * visible_keys(p) > SPLIT_KEYS
 
@@ -94,27 +96,27 @@ def programs_at_a_time(arch: int, tiles: Tiles, head_dim: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def shares(units: int, resident: int) -> int:
-    """Into how many shares to cut a batch's keys if `units` programs work on each.
+def stream_k(batch_heads: int, resident: int) -> int:
+    """Into how many shares to cut a batch's keys if `batch_heads` programs work on each.
 
     Programs run in waves of `resident`: the number that fills its waves best, the smallest of
     those within 3 %.
     """
-    if units <= resident // 8:
-        return resident // units
+    if batch_heads <= resident // 8:
+        return resident // batch_heads
 
     def filled(n: int) -> float:
-        return n * units / (-(-n * units // resident) * resident)
+        return n * batch_heads / (-(-n * batch_heads // resident) * resident)
 
     best = max(filled(n) for n in range(1, 17))
     return next(n for n in range(1, 17) if filled(n) >= best - 0.03)
 
 
-MAX_SHARED_BATCH = 4096  # in shares every program counts the key tiles of all sequences
+MAX_STREAM_K_BATCH = 4096  # in shares every program counts the key tiles of all sequences
 # Bytes of keys and values for each multiprocessor to read. From the first on equal shares pay for
 # the counting, and from the second where whole sequences would fill a last wave in part. Below the
 # third folding more parts costs more than more programs gain.
-SHARED_WORK = 8 << 20
+STREAM_K_WORK = 8 << 20
 WAVES_WORK = 2 << 20
 SMALL_WORK = 512 << 10
 
@@ -125,35 +127,35 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     rows = p.seqlen_q * p.group
     wide, narrow = decode_tiles(gpu.arch, head_dim, rows, p.scores.changed)
     blocks = nheads_k * -(-rows // narrow.block_m)  # row blocks of a sequence
-    units = p.batch * blocks
+    batch_heads = p.batch * blocks
     visible = visible_keys(p)
-    key_tiles = -(-visible // narrow.block_n)
+    n_block_range = -(-visible // narrow.block_n)
     # Asked for: the same tiles in every batch, and so the same bits.
     if p.split_size:
         size = -(-p.split_size // narrow.block_n)
         # A window's first key may lie inside a tile: that makes one more. At least two parts, so
         # that a result always takes the same way, whatever the cache's capacity.
-        n = max(2, -(-(key_tiles + (p.left is not None)) // size))
-        return parts_of(narrow, rows, units, n, gpu)._replace(split_tiles=size)
+        n = max(2, -(-(n_block_range + (p.left is not None)) // size))
+        return split_sequences(narrow, rows, batch_heads, n, gpu)._replace(split_tiles=size)
     if p.num_splits:  # parts beyond a tile each would take memory for nothing
-        most = max(2, key_tiles + (p.left is not None))
-        return parts_of(narrow, rows, units, min(p.num_splits, most), gpu)
-    work = units * visible * 2 * head_dim * p.k.element_size() // gpu.multiprocessors
+        most = max(2, n_block_range + (p.left is not None))
+        return split_sequences(narrow, rows, batch_heads, min(p.num_splits, most), gpu)
+    work = batch_heads * visible * 2 * head_dim * p.k.element_size() // gpu.multiprocessors
     small_pages = p.page_size > 0 and p.page_size % narrow.block_n > 0
-    enough = WAVES_WORK if units > gpu.multiprocessors else SHARED_WORK
-    if 1 < p.batch <= MAX_SHARED_BATCH and work >= enough:
+    enough = WAVES_WORK if batch_heads > gpu.multiprocessors else STREAM_K_WORK
+    if 1 < p.batch <= MAX_STREAM_K_BATCH and work >= enough:
         # Counting takes registers.
         tiles = decode_tiles(gpu.arch, head_dim, rows, True)[p.page_size > 0 or rows > 16]
         blocks = nheads_k * -(-rows // tiles.block_m)
         resident = gpu.multiprocessors * programs_at_a_time(gpu.arch, tiles, head_dim)
         most = p.batch * max(1, -(-visible // tiles.block_n) + (p.left is not None))
-        n = min(shares(blocks, resident), most)
+        n = min(stream_k(blocks, resident), most)
         if most * n < 2**31:  # which is how far the kernel counts
             return Decode(tiles, True, n, 0, n * blocks, min(rows, tiles.block_m), gpu.arch >= 90)
-    if units > gpu.multiprocessors:
-        return parts_of(narrow, rows, units, 1, gpu)
-    if 2 * units > gpu.multiprocessors:
-        return parts_of(wide, rows, units, 1, gpu)
+    if batch_heads > gpu.multiprocessors:
+        return split_sequences(narrow, rows, batch_heads, 1, gpu)
+    if 2 * batch_heads > gpu.multiprocessors:
+        return split_sequences(wide, rows, batch_heads, 1, gpu)
     tiles = narrow if small_pages or work < SMALL_WORK else wide
     resident = gpu.multiprocessors
     if work >= SMALL_WORK:
@@ -161,14 +163,18 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     elif small_pages and rows <= 16 and visible > tiles.block_n:  # less to look up first
         tiles = tiles._replace(block_n=max(16, tiles.block_n // 2))
     most = min(MAX_SPLITS, -(-visible // tiles.block_n))
-    if not 0 < p.page_size <= tiles.block_n and most * units <= resident:  # none to load ahead
+    if (
+        not 0 < p.page_size <= tiles.block_n and most * batch_heads <= resident
+    ):  # none to load ahead
         tiles = tiles._replace(num_stages=2)
-    return parts_of(tiles, rows, units, max(1, min(most, resident // max(1, units))), gpu)
+    return split_sequences(
+        tiles, rows, batch_heads, max(1, min(most, resident // max(1, batch_heads))), gpu
+    )
 
 
-def parts_of(tiles: Tiles, rows: int, units: int, splits: int, gpu: Gpu) -> Decode:
+def split_sequences(tiles: Tiles, rows: int, batch_heads: int, splits: int, gpu: Gpu) -> Decode:
     in_use, overlapped = min(rows, tiles.block_m), gpu.arch >= 90 and splits > 1
-    return Decode(tiles, False, splits, 0, units * splits, in_use, overlapped)
+    return Decode(tiles, False, splits, 0, batch_heads * splits, in_use, overlapped)
 
 
 def maxnreg(p: Problem, tiles: Tiles) -> int | None:
@@ -192,7 +198,7 @@ class Combine(NamedTuple):
 def combine(p: Problem, plan: Decode) -> Combine:
     """The launch that folds the parts of `plan`."""
     head_dim = p.v.shape[-1]
-    programs = plan.rows * (plan.programs if plan.shares else plan.programs // plan.splits)
+    programs = plan.rows * (plan.programs if plan.stream_k else plan.programs // plan.splits)
     warps, at_once = 8 if head_dim > 64 else 4 if head_dim > 32 else 1, 32
     if programs >= MANY_ROWS and not (p.num_splits or p.split_size):
         warps, at_once = 1, 8  # else the same order in any batch

@@ -12,9 +12,9 @@ class Forward(NamedTuple):
     """A launch of the forward kernel."""
 
     tiles: Tiles
-    rows: int  # query tiles per unit
-    units: int  # (batch, head) pairs; heads alone when q is packed
-    per_group: int  # units whose keys share the L2 cache
+    num_m_blocks: int  # query tiles per unit
+    batch_heads: int  # (batch, head) pairs; heads alone when q is packed
+    l2_group: int  # units whose keys share the L2 cache
 
 
 def forward_tiles(arch: int, head_dim: int, window: bool, page_size: int, packed: bool) -> Tiles:
@@ -24,7 +24,7 @@ def forward_tiles(arch: int, head_dim: int, window: bool, page_size: int, packed
     if window or head_dim & (head_dim - 1) or (packed and size == 64):
         return choice.window
     if not page_size:
-        return choice.plain
+        return choice.dense
     return choice.paged if page_size % choice.large_pages.block_n else choice.large_pages
 
 
@@ -46,12 +46,12 @@ def work(p: Problem, gpu: Gpu, block_m: int, packed: int = 1) -> tuple[int, int,
     """Tiles of query rows of a unit, units, and units per group; `packed` heads in the rows."""
     nheads, head_dim = p.q.shape[-2] // packed, p.q.shape[-1]
     if p.cu_seqlens_q is None:
-        rows, units = -(-p.seqlen_q * packed // block_m), p.batch * nheads
+        num_m_blocks, batch_heads = -(-p.seqlen_q * packed // block_m), p.batch * nheads
     else:
         # rules/sequence.py counts tiles through all sequences; each may leave one unused.
-        rows, units = p.q.shape[0] // block_m + p.batch, nheads
+        num_m_blocks, batch_heads = p.q.shape[0] // block_m + p.batch, nheads
     bytes_of_unit = 2 * p.seqlen_k * head_dim * p.k.element_size() * packed // p.group
-    per_group = min(units, L2_BYTES // max(1, bytes_of_unit))
+    l2_group = min(batch_heads, L2_BYTES // max(1, bytes_of_unit))
     if p.right is None and p.cu_seqlens_q is None:  # no tile is the longest: side by side in time
-        per_group = min(per_group, -(-gpu.multiprocessors // max(1, rows)))
-    return rows, units, max(1, per_group)
+        l2_group = min(l2_group, -(-gpu.multiprocessors // max(1, num_m_blocks)))
+    return num_m_blocks, batch_heads, max(1, l2_group)

@@ -12,7 +12,7 @@ from .decode import Decode
 from .forward import work
 from .gpu import Gpu
 from .layout import size_class
-from .scores import Changes, changes
+from .scores import ScoreMode, choose_score_mode
 
 # With fewer keys the larger tiles of three consumers are a loss, under a mask.
 MANY_KEYS = 1024  # of a query in the mean
@@ -23,17 +23,17 @@ class Hopper(NamedTuple):
     """A launch of the Hopper kernel."""
 
     tiles: HopperTiles
-    rows: int  # query tiles per unit
-    units: int  # as in Forward; of `group` heads each
-    per_group: int
+    num_m_blocks: int  # query tiles per unit
+    batch_heads: int  # as in Forward; of `group` heads each
+    l2_group: int
     programs: int
     group: int  # heads of a KV head packed into the rows of a tile
-    parts: Decode | None  # what is to be folded where keys are split
-    change: Changes
-    fast: bool  # most tiles of keys can do without maxima (`kernels/hopper/mma.py`)
-    lazy: bool  # sums move to a new maximum only where it has grown by much
-    through: bool  # rows are written by TMA, through the place of their queries
-    clear: bool  # values outside of a sequence are replaced by zeros
+    partials: Decode | None  # what is to be folded where keys are split
+    score_mode: ScoreMode
+    skip_max: bool  # most tiles of keys can do without maxima (`kernels/hopper/mma.py`)
+    lazy_rescale: bool  # sums move to a new maximum only where it has grown by much
+    tma_epilogue: bool  # rows are written by TMA, through the place of their queries
+    zero_v_tail: bool  # values outside of a sequence are replaced by zeros
 
 
 def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
@@ -58,24 +58,27 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     # With one split the batch decides nothing: a sequence gets the same bits in all of them.
     if p.num_splits != 1 and 4 * p.q.numel() * p.seqlen_k < HOPPER_FLOPS:
         return None
-    rows, units, per_group = work(p, gpu, 64 * tiles.consumers, group)
-    if rows * units >= 2**31 - gpu.multiprocessors:
+    num_m_blocks, batch_heads, l2_group = work(p, gpu, 64 * tiles.consumers, group)
+    if num_m_blocks * batch_heads >= 2**31 - gpu.multiprocessors:
         return None
-    programs, parts = min(gpu.multiprocessors, rows * units * splits), None
+    programs, partials = min(gpu.multiprocessors, num_m_blocks * batch_heads * splits), None
     if splits > 1:
         block = Tiles(64 * tiles.consumers, tiles.block_n, 0, 0)
-        parts = decode.parts_of(block, p.seqlen_q * group, rows * units, splits, gpu)
+        partials = decode.split_sequences(
+            block, p.seqlen_q * group, num_m_blocks * batch_heads, splits, gpu
+        )
     own = ["linear"] * (head_dim <= 128 and not _no_registers(p, gpu))
-    change = changes(p, "bounded", "folded", *own)
-    plain = change.way == "" and not p.scores.changed
+    score_mode = choose_score_mode(p, "bounded", "folded", *own)
+    unmodified = score_mode.mode == "" and not p.scores.changed
+    # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was never
+    # written; and what lies before every window may be someone else's by now.
+    inside = any(x is not None for x in (p.cu_seqlens_k, p.seqused_k, p.block_table))
     return Hopper(
-        tiles, rows, units, per_group, programs, group, parts, change,
-        fast=plain and head_dim <= 128 and p.q.dtype is torch.bfloat16,  # which has the range
-        lazy=head_dim > 64,  # fewer columns are as soon moved as asked for
-        through=tiles.q_tiles >= 2 * tiles.consumers,  # at 256 one tile's way out is no faster
-        # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was
-        # never written; and what lies before every window may be someone else's by now.
-        clear=any(x is not None for x in (p.cu_seqlens_k, p.seqused_k, p.block_table, p.left)),
+        tiles, num_m_blocks, batch_heads, l2_group, programs, group, partials, score_mode,
+        skip_max=unmodified and head_dim <= 128 and p.q.dtype is torch.bfloat16,  # for its range
+        lazy_rescale=head_dim > 64,  # fewer columns are as soon moved as asked for
+        tma_epilogue=tiles.q_tiles >= 2 * tiles.consumers,  # at 256 one tile's way out is no faster
+        zero_v_tail=inside or p.left is not None,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ def strides(x: torch.Tensor) -> tuple[int, int, int]:
     return (0, steps[0], steps[1]) if len(steps) == 3 else (steps[0], steps[1], steps[2])
 
 
-def eights(*tensors: torch.Tensor) -> int:
+def divisible_by_8(*tensors: torch.Tensor) -> int:
     """A bit for each tensor whose strides are multiples of 8 elements, but not all of 16.
 
     Multiples of 16 Triton finds by itself; others it takes for odd, and loads two bytes at a time
@@ -40,7 +40,7 @@ def size_class(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
-def wide(p: Problem, block_n: int) -> bool:
+def int64_offsets(p: Problem, block_n: int) -> bool:
     """Whether offsets inside a tile of keys, or inside a whole cache of pages, need 64 bits.
 
     Above head_dim 128 they are given them anyway: there it is registers that are short.
@@ -55,11 +55,11 @@ def wide(p: Problem, block_n: int) -> bool:
     return any(n + p.k.shape[-1] >= 2**31 for n in reach)
 
 
-def twins(p: Problem, block_n: int) -> bool:
+def shared_kv_offsets(p: Problem, block_n: int) -> bool:
     """Whether v should be found by k's offsets: strides agree and it pays.
 
     Sharing saves up to an eighth of the loop's instructions with 64-bit offsets or one page a
     tile. Otherwise it was slower: the compiler keeps fewer of them from tile to tile.
     """
     one_page = p.page_size > 0 and p.page_size % block_n == 0
-    return strides(p.k) == strides(p.v) and (wide(p, block_n) or one_page)
+    return strides(p.k) == strides(p.v) and (int64_offsets(p, block_n) or one_page)

@@ -1,9 +1,9 @@
-"""Which tile of work a program takes.
+"""Which work tile a program takes: longest first, and heads in groups that share the L2 cache.
 
-Work is a table: `tiles` rows of queries by `units` heads. Programs start in the order of their
-number, so the order decides two things: how well the last wave is balanced (the longest tiles go
-first, which under a causal mask are the last ones of a sequence) and what the L2 cache holds
-(units are taken `per_group` at a time, as many as fit).
+Work is a table: `num_m_blocks` blocks of query rows by `batch_heads` heads. Programs start in the
+order of their number, so the order decides two things: how well the last wave is balanced (the
+longest tiles go first, which under a causal mask are the last ones of a sequence) and what the L2
+cache holds (heads are taken `l2_group` at a time, as many as fit).
 """
 
 import triton
@@ -11,9 +11,9 @@ import triton.language as tl
 
 
 @triton.jit
-def place(program, tiles, units, per_group):
+def m_block_and_head(program, num_m_blocks, batch_heads, l2_group):
     """Program number -> (tile, unit): groups of units, in a group the last tile of each first."""
-    first_unit = program // (tiles * per_group) * per_group
-    inside = program - first_unit * tiles
-    width = tl.minimum(per_group, units - first_unit)
-    return tiles - 1 - inside // width, first_unit + inside % width
+    first_head = program // (num_m_blocks * l2_group) * l2_group
+    inside = program - first_head * num_m_blocks
+    width = tl.minimum(l2_group, batch_heads - first_head)
+    return num_m_blocks - 1 - inside // width, first_head + inside % width

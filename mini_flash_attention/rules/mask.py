@@ -21,8 +21,8 @@ class KeyBlocks(NamedTuple):
     """
 
     begin: Any
-    clear_begin: Any
-    clear_end: Any
+    full_begin: Any
+    full_end: Any
     end: Any
 
 
@@ -41,7 +41,7 @@ def bounds(i, window):
 
 
 @triton.jit
-def sees(i, j, window):
+def is_visible(i, j, window):
     """Whether query i sees key j; i and j are numbers or broadcastable tiles."""
     first, last = bounds(i, window)
     visible = j <= last
@@ -51,14 +51,14 @@ def sees(i, j, window):
 
 
 @triton.jit
-def count(i, window):
+def num_visible(i, window):
     """How many keys query i sees; 0 or less if none."""
     first, last = bounds(i, window)
     return last + 1 - tl.maximum(first, 0)
 
 
 @triton.jit
-def key_tiles(first, last, window, BLOCK: tl.constexpr):
+def n_block_range(first, last, window, BLOCK: tl.constexpr):
     """The `KeyBlocks` that queries first..last see."""
     begin = first * 0
     every_begin = first * 0
@@ -73,6 +73,6 @@ def key_tiles(first, last, window, BLOCK: tl.constexpr):
         every_end = tl.minimum(every_end, tl.maximum(last_visible(first, window) + 1, 0))
     begin = begin // BLOCK * BLOCK
     end = tl.maximum((end + BLOCK - 1) // BLOCK * BLOCK, begin)
-    clear_begin = tl.minimum((every_begin + BLOCK - 1) // BLOCK * BLOCK, end)
-    clear_end = tl.minimum(tl.maximum(every_end // BLOCK * BLOCK, clear_begin), end)
-    return KeyBlocks(begin, clear_begin, clear_end, end)
+    full_begin = tl.minimum((every_begin + BLOCK - 1) // BLOCK * BLOCK, end)
+    full_end = tl.minimum(tl.maximum(every_end // BLOCK * BLOCK, full_begin), end)
+    return KeyBlocks(begin, full_begin, full_end, end)

@@ -59,31 +59,33 @@ def tanh(x):
 
 
 @triton.jit
-def modified(s, b, head, i, start, n, given, SCORES: tl.constexpr, SCORE_MOD: tl.constexpr):
+def modify(
+    s, b, head, i, start, n, modification, SCORE_MODE: tl.constexpr, SCORE_MOD: tl.constexpr
+):
     """Scores s of batch entry b: queries i of `head` against the keys start + n.
 
-    SCORES: what else is asked for, and what the kernel does itself (`launch.Changes`).
+    SCORE_MODE: what else is asked for, and what the kernel does itself (`launch.ScoreMode`).
     Without anything to do, s stays as it is and the softmax scales it. With a soft cap alone, the
     softmax multiplies by it. With ALiBi alone scores are not scaled either, but the slope is by
     their factor's inverse: one multiplication less a score.
     """
-    slope = given.slope
-    CAPPED: tl.constexpr = SCORES == "softcap" or SCORES == "bounded"
+    slope = modification.slope
+    CAPPED: tl.constexpr = SCORE_MODE == "softcap" or SCORE_MODE == "bounded"
     if CAPPED:
-        s = tanh(s * given.factor)
+        s = tanh(s * modification.factor)
         if SCORE_MOD is not None or slope is not None:
-            s = s * given.softcap
-    elif SCORE_MOD is not None and SCORES != "folded":
-        s = s * given.factor
+            s = s * modification.softcap
+    elif SCORE_MOD is not None and SCORE_MODE != "folded":
+        s = s * modification.factor
     if slope is not None:
         if not CAPPED and SCORE_MOD is None:
-            slope = slope * given.factor
+            slope = slope * modification.factor
         distance = tl.cast(n, tl.float32) - tl.cast(i - start, tl.float32)
         s = s - slope * tl.abs(distance)
     if SCORE_MOD is not None:
         i = tl.maximum(i, 0)  # before the first key stand queries without any; it may read by i
-        if given.aux is None:
+        if modification.aux is None:
             s = SCORE_MOD(s, b, head, i, start + n)
         else:
-            s = SCORE_MOD(s, b, head, i, start + n, given.aux)
+            s = SCORE_MOD(s, b, head, i, start + n, modification.aux)
     return s

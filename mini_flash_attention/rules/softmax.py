@@ -26,7 +26,7 @@ def rescale(m, s, scale):
 
 
 @triton.jit
-def unrounded(l, keys, DTYPE: tl.constexpr):
+def unround_single_keys(l, keys, DTYPE: tl.constexpr):
     """What to multiply o by in rows computed without a running maximum, given how many keys each
     sees.
 

@@ -13,8 +13,8 @@ class Grid(NamedTuple):
 
     batch: Any
     nheads: Any
-    tiles: Any  # of query rows of a head
-    per_group: Any  # heads whose keys share the L2 cache
+    num_m_blocks: Any  # of query rows of a head
+    l2_group: Any  # heads whose keys share the L2 cache
 
 
 class WorkTile(NamedTuple):
@@ -29,30 +29,34 @@ class WorkTile(NamedTuple):
 
 
 @triton.jit
-def queries(number, lengths, table, BLOCK_M: tl.constexpr):
+def work_tile(number, lengths, table, BLOCK_M: tl.constexpr):
     """The `number`-th tile of work of a `Grid`.
 
     The last entry also writes the rows after it, which belong to no sequence. Rows that are not in
     use are written too.
     """
     if lengths.cu_seqlens_q is None:
-        units = table.batch * table.nheads
-        tile, unit = grid.place(number, table.tiles, units, table.per_group)
-        b = unit // table.nheads
+        batch_heads = table.batch * table.nheads
+        tile, batch_head = grid.m_block_and_head(
+            number, table.num_m_blocks, batch_heads, table.l2_group
+        )
+        b = batch_head // table.nheads
         first_q, rows_q = 0, lengths.seqlen_q
         writable = lengths.seqlen_q
     else:
-        tile, unit = grid.place(number, table.tiles, table.nheads, table.per_group)
+        tile, batch_head = grid.m_block_and_head(
+            number, table.num_m_blocks, table.nheads, table.l2_group
+        )
         b, tile = sequence.find(tile, lengths.cu_seqlens_q, table.batch, lengths.total_q, BLOCK_M)
         first_q, length_q = sequence.query_span(b, lengths.cu_seqlens_q, lengths.total_q)
         rows_q = tl.minimum(length_q, lengths.seqlen_q)
         rows_q = sequence.used_queries(b, lengths.seqused_q, rows_q)
         writable = tl.where(b == table.batch - 1, lengths.total_q - first_q, length_q)
-    return WorkTile(b, unit % table.nheads, first_q, rows_q, writable, tile * BLOCK_M)
+    return WorkTile(b, batch_head % table.nheads, first_q, rows_q, writable, tile * BLOCK_M)
 
 
 @triton.jit
-def keys(b, lengths, seqlen_q):
+def key_span(b, lengths, seqlen_q):
     """(first key, number of keys) of entry b, which has seqlen_q queries in use."""
     first_k = 0
     length_k = lengths.seqlen_k
@@ -74,14 +78,14 @@ def cache_row(b, lengths, length_k):
 
 
 @triton.jit
-def key_tiles(
+def n_block_range(
     first, rows_q, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr = 1
 ):
-    """`mask.key_tiles` of the BLOCK_M rows from `first`: none after the sequence's end.
+    """`mask.n_block_range` of the BLOCK_M rows from `first`: none after the sequence's end.
 
     GROUP: rows of a query token, a divisor of BLOCK_M.
     """
     last = tl.minimum(first + BLOCK_M, rows_q) // GROUP - 1
-    seen = mask.key_tiles(first // GROUP, last, window, BLOCK_N)
+    seen = mask.n_block_range(first // GROUP, last, window, BLOCK_N)
     end = tl.where(first < rows_q, seen.end, seen.begin)
-    return mask.KeyBlocks(seen.begin, seen.clear_begin, tl.minimum(seen.clear_end, end), end)
+    return mask.KeyBlocks(seen.begin, seen.full_begin, tl.minimum(seen.full_end, end), end)

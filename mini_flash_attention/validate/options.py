@@ -10,7 +10,7 @@ import torch
 from ..errors import invalid, kind_of, not_implemented
 from ..problem import MAX_SPLITS, NARROW
 from ..rules.window import Window, first_visible, last_visible
-from .tensors import plain
+from .tensors import strided
 
 MAX_LENGTH = 2**31 - 2**16
 MAX_REAL = 1e30  # kernels compute in fp32
@@ -174,4 +174,4 @@ def score_mod(function: str, score_mod: Any, extra: Any, q: torch.Tensor) -> Non
             )
         if not isinstance(x, torch.Tensor):
             raise invalid(TypeError, function, "score_mod_args", "tensors", f"{kind_of(x)} at {n}")
-        plain(function, "score_mod_args", x, q)
+        strided(function, "score_mod_args", x, q)

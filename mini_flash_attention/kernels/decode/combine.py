@@ -6,31 +6,31 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from ...plan.decode import Decode, combine
-from ...plan.scores import changes
+from ...plan.scores import choose_score_mode
 from ...problem import Problem
 from ...rules import heads, sequence, softmax
-from ..launch import SIZES, Launch, where
+from ..launch import SIZES, Launch, output_strides
 
 
 @triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
-    parts, owners, out, lse, cu_seqlens_q, seqused_q, s_aux,
+    partials, fixup, out, lse, cu_seqlens_q, seqused_q, s_aux,
     stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h,
-    nheads_k, group, splits, slots, part_rows, seqlen_q, total_q, scale,
+    nheads_k, group, splits, slots, partial_rows, seqlen_q, total_q, scale,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, S: tl.constexpr,
-    SHARES: tl.constexpr, PDL: tl.constexpr,
+    STREAM_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()  # until `decode` is done
     # Whose parts? `owner` counts (share, KV head, block) or (sequence, KV head, block).
-    local = tl.program_id(0) % part_rows
-    owner = tl.program_id(0) // part_rows
+    local = tl.program_id(0) % partial_rows
+    owner = tl.program_id(0) // partial_rows
     blocks = tl.cdiv(seqlen_q * group, BLOCK_M)
     block = owner % blocks
     head_k = owner // blocks % nheads_k
-    if SHARES:
-        b = tl.load(owners + 2 * owner)
-        count = tl.load(owners + 2 * owner + 1)
+    if STREAM_K:
+        b = tl.load(fixup + 2 * owner)
+        count = tl.load(fixup + 2 * owner + 1)
         b = tl.where(count > 0, b, 0)  # else nobody wrote it
         first, step = 2 * owner + 1, 2 * blocks * nheads_k
     else:
@@ -55,17 +55,17 @@ def combine_kernel(
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], tl.float32)
     o = tl.zeros([1, D], tl.float32)
-    rows = slots.to(tl.int64) * part_rows
+    rows = slots.to(tl.int64) * partial_rows
     for start in range(0, count, S):
         s = start + tl.arange(0, S)
         slot = first + s * step
-        if SHARES:  # the first lies at a share's end, the others at the beginning of theirs
+        if STREAM_K:  # the first lies at a share's end, the others at the beginning of theirs
             slot -= (s > 0).to(tl.int32)
-        at = slot.to(tl.int64) * part_rows + local
-        part_m = tl.load(parts + rows * HEAD_DIM + at, mask=s < count, other=float("-inf"))
-        part_l = tl.load(parts + rows * (HEAD_DIM + 1) + at, mask=s < count, other=0.0)
+        at = slot.to(tl.int64) * partial_rows + local
+        part_m = tl.load(partials + rows * HEAD_DIM + at, mask=s < count, other=float("-inf"))
+        part_l = tl.load(partials + rows * (HEAD_DIM + 1) + at, mask=s < count, other=0.0)
         part_o = tl.load(
-            parts + at[:, None] * HEAD_DIM + d[None, :],
+            partials + at[:, None] * HEAD_DIM + d[None, :],
             mask=(s < count)[:, None] & (d < HEAD_DIM)[None, :],
             other=0.0,
         )
@@ -80,7 +80,7 @@ def combine_kernel(
             tl.store(lse + tl.arange(0, 1), lse_tile)
 
 
-POINTERS = ("parts", "owners", "out", "lse", "cu_seqlens_q", "seqused_q", "s_aux")
+POINTERS = ("partials", "fixup", "out", "lse", "cu_seqlens_q", "seqused_q", "s_aux")
 
 
 def launch(
@@ -89,10 +89,10 @@ def launch(
     """The launch that folds what parts of keys left to out and lse; `group` heads lie in rows."""
     head_dim, chosen = p.v.shape[-1], combine(p, plan)
     constants = (
-        *where(p, out, lse)[:5], p.q.shape[-2] // group, group, plan.splits, plan.slots,
-        plan.rows, p.seqlen_q, p.q.shape[0], changes(p).scale,
+        *output_strides(p, out, lse)[:5], p.q.shape[-2] // group, group, plan.splits, plan.slots,
+        plan.rows, p.seqlen_q, p.q.shape[0], choose_score_mode(p).scale,
         head_dim, triton.next_power_of_2(head_dim), plan.tiles.block_m, chosen.at_once,
-        plan.shares, plan.overlapped,
+        plan.stream_k, plan.overlapped,
     )  # fmt: skip
     return Launch(
         combine_kernel, chosen.programs, POINTERS, constants, chosen.num_warps,

@@ -2,7 +2,7 @@
 
 All query heads that share a KV head, and all query tokens, are packed into the rows of one tile,
 so a key is loaded once for all of them. Keys are split among programs, and `combine.py` folds what
-they found. There are two ways to split, told apart by SHARES:
+they found. There are two ways to split, told apart by STREAM_K:
 
 - equal shares of the whole batch's keys (`stream_k.py`), one for each program that the GPU can run
   at a time: it stays full to the end, whatever the lengths;
@@ -21,13 +21,20 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from ...plan.decode import Decode, maxnreg
 from ...plan.layout import strides
-from ...plan.scores import changes
+from ...plan.scores import choose_score_mode
 from ...problem import Problem
 from ...rules import heads, mask, scores, sequence, softmax, split, work
 from ...rules.window import Window
-from ..launch import MAX_INT, SIZES, Launch, where
+from ..launch import MAX_INT, SIZES, Launch, output_strides
 from ..portable.attend import attend
-from ..portable.loads import KeysValues, Strides, config, hinted, load_rows, sequence_start
+from ..portable.loads import (
+    KeysValues,
+    Strides,
+    config,
+    hint_divisibility,
+    load_rows,
+    sequence_start,
+)
 from . import stream_k
 
 
@@ -44,7 +51,7 @@ class Tensors(NamedTuple):
     stride_table: Any
 
 
-class Parts(NamedTuple):
+class Partials(NamedTuple):
     """Where results go that are no whole, for `combine.py` to fold."""
 
     numbers: Any  # fp32: outputs [slots, rows, D], maxima, sums; None where there are none
@@ -52,7 +59,7 @@ class Parts(NamedTuple):
     rows: Any  # of a slot
 
 
-class Piece(NamedTuple):
+class DecodeTile(NamedTuple):
     """A block of rows of one KV head, and some of the key tiles that its sequence sees."""
 
     b: Any
@@ -61,63 +68,63 @@ class Piece(NamedTuple):
     low: Any  # its key tiles
     high: Any
     whole: Any  # whether they are all
-    slot: Any  # of `Parts`, else
+    slot: Any  # of `Partials`, else
 
 
 @triton.jit
-def slope_of(b, head, row_ok, given):
+def slope_of(b, head, row_ok, inputs):
     """ALiBi's slopes of rows' heads [M, 1]."""
-    slopes = given.alibi_slopes + b.to(tl.int64) * given.stride_slopes + head
+    slopes = inputs.alibi_slopes + b.to(tl.int64) * inputs.stride_slopes + head
     return tl.load(slopes, mask=row_ok, other=0.0)[:, None]
 
 
 @triton.jit
-def sink_of(head, row_ok, whole, given):
+def sink_of(head, row_ok, whole, inputs):
     """The sinks of rows' heads, -inf for parts, to which `combine` adds them."""
-    sink = tl.load(given.s_aux + head, mask=row_ok, other=0.0).to(tl.float32)
+    sink = tl.load(inputs.s_aux + head, mask=row_ok, other=0.0).to(tl.float32)
     return tl.where(whole, sink, float("-inf"))
 
 
 @triton.jit
 def decode_tiles(
-    piece, group, tensors, parts, batch, given, C: tl.constexpr, SCORE_MOD: tl.constexpr
+    work_tile, group, tensors, partials, batch, inputs, C: tl.constexpr, SCORE_MOD: tl.constexpr
 ):
-    """Attention of a `Piece`, to out and lse if it is the whole, else to its slot of the parts."""
+    """Attention of a `DecodeTile`, to out and lse if it is whole, else to its slot of partials."""
     BLOCK_M: tl.constexpr = C.BLOCK_M
     BLOCK_N: tl.constexpr = C.BLOCK_N
     D_V: tl.constexpr = C.D_V
     lengths, s = batch.lengths, tensors.strides
     # Which keys are mine, and which rows? Row r is query token r // group of head r % group in the
     # KV head's group.
-    mine = stream_k.key_range(piece.b, batch, BLOCK_N)
+    mine = stream_k.key_range(work_tile.b, batch, BLOCK_N)
     rows_q, length_k = mine.rows_q, mine.length_k
     first_key = lengths.cache_leftpad
     if lengths.cache_leftpad is not None:
-        first_key = sequence.first_key(piece.b, lengths.cache_leftpad, length_k)
+        first_key = sequence.first_key(work_tile.b, lengths.cache_leftpad, length_k)
     window = Window(length_k - rows_q, batch.left, batch.right, first_key, length_k)
     rows = rows_q * group
     local = tl.arange(0, BLOCK_M)
-    row = piece.block * BLOCK_M + local
+    row = work_tile.block * BLOCK_M + local
     i, member = heads.unpack(row, group)
-    head_k = piece.head_k.to(tl.int64)
+    head_k = work_tile.head_k.to(tl.int64)
     head = head_k * group + member
 
-    first = piece.block * BLOCK_M // group
-    last = tl.minimum((piece.block * BLOCK_M + BLOCK_M - 1) // group, rows_q - 1)
-    seen = mask.key_tiles(first, last, window, BLOCK_N)
-    begin = tl.maximum(seen.begin, mine.begin + piece.low * BLOCK_N)
-    end = tl.minimum(seen.end, mine.begin + piece.high * BLOCK_N)
-    seen = mask.KeyBlocks(begin, seen.clear_begin, seen.clear_end, end)
+    first = work_tile.block * BLOCK_M // group
+    last = tl.minimum((work_tile.block * BLOCK_M + BLOCK_M - 1) // group, rows_q - 1)
+    seen = mask.n_block_range(first, last, window, BLOCK_N)
+    begin = tl.maximum(seen.begin, mine.begin + work_tile.low * BLOCK_N)
+    end = tl.minimum(seen.end, mine.begin + work_tile.high * BLOCK_N)
+    seen = mask.KeyBlocks(begin, seen.full_begin, seen.full_end, end)
 
-    slope, sink = given.alibi_slopes, given.s_aux
-    if given.alibi_slopes is not None:
-        slope = slope_of(piece.b, head, row < rows, given)
-    if given.s_aux is not None:
-        sink = sink_of(head, row < rows, piece.whole, given)
-    modification = scores.Modification(given.factor, given.softcap, slope, given.aux)
-    scoring = scores.Scoring(given.scale, piece.b, head[:, None], modification)
+    slope, sink = inputs.alibi_slopes, inputs.s_aux
+    if inputs.alibi_slopes is not None:
+        slope = slope_of(work_tile.b, head, row < rows, inputs)
+    if inputs.s_aux is not None:
+        sink = sink_of(head, row < rows, work_tile.whole, inputs)
+    modification = scores.Modification(inputs.factor, inputs.softcap, slope, inputs.aux)
+    scoring = scores.Scoring(inputs.scale, work_tile.b, head[:, None], modification)
 
-    b = piece.b.to(tl.int64)
+    b = work_tile.b.to(tl.int64)
     q, out, lse = tensors.q, tensors.out, tensors.lse
     if lengths.cu_seqlens_q is not None:
         q += tl.cast(mine.first_q, tl.int64) * s.q_t
@@ -145,10 +152,10 @@ def decode_tiles(
     m, l, o = attend(m, l, o, q_tile, i, seen, True, at, window, scoring, C, SCORE_MOD)
     if len(l.shape) == 2:
         l = tl.sum(l, 1)
-    o, lse_tile = softmax.finish(m, l, o, given.scale, sink)
+    o, lse_tile = softmax.finish(m, l, o, inputs.scale, sink)
     d_v = tl.arange(0, D_V)
     wanted = (row < rows)[:, None] & (d_v < C.HEAD_DIM_V)[None, :]
-    if piece.whole:
+    if work_tile.whole:
         out += b * s.o_b
         tl.store(
             out + (i.to(tl.int64) * s.o_t + head * s.o_h)[:, None] + d_v[None, :],
@@ -158,30 +165,31 @@ def decode_tiles(
         if lse is not None:
             lse_rows = lse + b * tensors.stride_lse_b + head * tensors.stride_lse_h + i
             tl.store(lse_rows, lse_tile, mask=row < rows)
-    elif parts.numbers is not None:
-        place = piece.slot.to(tl.int64) * parts.rows + local
-        tl.store(parts.numbers + place[:, None] * C.HEAD_DIM_V + d_v[None, :], o, mask=wanted)
-        all_rows = parts.slots.to(tl.int64) * parts.rows
-        maxima = parts.numbers + all_rows * C.HEAD_DIM_V
+    elif partials.numbers is not None:
+        place = work_tile.slot.to(tl.int64) * partials.rows + local
+        tl.store(partials.numbers + place[:, None] * C.HEAD_DIM_V + d_v[None, :], o, mask=wanted)
+        all_rows = partials.slots.to(tl.int64) * partials.rows
+        maxima = partials.numbers + all_rows * C.HEAD_DIM_V
         tl.store(maxima + place, m, mask=row < rows)
         tl.store(maxima + all_rows + place, l, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def decode_kernel(
-    q, k, v, out, lse, parts, owners, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table,
+    q, k, v, out, lse, partials, fixup,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table,
     cache_batch_idx, cache_leftpad, alibi_slopes, s_aux, aux,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
     stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
     stride_lse_b, stride_lse_h, stride_table,
-    batch, nheads_k, group, splits, split_tiles, slots, part_rows,
+    batch, nheads_k, group, splits, split_tiles, slots, partial_rows,
     seqlen_q, seqlen_k, total_q, total_k, num_pages, cache_rows, scale, left, right, appended,
     stride_slopes, factor, softcap,
-    C: tl.constexpr, SCORE_MOD: tl.constexpr, SHARES: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr, SCORE_MOD: tl.constexpr, STREAM_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:  # `combine` may take its place as soon as there is room, and waits there
         gdc_launch_dependents()
-    strides = hinted(
+    strides = hint_divisibility(
         Strides(
             stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
             stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
@@ -197,11 +205,11 @@ def decode_kernel(
     )
     tensors = Tensors(q, at, out, lse, strides, stride_lse_b, stride_lse_h, stride_table)
     sequences = stream_k.Batch(batch, lengths, left, right)
-    given = scores.Inputs(scale, factor, softcap, aux, alibi_slopes, stride_slopes, s_aux)
-    left_over = Parts(parts, slots, part_rows)
+    inputs = scores.Inputs(scale, factor, softcap, aux, alibi_slopes, stride_slopes, s_aux)
+    partials_ = Partials(partials, slots, partial_rows)
     program = tl.program_id(0)
     blocks = tl.cdiv(seqlen_q * group, C.BLOCK_M)
-    if SHARES:
+    if STREAM_K:
         # Programs of one share stand side by side, so that all heads of a key are read together.
         block = program % blocks
         head_k = program // blocks % nheads_k
@@ -220,14 +228,14 @@ def decode_kernel(
             if begins & (high < tiles):  # goes on in the next shares
                 crossed = split.share_of(before + tiles - 1, total, cuts) - share + 1
                 crossed = tl.minimum(crossed, cuts - share)
-                tl.store(owners + 2 * program, b)
+                tl.store(fixup + 2 * program, b)
             slot = 2 * program + begins.to(tl.int32)
-            piece = Piece(b, head_k, block, low, high, begins & (high == tiles), slot)
-            decode_tiles(piece, group, tensors, left_over, sequences, given, C, SCORE_MOD)
+            work_tile = DecodeTile(b, head_k, block, low, high, begins & (high == tiles), slot)
+            decode_tiles(work_tile, group, tensors, partials_, sequences, inputs, C, SCORE_MOD)
             before += tiles
             tile += high - low
             b += 1
-        tl.store(owners + 2 * program + 1, crossed)
+        tl.store(fixup + 2 * program + 1, crossed)
     else:
         part = program % splits
         block = program // splits % blocks
@@ -238,37 +246,37 @@ def decode_kernel(
         if size == 0:
             size = tl.cdiv(tiles, splits)
         low, high = split.part(tiles, size, part)
-        piece = Piece(b, head_k, block, low, high, splits == 1, program)
-        decode_tiles(piece, group, tensors, left_over, sequences, given, C, SCORE_MOD)
+        work_tile = DecodeTile(b, head_k, block, low, high, splits == 1, program)
+        decode_tiles(work_tile, group, tensors, partials_, sequences, inputs, C, SCORE_MOD)
 
 
 POINTERS = (
-    "q", "k", "v", "out", "lse", "parts", "owners", "cu_seqlens_q", "cu_seqlens_k", "seqused_q",
+    "q", "k", "v", "out", "lse", "partials", "fixup", "cu_seqlens_q", "cu_seqlens_k", "seqused_q",
     "seqused_k", "block_table", "cache_batch_idx", "cache_leftpad", "alibi_slopes", "s_aux", "aux",
 )  # fmt: skip
 
 
 def workspace(p: Problem, plan: Decode) -> dict[str, int]:
-    """Elements of `parts` (fp32: outputs [slots, rows, D], maxima, sums) and `owners` (int32).
+    """Elements of `partials` (fp32: outputs [slots, rows, D], maxima, sums) and `fixup` (int32).
 
     owners says for each program which sequence begins in its share and goes on in the next, and
     how many shares that lies in; 0 if there is none.
     """
-    elements = {"owners": 2 * plan.programs} if plan.shares else {}
-    elements["parts"] = plan.slots * plan.rows * (p.v.shape[-1] + 2)
-    return elements if elements["parts"] else {}
+    elements = {"fixup": 2 * plan.programs} if plan.stream_k else {}
+    elements["partials"] = plan.slots * plan.rows * (p.v.shape[-1] + 2)
+    return elements if elements["partials"] else {}
 
 
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode) -> Launch:
     """The launch that writes attention of p to out and lse, or to parts where keys are split."""
-    tiles, change = plan.tiles, changes(p)
+    tiles, score_mode = plan.tiles, choose_score_mode(p)
     total_k = MAX_INT if p.page_size else p.k.shape[0]
     constants = (
-        *strides(p.q), *strides(p.k), *strides(p.v), *where(p, out, lse),
+        *strides(p.q), *strides(p.k), *strides(p.v), *output_strides(p, out, lse),
         p.batch, p.k.shape[-2], p.group, plan.splits, plan.split_tiles, plan.slots,
         plan.rows, p.seqlen_q, p.seqlen_k, p.q.shape[0], total_k, p.k.shape[0], p.cache_rows,
-        change.scale, p.left, p.right, p.appended, *change.numbers,
-        config(p, out, tiles, change.way), p.scores.score_mod, plan.shares, plan.overlapped,
+        score_mode.scale, p.left, p.right, p.appended, *score_mode.numbers,
+        config(p, out, tiles, score_mode.mode), p.scores.score_mod, plan.stream_k, plan.overlapped,
     )  # fmt: skip
     return Launch(
         decode_kernel, plan.programs, POINTERS, constants, tiles.num_warps, tiles.num_stages,

@@ -45,14 +45,14 @@ def key_range(b, batch, BLOCK_N: tl.constexpr):
         first_q, rows_q = sequence.query_span(b, lengths.cu_seqlens_q, lengths.total_q)
         rows_q = tl.minimum(rows_q, lengths.seqlen_q)
         rows_q = sequence.used_queries(b, lengths.seqused_q, rows_q)
-    first_k, length_k = work.keys(b, lengths, rows_q)
+    first_k, length_k = work.key_span(b, lengths, rows_q)
     if lengths.cache_batch_idx is not None:
         length_k = work.cache_row(b, lengths, length_k)[1]
     first_key = lengths.cache_leftpad
     if lengths.cache_leftpad is not None:
         first_key = sequence.first_key(b, lengths.cache_leftpad, length_k)
     window = Window(length_k - rows_q, batch.left, batch.right, first_key, length_k)
-    seen = mask.key_tiles(0, rows_q - 1, window, BLOCK_N)
+    seen = mask.n_block_range(0, rows_q - 1, window, BLOCK_N)
     tiles = tl.maximum((seen.end - seen.begin) // BLOCK_N, 1)
     return KeyRange(first_q, rows_q, first_k, length_k, seen.begin, tiles)
 

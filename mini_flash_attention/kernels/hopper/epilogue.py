@@ -22,31 +22,32 @@ class Stores(NamedTuple):
     stride_lse_h: Any
     # Of parts.
     total: Any
-    part_rows: Any
+    partial_rows: Any
 
 
 class Tile(NamedTuple):
     """What a consumer has to know of a tile of work once its rows are done."""
 
-    tiles: Any  # of keys
+    num_blocks: Any  # of keys
     first: Any  # the consumer's first row in the sequence
     rows_q: Any
     b: Any
     head: Any
-    place: Any  # of a part, or the sequence's first row
+    row_offset: Any  # of a part, or the sequence's first row
     first_q: Any  # the consumer's first row in all of q, or in the sequence if it is a part
 
 
 @gluon.jit
-def tile_of(turns, turn, which: gl.constexpr, C: gl.constexpr):
+def tile_of(sched, work_idx, which: gl.constexpr, C: gl.constexpr):
     """Read where it is needed, instead of held in registers all along."""
-    tiles = scheduler.word(turns, turn, scheduler.TILES)
-    first = scheduler.word(turns, turn, scheduler.FIRST) + 64 * which
-    rows_q = scheduler.word(turns, turn, scheduler.ROWS_Q)
-    b, head = scheduler.word(turns, turn, scheduler.B), scheduler.word(turns, turn, scheduler.HEAD)
-    place = scheduler.word(turns, turn, scheduler.FIRST_Q)
-    first_q = first if C.SPLIT else place + first
-    return Tile(tiles, first, rows_q, b, head, place, first_q)
+    num_blocks = scheduler.load_field(sched, work_idx, scheduler.NUM_BLOCKS)
+    first = scheduler.load_field(sched, work_idx, scheduler.FIRST_ROW) + 64 * which
+    rows_q = scheduler.load_field(sched, work_idx, scheduler.ROWS_Q)
+    b = scheduler.load_field(sched, work_idx, scheduler.BATCH)
+    head = scheduler.load_field(sched, work_idx, scheduler.HEAD)
+    row_offset = scheduler.load_field(sched, work_idx, scheduler.ROW_OFFSET)
+    first_q = first if C.SPLIT else row_offset + first
+    return Tile(num_blocks, first, rows_q, b, head, row_offset, first_q)
 
 
 @gluon.constexpr_function
@@ -73,53 +74,57 @@ def store_rows(rows, o, wanted, HEAD_DIM: gl.constexpr):
 @gluon.jit
 def fits_tma(tile, C: gl.constexpr):
     """Whether TMA may write all 64 rows: it stops at a tensor's end, not a sequence's."""
-    THROUGH: gl.constexpr = C.THROUGH and not C.SPLIT
-    return THROUGH & (tile.tiles > 0) & ((not C.PACKED) | (tile.first + 64 <= tile.rows_q))
+    TMA_EPILOGUE: gl.constexpr = C.TMA_EPILOGUE and not C.SPLIT
+    return (
+        TMA_EPILOGUE & (tile.num_blocks > 0) & ((not C.PACKED) | (tile.first + 64 <= tile.rows_q))
+    )
 
 
 @gluon.jit
 def store_tma(o, shared, worked, which: gl.constexpr, tile, stores, C: gl.constexpr):
     """Write 64 rows through the place of their queries, which nobody reads any more."""
-    place = shared.q.tiles.index(pipeline.q_place(shared.q, worked, which, C.CONSUMERS))
-    place.reshape([64, C.D]).store(o.to(stores.o_desc.dtype))
+    buffer = shared.q.tiles.index(pipeline.q_stage(shared.q, worked, which, C.CONSUMERS))
+    buffer.reshape([64, C.D]).store(o.to(stores.o_desc.dtype))
     fence_async_shared()
     b = 0 if C.PACKED else tile.b
-    tma_store(stores.o_desc, [b, tile.first_q // C.GROUP, tile.head * C.GROUP, 0], place)
+    tma_store(stores.o_desc, [b, tile.first_q // C.GROUP, tile.head * C.GROUP, 0], buffer)
 
 
 @gluon.jit
-def store(o, m, l, lse_tile, which: gl.constexpr, done, again, tile, rows, stores, C: gl.constexpr):
+def store(o, m, l, lse_tile, which: gl.constexpr, done, redo, tile, rows, stores, C: gl.constexpr):
     """Write 64 rows, unless they are `done`, and their LSE; or a part for `combine.py` to fold.
-    Nothing if the tile of work is wanted `again`.
+    Nothing if the tile is to be done again (`redo`).
     """
     HEAD_DIM: gl.constexpr = C.HEAD_DIM
     GROUP: gl.constexpr = C.GROUP
     b, head = tile.b.to(gl.int64), tile.head.to(gl.int64) * GROUP
     row = gl.arange(0, 64, gl.SliceLayout(1, pipeline.accumulator(C.D)))
-    writable = row < scheduler.word(rows.turns, rows.turn, scheduler.WRITABLE) - tile.first
-    if C.FAST:
-        writable &= not again
+    writable = (
+        row < scheduler.load_field(rows.sched, rows.work_idx, scheduler.WRITABLE) - tile.first
+    )
+    if C.SKIP_MAX:
+        writable &= not redo
     t, member = heads.unpack(tile.first_q + row, GROUP)
     if not done:
         if C.SPLIT:
             base = stores.out
-            at = tile.place.to(gl.int64) * stores.part_rows + 64 * which + row
-            all_rows = pipeline.here(stores.total).to(gl.int64) * stores.part_rows
+            at = tile.row_offset.to(gl.int64) * stores.partial_rows + 64 * which + row
+            all_rows = pipeline.no_hoist(stores.total).to(gl.int64) * stores.partial_rows
             gl.store(base + all_rows * HEAD_DIM + at, m, mask=writable)
             gl.store(base + all_rows * (HEAD_DIM + 1) + at, l, mask=writable)
             at *= HEAD_DIM
         else:
-            base = stores.out + b * pipeline.here(stores.stride_o_b)
-            base += head * pipeline.here(stores.stride_o_h)
-            at = t.to(gl.int64) * pipeline.here(stores.stride_o_t)
+            base = stores.out + b * pipeline.no_hoist(stores.stride_o_b)
+            base += head * pipeline.no_hoist(stores.stride_o_h)
+            at = t.to(gl.int64) * pipeline.no_hoist(stores.stride_o_t)
             if GROUP > 1:
-                at += member.to(gl.int64) * pipeline.here(stores.stride_o_h)
+                at += member.to(gl.int64) * pipeline.no_hoist(stores.stride_o_h)
             mine = row < tile.rows_q - tile.first
             o = gl.where(gl.expand_dims(mine, 1), o, 0.0)
             lse_tile = gl.where(mine, lse_tile, float("-inf"))
         store_rows(tl.multiple_of(base + at, 16), o, writable, HEAD_DIM)  # bytes, as TMA wants too
     if stores.lse is not None:
-        base = stores.lse + b * pipeline.here(stores.stride_lse_b)
-        base += head * pipeline.here(stores.stride_lse_h)
-        at = t + member * pipeline.here(stores.stride_lse_h) if GROUP > 1 else t
+        base = stores.lse + b * pipeline.no_hoist(stores.stride_lse_b)
+        base += head * pipeline.no_hoist(stores.stride_lse_h)
+        at = t + member * pipeline.no_hoist(stores.stride_lse_h) if GROUP > 1 else t
         gl.store(base + at, lse_tile, mask=writable)

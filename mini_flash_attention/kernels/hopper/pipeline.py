@@ -7,12 +7,12 @@ from ..gluon import fence_async_shared, gl, gluon, mbarrier, tma_load
 
 STAGES = gl.constexpr(2)  # tiles in a ring
 # The hardware has 16 named barriers. Triton takes the first few itself, 8 to 15 are free.
-K_FREED, V_FREED = gl.constexpr(8), gl.constexpr(10)  # and the next: a place in a ring is free
-TURN = gl.constexpr(12)  # and those after: a consumer's turn to issue
-ONE = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
-FOUR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-FOUR_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))
+K_EMPTY, V_EMPTY = gl.constexpr(8), gl.constexpr(10)  # and the next: a place in a ring is free
+WARP_SCHEDULER_BARRIER = gl.constexpr(12)  # and those after: a consumer's turn to issue
+ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+FOUR_WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+FOUR_WARPS_2D = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+ONE_WARP_2D = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))
 
 
 @gluon.constexpr_function
@@ -21,47 +21,47 @@ def accumulator(columns):
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
-class Queries(NamedTuple):
-    """Q tiles, which consumers take in turn, a barrier for each that it is free, and `arrival`s."""
+class QBuffers(NamedTuple):
+    """Q tiles, which consumers take in turn, a barrier for each that it is free, and `q_full`s."""
 
     tiles: Any
     full: Any
-    free: Any
+    empty: Any
 
 
 @gluon.jit
-def q_place(queries, worked, which, CONSUMERS: gl.constexpr):
+def q_stage(queries, worked, which, CONSUMERS: gl.constexpr):
     """Where a consumer's queries lie: consumers take places in turn."""
     return (worked * CONSUMERS + which) % queries.tiles.shape[0]
 
 
 @gluon.jit
-def arrival(queries, worked, which, CONSUMERS: gl.constexpr):
+def q_full(queries, worked, which, CONSUMERS: gl.constexpr):
     """What says that a consumer's queries are there. Its own, in every second turn with any work:
     where two share one, the first to wait could take the other's turn for its own.
     """
     return queries.full.index(worked % 2 * CONSUMERS + which)
 
 
-class Ring(NamedTuple):
+class Pipeline(NamedTuple):
     """Tiles that the producer fills in turn. The n-th lies in place n % STAGES.
 
-    `full` says that a tile is there; that a place is free again, the named barriers from `freed`
+    `full` says that a tile is there; that a place is free again, the named barriers from `empty`
     on: to arrive at one costs a consumer less than an mbarrier, for which its warps have to meet.
     """
 
     tiles: Any
     full: Any
-    freed: Any
+    empty: Any
 
 
 class Shared(NamedTuple):
     """What producer and consumers hand each other in shared memory."""
 
-    q: Any  # `Queries`
-    k: Any  # `Ring`
-    v: Any  # `Ring`
-    turns: Any  # `scheduler.Turns`
+    q: Any  # `QBuffers`
+    k: Any  # `Pipeline`
+    v: Any  # `Pipeline`
+    sched: Any  # `scheduler.TileScheduler`
 
 
 @gluon.jit
@@ -81,34 +81,34 @@ def named_barrier(OPERATION: gl.constexpr, barrier, THREADS: gl.constexpr):
 
 
 @gluon.jit
-def my_turn(which: gl.constexpr, CONSUMERS: gl.constexpr):
+def warp_scheduler_barrier_sync(which: gl.constexpr, CONSUMERS: gl.constexpr):
     """Where there are three, wait until the consumer before has issued its products."""
     if CONSUMERS == 3:
-        named_barrier("sync", TURN + which, 256)
+        named_barrier("sync", WARP_SCHEDULER_BARRIER + which, 256)
 
 
 @gluon.jit
-def your_turn(which: gl.constexpr, CONSUMERS: gl.constexpr):
+def warp_scheduler_barrier_arrive(which: gl.constexpr, CONSUMERS: gl.constexpr):
     if CONSUMERS == 3:
-        named_barrier("arrive", TURN + (which + 1) % CONSUMERS, 256)
+        named_barrier("arrive", WARP_SCHEDULER_BARRIER + (which + 1) % CONSUMERS, 256)
 
 
 @gluon.jit
-def here(x):
+def no_hoist(x):
     """The integer x, of which nothing is worked out before: that would take registers all along."""
     x = gl.to_tensor(x)
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
 
 
 @gluon.jit
-def place(n):
+def stage_of(n):
     """Where in a ring the n-th tile lies. Products wait for this: n % STAGES takes longer."""
     return n & STAGES - 1
 
 
 @gluon.jit
-def tile(ring, n):
-    return ring.tiles.index(place(n))
+def stage_tile(pipe, n):
+    return pipe.tiles.index(stage_of(n))
 
 
 class Source(NamedTuple):
@@ -145,59 +145,59 @@ def load_tile(desc, source, start, tile, barrier, wanted, C: gl.constexpr):
 
 
 @gluon.jit
-def fill(ring, n, desc, source, start, wanted, C: gl.constexpr):
+def load_stage(pipe, n, desc, source, start, wanted, C: gl.constexpr):
     """Load the n-th tile of a ring, once its place is free."""
     stage = n % STAGES
     if wanted and n >= STAGES:
-        named_barrier("sync", ring.freed + stage, 128 * C.CONSUMERS + 32)
-    load_tile(desc, source, start, tile(ring, n), ring.full.index(stage), wanted, C)
+        named_barrier("sync", pipe.empty + stage, 128 * C.CONSUMERS + 32)
+    load_tile(desc, source, start, stage_tile(pipe, n), pipe.full.index(stage), wanted, C)
 
 
 @gluon.jit
-def fill_part(ring, n, desc, source, start, low, times, C: gl.constexpr):
-    """`fill`, with zeros outside the keys low..seqlen_k: a weight of 0 does not hide what is NaN.
+def load_stage_zero_tail(pipe, n, desc, source, start, low, times, C: gl.constexpr):
+    """`load_stage` for V, with zeros outside the keys low..seqlen_k: 0 times NaN is NaN.
 
     The producer waits for the load at the ring's last barrier, which it has used `times` times.
     """
     stage = n % STAGES
     if n >= STAGES:
-        named_barrier("sync", ring.freed + stage, 128 * C.CONSUMERS + 32)
-    tile = ring.tiles.index(stage)
-    load_tile(desc, source, start, tile, ring.full.index(STAGES), True, C)
-    mbarrier.wait(ring.full.index(STAGES), times & 1)
+        named_barrier("sync", pipe.empty + stage, 128 * C.CONSUMERS + 32)
+    tile = pipe.tiles.index(stage)
+    load_tile(desc, source, start, tile, pipe.full.index(STAGES), True, C)
+    mbarrier.wait(pipe.full.index(STAGES), times & 1)
     low, high = low - start, source.seqlen_k - start
     N: gl.constexpr = tile.shape[1]
     D: gl.constexpr = tile.shape[3]
     for first in gl.static_range(0, N, 8):
         if (first < low) | (first + 8 > high):
-            row = here(first) + gl.arange(0, 8, gl.SliceLayout(1, ROWS))
+            row = no_hoist(first) + gl.arange(0, 8, gl.SliceLayout(1, ONE_WARP_2D))
             keep = gl.expand_dims((row >= low) & (row < high), 1)
             for column in gl.static_range(0, D, 64):  # few registers
                 part = tile.reshape([N, D]).slice(first, 8).slice(column, 64, 1)
-                x = part.load(ROWS)
+                x = part.load(ONE_WARP_2D)
                 part.store(gl.where(keep, x, 0.0).to(x.dtype))
     fence_async_shared()
-    mbarrier.arrive(ring.full.index(stage))
+    mbarrier.arrive(pipe.full.index(stage))
 
 
 @gluon.jit
-def filled(ring, n, wanted):
+def consumer_wait(pipe, n, wanted):
     """Wait until the n-th tile is there, if it is wanted."""
-    mbarrier.wait(ring.full.index(place(n)), n // STAGES & 1, pred=wanted)
+    mbarrier.wait(pipe.full.index(stage_of(n)), n // STAGES & 1, pred=wanted)
 
 
 @gluon.jit
-def free(ring, n, CONSUMERS: gl.constexpr):
+def consumer_release(pipe, n, CONSUMERS: gl.constexpr):
     """A consumer has read the n-th tile."""
-    named_barrier("arrive", ring.freed + place(n), 128 * CONSUMERS + 32)
+    named_barrier("arrive", pipe.empty + stage_of(n), 128 * CONSUMERS + 32)
 
 
 @gluon.jit
-def pass_by(which: gl.constexpr, keys, values, n, CONSUMERS: gl.constexpr):
+def skip_block(which: gl.constexpr, keys, values, n, CONSUMERS: gl.constexpr):
     """A consumer frees the n-th tile without a look, when it is there: the place is one before."""
-    filled(keys, n, True)
-    my_turn(which, CONSUMERS)
-    your_turn(which, CONSUMERS)
-    free(keys, n, CONSUMERS)
-    filled(values, n, True)
-    free(values, n, CONSUMERS)
+    consumer_wait(keys, n, True)
+    warp_scheduler_barrier_sync(which, CONSUMERS)
+    warp_scheduler_barrier_arrive(which, CONSUMERS)
+    consumer_release(keys, n, CONSUMERS)
+    consumer_wait(values, n, True)
+    consumer_release(values, n, CONSUMERS)

@@ -1,84 +1,88 @@
 """Tiles of work on their way from the Hopper kernel's producer to its consumers, and back.
 
-The producer tells of a tile in a turn. Two turns at most are under way. A consumer whose rows have
-outgrown their reference (`softmax.outgrown`) wants the tile again, and gets it two turns later, or
-next if there is no other work.
+The producer writes what the consumers need to know of a work tile to shared memory, into one of two
+slots. A consumer whose sums overflow (`softmax.sums_overflow`) asks for the tile again by a REDO
+field, and gets it two work tiles later, or next if there is no other work.
 """
 
 from typing import Any, NamedTuple
 
 from ..gluon import gl, gluon, mbarrier
-from .pipeline import FOUR, ONE
+from .pipeline import FOUR_WARPS, ONE_WARP
 
 
-class Turns(NamedTuple):
-    """WORDS numbers for each of two turns; what says that they are there, and are done with."""
+class TileScheduler(NamedTuple):
+    """NUM_FIELDS integers for each of two slots, with the barriers that say full and empty."""
 
-    words: Any
+    fields: Any
     full: Any
     empty: Any
 
 
 # What the words are, and, said by each consumer, whether it wants the tile of work again.
 (
-    B, HEAD, FIRST_Q, ROWS_Q, WRITABLE, FIRST, LENGTH_K, BEGIN, TILES, NUMBER, AGAIN,
+    BATCH, HEAD, ROW_OFFSET, ROWS_Q, WRITABLE, FIRST_ROW, LENGTH_K, BEGIN, NUM_BLOCKS, TILE_IDX,
+    REDO,
 ) = map(gl.constexpr, range(11))  # fmt: skip
-WORDS = gl.constexpr(AGAIN.value + 3)
+NUM_FIELDS = gl.constexpr(REDO.value + 3)
 
 
 @gluon.jit
-def say(turns, turn, n, word, LAYOUT: gl.constexpr):
-    turns.words.index(turn % 2 * WORDS + n).store(
-        gl.full([1], gl.to_tensor(word), gl.int32, LAYOUT)
+def store_field(sched, work_idx, n, value, LAYOUT: gl.constexpr):
+    sched.fields.index(work_idx % 2 * NUM_FIELDS + n).store(
+        gl.full([1], gl.to_tensor(value), gl.int32, LAYOUT)
     )
 
 
 @gluon.jit
-def word(turns, turn, n, LAYOUT: gl.constexpr = FOUR):
-    return gl.max(turns.words.index(turn % 2 * WORDS + n).load(LAYOUT), 0)
+def load_field(sched, work_idx, n, LAYOUT: gl.constexpr = FOUR_WARPS):
+    return gl.max(sched.fields.index(work_idx % 2 * NUM_FIELDS + n).load(LAYOUT), 0)
 
 
 @gluon.jit
-def ended(turns, turn, C: gl.constexpr):
+def producer_acquire(sched, work_idx, C: gl.constexpr):
     """Wait until the consumers are through with the turn two before; whether one wants it again."""
-    mbarrier.wait(turns.empty.index(turn % 2), (turn // 2 & 1) ^ 1)
-    again = turn < 0
-    for c in gl.static_range(C.CONSUMERS if C.FAST else 0):
-        again |= word(turns, turn, AGAIN + c, ONE) > 0
-    return again
+    mbarrier.wait(sched.empty.index(work_idx % 2), (work_idx // 2 & 1) ^ 1)
+    redo = work_idx < 0
+    for c in gl.static_range(C.CONSUMERS if C.SKIP_MAX else 0):
+        redo |= load_field(sched, work_idx, REDO + c, ONE_WARP) > 0
+    return redo
 
 
 @gluon.jit
-def take(turns, turn, number, total, C: gl.constexpr):
+def next_work_tile(sched, work_idx, number, total, C: gl.constexpr):
     """The tile of work for this turn, and whether it is one again and not the `number`-th.
 
-    C.FAST: whether any can be wanted again. Where there is no more work, so can the last turn's.
+    Only with C.SKIP_MAX is one done again. At the end of all work the last tile may be, too.
     """
-    again = ended(turns, turn, C)
-    mine = gl.where(again, word(turns, turn, NUMBER, ONE), number) if C.FAST else number
-    if C.FAST and mine >= total:
-        again = ended(turns, turn + 1, C)
-        mine = gl.where(again, word(turns, turn + 1, NUMBER, ONE), number)
+    redo = producer_acquire(sched, work_idx, C)
+    mine = number
+    if C.SKIP_MAX:
+        mine = gl.where(redo, load_field(sched, work_idx, TILE_IDX, ONE_WARP), number)
+    if C.SKIP_MAX and mine >= total:
+        redo = producer_acquire(sched, work_idx + 1, C)
+        mine = gl.where(redo, load_field(sched, work_idx + 1, TILE_IDX, ONE_WARP), number)
         for c in gl.static_range(C.CONSUMERS):
-            say(turns, turn, AGAIN + c, word(turns, turn + 1, AGAIN + c, ONE), ONE)
-            say(turns, turn + 1, AGAIN + c, 0, ONE)
-    return mine, again
+            asked = load_field(sched, work_idx + 1, REDO + c, ONE_WARP)
+            store_field(sched, work_idx, REDO + c, asked, ONE_WARP)
+            store_field(sched, work_idx + 1, REDO + c, 0, ONE_WARP)
+    return mine, redo
 
 
 @gluon.jit
-def tell(turns, turn, words):
+def producer_commit(sched, work_idx, fields):
     """The producer, who has taken the turn, hands its words to the consumers."""
-    for n in gl.static_range(AGAIN):
-        say(turns, turn, n, words[n], ONE)
-    mbarrier.arrive(turns.full.index(turn % 2))
+    for n in gl.static_range(REDO):
+        store_field(sched, work_idx, n, fields[n], ONE_WARP)
+    mbarrier.arrive(sched.full.index(work_idx % 2))
 
 
 @gluon.jit
-def hear(turns, turn):
+def consumer_wait(sched, work_idx):
     """A consumer waits for them; it may read them until it says that it has heard."""
-    mbarrier.wait(turns.full.index(turn % 2), turn // 2 & 1)
+    mbarrier.wait(sched.full.index(work_idx % 2), work_idx // 2 & 1)
 
 
 @gluon.jit
-def heard(turns, turn):
-    mbarrier.arrive(turns.empty.index(turn % 2))
+def consumer_release(sched, work_idx):
+    mbarrier.arrive(sched.empty.index(work_idx % 2))

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from ...rules import mask
-from ...rules.scores import modified
+from ...rules.scores import modify
 from ...rules.window import Window
 from ..gluon import gl, gluon
 from . import scheduler
@@ -21,14 +21,14 @@ class Rows(NamedTuple):
     registers all along.
     """
 
-    turns: Any
-    turn: Any
+    sched: Any
+    work_idx: Any
     which: Any
     left: Any  # of the window
     right: Any
 
 
-class Weighing(NamedTuple):
+class Exponent(NamedTuple):
     """Weights are 2^(s * factor - reference)."""
 
     factor: Any
@@ -67,14 +67,14 @@ def scaling(count):
 
 
 @gluon.jit
-def scaled(o, alpha):
+def rescale_if_any(o, alpha):
     """o [64, D] times alpha [64, 1], none of it above 1, by the warps where some of it is below."""
     PTX: gl.constexpr = scaling(o.shape[1] // 2)
     return gl.inline_asm_elementwise(PTX[0], PTX[1], [o, alpha], gl.float32, False, PTX[2])
 
 
 @gluon.jit
-def sums(p, BLOCK_N: gl.constexpr):
+def row_sums(p, BLOCK_N: gl.constexpr):
     """Sums [64, 4] of what one thread holds of a row; the four are added at the end."""
     return gl.sum(gl.sum(gl.reshape(p, [64, BLOCK_N // 8, 4, 2]), 3), 1)
 
@@ -86,48 +86,50 @@ def by_row(x, like):
 
 
 @gluon.jit
-def by_place(s, start, BLOCK_N: gl.constexpr):
+def accumulator_view(s, start, BLOCK_N: gl.constexpr):
     """Scores [64, BLOCK_N / 8, 4, 2] with their rows i and keys: start + n, `start` a tile.
 
     Of key 8 a + 2 b + c a thread knows a and c when it is compiled: b goes to the start.
     """
-    pieces = gl.reshape(s, [64, BLOCK_N // 8, 4, 2])
-    rest: gl.constexpr = gl.SliceLayout(3, pieces.type.layout)
+    view = gl.reshape(s, [64, BLOCK_N // 8, 4, 2])
+    rest: gl.constexpr = gl.SliceLayout(3, view.type.layout)
     a = gl.arange(0, BLOCK_N // 8, gl.SliceLayout(0, gl.SliceLayout(2, rest)))
     b = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, rest)))
-    c = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, pieces.type.layout))))
+    c = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, view.type.layout))))
     i = gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, rest)))
     n = 8 * a[None, :, None, None] + c[None, None, None, :]
-    return pieces, i[:, None, None, None], (start + 2 * b)[None, None, :, None], n
+    return view, i[:, None, None, None], (start + 2 * b)[None, None, :, None], n
 
 
 @gluon.jit
-def as_before(pieces, s):
-    """What `by_place` cut apart, laid out like s."""
-    return gl.convert_layout(gl.reshape(pieces, s.shape), s.type.layout, assert_trivial=True)
+def from_view(view, s):
+    """What `accumulator_view` cut apart, laid out like s."""
+    return gl.convert_layout(gl.reshape(view, s.shape), s.type.layout, assert_trivial=True)
 
 
 @gluon.jit
-def masked(s, start, rows, C: gl.constexpr):
+def mask_scores(s, start, rows, C: gl.constexpr):
     """Scores with -inf where the query of a row does not see the key; keys from `start`."""
-    length_k = scheduler.word(rows.turns, rows.turn, scheduler.LENGTH_K)
-    diagonal = length_k - scheduler.word(rows.turns, rows.turn, scheduler.ROWS_Q) // C.GROUP
-    first = scheduler.word(rows.turns, rows.turn, scheduler.FIRST) + 64 * rows.which
-    pieces, i, shift, n = by_place(s, start, C.BLOCK_N)
+    length_k = scheduler.load_field(rows.sched, rows.work_idx, scheduler.LENGTH_K)
+    diagonal = (
+        length_k - scheduler.load_field(rows.sched, rows.work_idx, scheduler.ROWS_Q) // C.GROUP
+    )
+    first = scheduler.load_field(rows.sched, rows.work_idx, scheduler.FIRST_ROW) + 64 * rows.which
+    view, i, shift, n = accumulator_view(s, start, C.BLOCK_N)
     i = (first + i) // C.GROUP - shift
     window = Window(diagonal, rows.left, rows.right, None, length_k - shift)
-    return as_before(gl.where(mask.sees(i, n, window), pieces, float("-inf")), s)
+    return from_view(gl.where(mask.is_visible(i, n, window), view, float("-inf")), s)
 
 
 @gluon.jit
-def rescale(m, s, tilt, scale, LAZY: gl.constexpr):
+def rescale(m, s, bias, scale, LAZY_RESCALE: gl.constexpr):
     """`softmax.rescale` with one instruction an element fewer: scale and subtract in one.
 
-    Returns m, alpha, and what `weights` makes weights of: scores, factor, reference.
+    Returns m, alpha, and what `exp2_scores` makes weights of: scores, factor, reference.
 
-    LAZY: m follows a row's maximum only where it has grown by more than SLACK, so that most tiles
-    leave what was summed before as it is (an idea of FlashAttention-4).
-    tilt: None, or what `tilted` says is still to be added to the scores.
+    LAZY_RESCALE: m follows a row's maximum only where that has grown by more than SLACK, so that
+    most tiles leave o and l as they are (FlashAttention-4's conditional rescale).
+    tilt: None, or what `alibi_bias` says is still to be added to the scores.
 
     A row begins with m = LOWEST, so that m is a number. What is subtracted, m times a factor, is
     rounded. Inside a tile all weights share that, and it cancels; between tiles with different
@@ -137,42 +139,42 @@ def rescale(m, s, tilt, scale, LAZY: gl.constexpr):
     with which nothing is rounded, and m * factor lies between 2^26 and 2^27. A score one rounding
     below the maximum weighs 2^-8 or less there.
     """
-    if tilt is None:
+    if bias is None:
         top = gl.max(s, 1)
     else:
-        pieces = gl.reshape(s, [64, s.shape[1] // 8, 4, 2])
-        top = gl.max(gl.max(gl.max(pieces, 3), 1) + tilt, 1)
+        view = gl.reshape(s, [64, s.shape[1] // 8, 4, 2])
+        top = gl.max(gl.max(gl.max(view, 3), 1) + bias, 1)
         top = gl.convert_layout(top, m.type.layout, assert_trivial=True)
-    m_new = gl.where(top > m + SLACK / scale, top, m) if LAZY else gl.maximum(m, top)
+    m_new = gl.where(top > m + SLACK / scale, top, m) if LAZY_RESCALE else gl.maximum(m, top)
     # Where scores should be higher, it is lower instead.
-    reference = m_new if tilt is None else by_row(m_new, tilt) - tilt
+    reference = m_new if bias is None else by_row(m_new, bias) - bias
     exponent = reference.to(gl.int32, bitcast=True) & 0x7F800000
     power = (((127 + 26 + 127 << 23) - 2**32) - exponent).to(gl.float32, bitcast=True)
     factor = gl.where(gl.abs(reference) > LARGE / scale, power, scale)
     alpha = gl.exp2((m - m_new) * scale)
     reference = gl.expand_dims(reference * factor, 1)
     factor = gl.expand_dims(factor, 1)
-    if tilt is not None:
-        s, factor, reference = pieces, gl.expand_dims(factor, 3), gl.expand_dims(reference, 3)
+    if bias is not None:
+        s, factor, reference = view, gl.expand_dims(factor, 3), gl.expand_dims(reference, 3)
     return m_new, alpha, s, factor, reference
 
 
 @gluon.jit
-def weights(s, factor, reference, SCORES: gl.constexpr, like):
+def exp2_scores(s, factor, reference, SCORE_MODE: gl.constexpr, like):
     """2^(s * factor - reference), laid out like `like`."""
-    p = exp2(s * factor) if SCORES == "bounded" else gl.exp2(s * factor - reference)
-    return as_before(p, like) if len(p.shape) == 4 else p
+    p = exp2(s * factor) if SCORE_MODE == "bounded" else gl.exp2(s * factor - reference)
+    return from_view(p, like) if len(p.shape) == 4 else p
 
 
 @gluon.jit
-def moved(l, o, alpha, LAZY: gl.constexpr):
+def rescale_o(l, o, alpha, LAZY_RESCALE: gl.constexpr):
     """Sums over earlier tiles, to the new reference."""
-    o = scaled(o, by_row(alpha, o)) if LAZY else o * by_row(alpha, o)
+    o = rescale_if_any(o, by_row(alpha, o)) if LAZY_RESCALE else o * by_row(alpha, o)
     return l * by_row(alpha, l), o
 
 
 @gluon.jit
-def outgrown(m, l, o, rows, scale, WINDOW: gl.constexpr):
+def sums_overflow(m, l, o, rows, scale, WINDOW: gl.constexpr):
     """Whether any of the first so many rows has outgrown its reference m, in l or in o.
 
     Nor can those do without maxima whose factor is not the scale (`rescale`). Behind a window's
@@ -189,66 +191,67 @@ def outgrown(m, l, o, rows, scale, WINDOW: gl.constexpr):
 
 
 @gluon.jit
-def tilted(s, first, start, changes, BLOCK_N: gl.constexpr):
+def alibi_bias(s, first, start, modification, BLOCK_N: gl.constexpr):
     """ALiBi of queries from `first`: scores, and what `rescale` is still to add to them, [64, 4].
 
     Before all of the queries, or after them, it is linear in the key: of a thread's part of a row
     all but slope * key inside the tile is the same, and left to the maximum. Keys are counted from
     the one next to the queries, where scores are largest and no digit may be lost.
     """
-    pieces, i, shift, n = by_place(s, start, BLOCK_N)
-    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, pieces.type.layout))
+    view, i, shift, n = accumulator_view(s, start, BLOCK_N)
+    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, view.type.layout))
     row = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
     column = gl.expand_dims(2 * gl.arange(0, 4, gl.SliceLayout(0, layout)), 0)
-    slope = changes.slope * changes.factor
-    tilt = slope * (start - first + column - row).to(gl.float32)
+    slope = modification.slope * modification.factor
+    bias = slope * (start - first + column - row).to(gl.float32)
     if (start < first + 64) & (start + BLOCK_N > first):
-        pieces = modified(pieces, 0, 0, first + i, shift, n, changes, "linear", None)
-        tilt = gl.zeros_like(tilt)
+        view = modify(view, 0, 0, first + i, shift, n, modification, "linear", None)
+        bias = gl.zeros_like(bias)
     elif start < first:
-        pieces = pieces + slope * (n - BLOCK_N).to(gl.float32)
-        tilt += slope * BLOCK_N
+        view = view + slope * (n - BLOCK_N).to(gl.float32)
+        bias += slope * BLOCK_N
     else:
-        pieces = pieces - slope * n.to(gl.float32)
-        tilt = -tilt
-    return as_before(pieces, s), tilt
+        view = view - slope * n.to(gl.float32)
+        bias = -bias
+    return from_view(view, s), bias
 
 
 @gluon.jit
-def weighed(
-    m, s, weighing, start, cut, exact, first, rows, scoring, C: gl.constexpr,
+def softmax_step(
+    m, s, exponent, start, partial, exact, first, rows, scoring, C: gl.constexpr,
     SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
-    """`rescale` of what becomes of scores of queries from `first` and keys from `start`, with the
-    mask where it is `cut`. A tile that is not `exact`, and not cut, goes by the `Weighing` of the
-    one before.
+    """Modify a block of scores, mask it if it is `partial`, and find its new maxima: (m, alpha, the
+    scores, their `Exponent`). A block that is not `exact` keeps the `Exponent` of the one before.
+
+    first: where the first of the queries stands. start: the block's first key.
     """
-    SCORES: gl.constexpr = C.SCORES
-    LAZY: gl.constexpr = C.LAZY
-    changes = scoring.modification
-    factor, reference = weighing.factor, weighing.reference
-    tilt = None
-    if SCORES == "linear":
-        s, tilt = tilted(s, first, start, changes, C.BLOCK_N)
-    elif SCORE_MOD is not None or changes.slope is not None:
-        pieces, i, shift, n = by_place(s, start, C.BLOCK_N)
-        pieces = modified(
-            pieces, scoring.b, scoring.head, first + i, shift, n, changes, SCORES, SCORE_MOD
+    SCORE_MODE: gl.constexpr = C.SCORE_MODE
+    LAZY_RESCALE: gl.constexpr = C.LAZY_RESCALE
+    modification = scoring.modification
+    factor, reference = exponent.factor, exponent.reference
+    bias = None
+    if SCORE_MODE == "linear":
+        s, bias = alibi_bias(s, first, start, modification, C.BLOCK_N)
+    elif SCORE_MOD is not None or modification.slope is not None:
+        view, i, shift, n = accumulator_view(s, start, C.BLOCK_N)
+        view = modify(
+            view, scoring.b, scoring.head, first + i, shift, n, modification, SCORE_MODE, SCORE_MOD
         )
-        s = as_before(pieces, s)
-    elif SCORES != "":
-        s = modified(s, 0, 0, 0, 0, 0, changes, SCORES, SCORE_MOD)
+        s = from_view(view, s)
+    elif SCORE_MODE != "":
+        s = modify(s, 0, 0, 0, 0, 0, modification, SCORE_MODE, SCORE_MOD)
     alpha = m
     if exact:
-        if cut:
-            s = masked(s, start, rows, C)
-        if SCORES != "bounded":
-            m, alpha, s, factor, reference = rescale(m, s, tilt, scoring.scale, LAZY)
-    return m, alpha, s, Weighing(factor, reference)
+        if partial:
+            s = mask_scores(s, start, rows, C)
+        if SCORE_MODE != "bounded":
+            m, alpha, s, factor, reference = rescale(m, s, bias, scoring.scale, LAZY_RESCALE)
+    return m, alpha, s, Exponent(factor, reference)
 
 
 @gluon.jit
-def narrowed(p, like):
+def convert_p(p, like):
     """p in the dtype of `like`, neighbours together. Left to itself LLVM at times pairs others."""
     BF16: gl.constexpr = like.dtype == gl.bfloat16
     PTX: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if BF16 else "cvt.rn.f16x2.f32 $0, $2, $1;"

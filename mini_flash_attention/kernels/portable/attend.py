@@ -8,7 +8,7 @@ from .loads import find_pages, load_rows, rows, slots
 
 
 @triton.jit
-def in_a_window(real, j, i, window):
+def in_any_window(real, j, i, window):
     """Which of the real keys j may be read: what lies before every window of the queries i may be
     someone else's by now.
     """
@@ -21,13 +21,13 @@ def in_a_window(real, j, i, window):
 @triton.jit
 def attend(
     m, l, o, q, i,  # [M], [M] or [M, N], [M, D], [M, D], [M]
-    tiles, CUT: tl.constexpr, at, window, scoring, C: tl.constexpr, SCORE_MOD: tl.constexpr,
+    tiles, PARTIAL: tl.constexpr, at, window, scoring, C: tl.constexpr, SCORE_MOD: tl.constexpr,
 ):  # fmt: skip
     """Lines 7 to 11 of Algorithm 1 over the keys tiles.begin..tiles.end.
 
-    at: `KeysValues`. CUT: the mask cuts tiles, but none of clear_begin..clear_end. C.TWINS: the
+    at: `KeysValues`. PARTIAL: whether any of the blocks may need a mask. C.SHARED_KV_OFFSETS: the
     offsets of k serve v too. l is a sum per row, or one per row and column where summing over the
-    columns would wait for other warps in every tile.
+    columns would wait for other warps in every block.
     """
     if C.PAGE_SIZE:  # looked up a tile ahead, so that no load of keys waits for the block table
         page, there = find_pages(tiles.begin, window.seqlen_k, at, C)
@@ -37,7 +37,7 @@ def attend(
             slot = slots(start, C)
             offset_k = page * at.page_stride_k + slot * at.stride_k
             offset_v = offset_k
-            if not C.TWINS:
+            if not C.SHARED_KV_OFFSETS:
                 offset_v = page * at.page_stride_v + slot * at.stride_v
             real = there & (j < window.seqlen_k)
             page, there = find_pages(start + C.BLOCK_N, window.seqlen_k, at, C)
@@ -45,21 +45,21 @@ def attend(
             real = j < window.seqlen_k
             offset_k = rows(start, at.stride_k, C)
             offset_v = offset_k
-            if not C.TWINS:
+            if not C.SHARED_KV_OFFSETS:
                 offset_v = rows(start, at.stride_v, C)
-        if CUT and window.left is not None:
-            real = in_a_window(real, j, i, window)
-        WHOLE: tl.constexpr = not (CUT or C.PAGE_SIZE)
+        if PARTIAL and window.left is not None:
+            real = in_any_window(real, j, i, window)
+        WHOLE: tl.constexpr = not (PARTIAL or C.PAGE_SIZE)
         k = load_rows(at.k, offset_k, real, WHOLE, C.HEAD_DIM, C.D)  # [N, D]
         s = tl.dot(q, k.T)  # S = Q Kᵀ  [M, N]
-        s = scores.modified(
+        s = scores.modify(
             s, scoring.b, scoring.head, i[:, None] + window.diagonal, start,
-            tl.arange(0, C.BLOCK_N)[None, :], scoring.modification, C.SCORES, SCORE_MOD,
+            tl.arange(0, C.BLOCK_N)[None, :], scoring.modification, C.SCORE_MODE, SCORE_MOD,
         )  # fmt: skip
-        if CUT:
-            if (start < tiles.clear_begin) | (start >= tiles.clear_end):
-                s = tl.where(mask.sees(i[:, None], j[None, :], window), s, float("-inf"))
-        if C.SCORES == "bounded":
+        if PARTIAL:
+            if (start < tiles.full_begin) | (start >= tiles.full_end):
+                s = tl.where(mask.is_visible(i[:, None], j[None, :], window), s, float("-inf"))
+        if C.SCORE_MODE == "bounded":
             p = tl.exp2(s * scoring.scale)
             l += tl.sum(p, 1)
         else:

@@ -11,13 +11,13 @@ import triton.language as tl
 
 from ...plan.forward import Forward
 from ...plan.layout import strides
-from ...plan.scores import changes
+from ...plan.scores import choose_score_mode
 from ...problem import Problem
 from ...rules import heads, mask, scores, sequence, softmax, work
 from ...rules.window import Window
-from ..launch import MAX_INT, SIZES, Launch, where
+from ..launch import MAX_INT, SIZES, Launch, output_strides
 from .attend import attend
-from .loads import KeysValues, Strides, config, hinted, load_rows, sequence_start
+from .loads import KeysValues, Strides, config, hint_divisibility, load_rows, sequence_start
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -28,12 +28,12 @@ def forward_kernel(
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
     stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
     stride_lse_b, stride_lse_h, stride_table,
-    batch, nheads, group, tiles, per_group,
+    batch, nheads, group, num_m_blocks, l2_group,
     seqlen_q, seqlen_k, total_q, total_k, num_pages, cache_rows,
     scale, left, right, appended, stride_slopes, factor, softcap,
     C: tl.constexpr, SCORE_MOD: tl.constexpr,
 ):  # fmt: skip
-    strides = hinted(
+    strides = hint_divisibility(
         Strides(
             stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
             stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
@@ -48,14 +48,14 @@ def forward_kernel(
     D_V: tl.constexpr = C.D_V
 
     # Which rows are mine?
-    table = work.Grid(batch, nheads, tiles, per_group)
-    mine = work.queries(tl.program_id(0), lengths, table, BLOCK_M)
+    table = work.Grid(batch, nheads, num_m_blocks, l2_group)
+    mine = work.work_tile(tl.program_id(0), lengths, table, BLOCK_M)
     b = mine.b.to(tl.int64)
     head = mine.head
     i = mine.first + tl.arange(0, BLOCK_M)
 
     # Which keys are theirs?
-    first_k, length_k = work.keys(b, lengths, mine.rows_q)
+    first_k, length_k = work.key_span(b, lengths, mine.rows_q)
     row_k, first_key = b, cache_leftpad
     if cache_batch_idx is not None:
         row_k, length_k = work.cache_row(b, lengths, length_k)
@@ -80,25 +80,27 @@ def forward_kernel(
         k, v, strides.k_t, strides.v_t, strides.k_b, strides.v_b, block_table, num_pages
     )
 
-    m = tl.full([BLOCK_M], 0.0 if C.SCORES == "bounded" else float("-inf"), tl.float32)
+    m = tl.full([BLOCK_M], 0.0 if C.SCORE_MODE == "bounded" else float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     o = tl.zeros([BLOCK_M, D_V], tl.float32)
     window = Window(length_k - mine.rows_q, left, right, first_key, length_k)
-    seen = work.key_tiles(mine.first, mine.rows_q, window, BLOCK_M, C.BLOCK_N)
+    seen = work.n_block_range(mine.first, mine.rows_q, window, BLOCK_M, C.BLOCK_N)
     count = i
-    if C.SCORES == "bounded":  # here, for counting after the loop made ptxas serialise the products
-        count = mask.count(i, window)
+    if (
+        C.SCORE_MODE == "bounded"
+    ):  # here, for counting after the loop made ptxas serialise the products
+        count = mask.num_visible(i, window)
     # With cut tiles on both sides one loop, or three would drain the pipeline three times.
     if left is not None:
         m, l, o = attend(m, l, o, q_tile, i, seen, True, at, window, scoring, C, SCORE_MOD)
     else:
-        clear = mask.KeyBlocks(seen.begin, seen.clear_begin, seen.clear_end, seen.clear_end)
+        clear = mask.KeyBlocks(seen.begin, seen.full_begin, seen.full_end, seen.full_end)
         m, l, o = attend(m, l, o, q_tile, i, clear, False, at, window, scoring, C, SCORE_MOD)
-        cut = mask.KeyBlocks(seen.clear_end, 0, 0, seen.end)
-        m, l, o = attend(m, l, o, q_tile, i, cut, True, at, window, scoring, C, SCORE_MOD)
+        partial = mask.KeyBlocks(seen.full_end, 0, 0, seen.end)
+        m, l, o = attend(m, l, o, q_tile, i, partial, True, at, window, scoring, C, SCORE_MOD)
 
-    if C.SCORES == "bounded":
-        o = o * softmax.unrounded(l, count, q.dtype.element_ty)[:, None]
+    if C.SCORE_MODE == "bounded":
+        o = o * softmax.unround_single_keys(l, count, q.dtype.element_ty)[:, None]
     o, lse_tile = softmax.finish(m, l, o, scale, sink)
     if cu_seqlens_q is not None:  # rows after the last sequence's end
         o = tl.where((i < mine.rows_q)[:, None], o, 0.0)
@@ -123,15 +125,17 @@ POINTERS = (
 
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forward) -> Launch:
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
-    tiles = plan.tiles
+    num_m_blocks = plan.tiles
     paged = p.block_table is not None
-    change = changes(p, "bounded")
+    score_mode = choose_score_mode(p, "bounded")
     constants = (
-        *strides(p.q), *strides(p.k), *strides(p.v), *where(p, out, lse),
-        p.batch, p.q.shape[-2], p.group, plan.rows, plan.per_group,
+        *strides(p.q), *strides(p.k), *strides(p.v), *output_strides(p, out, lse),
+        p.batch, p.q.shape[-2], p.group, plan.num_m_blocks, plan.l2_group,
         p.seqlen_q, p.seqlen_k, p.q.shape[0], MAX_INT if paged else p.k.shape[0], p.k.shape[0],
         p.cache_rows,
-        change.scale, p.left, p.right, p.appended, *change.numbers,
-        config(p, out, tiles, change.way), p.scores.score_mod,
+        score_mode.scale, p.left, p.right, p.appended, *score_mode.numbers,
+        config(p, out, num_m_blocks, score_mode.mode), p.scores.score_mod,
     )  # fmt: skip
-    return Launch(forward_kernel, plan.rows * plan.units, POINTERS, constants, *tiles[2:])
+    return Launch(
+        forward_kernel, plan.num_m_blocks * plan.batch_heads, POINTERS, constants, *num_m_blocks[2:]
+    )

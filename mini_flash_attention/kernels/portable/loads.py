@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ...plan.configs import Tiles
-from ...plan.layout import eights, padded, twins, wide
+from ...plan.layout import divisible_by_8, int64_offsets, padded, shared_kv_offsets
 from ...problem import Problem
 from ...rules import paging, scores
 
@@ -21,13 +21,13 @@ class Config(NamedTuple):
     D: Any  # columns of a tile that holds HEAD_DIM
     HEAD_DIM_V: Any
     D_V: Any
-    WIDE: Any
-    TWINS: Any
-    EIGHTS: Any
+    INT64_OFFSETS: Any
+    SHARED_KV_OFFSETS: Any
+    DIVISIBLE_BY_8: Any
     # the loop
     BLOCK_M: Any
     BLOCK_N: Any
-    SCORES: Any  # `scores.modified`
+    SCORE_MODE: Any  # `scores.modify`
 
     @classmethod
     def of(cls, *facts: Any) -> "Config":
@@ -35,13 +35,14 @@ class Config(NamedTuple):
         return cls(*(facts if scores.INTERPRETED.value else map(tl.constexpr, facts)))
 
 
-def config(p: Problem, out: torch.Tensor, tiles: Tiles, way: str) -> Config:
-    """What a kernel for p is compiled for; `way` is that of `launch.Changes`."""
+def config(p: Problem, out: torch.Tensor, tiles: Tiles, mode: str) -> Config:
+    """What a kernel for p is compiled for; `mode` is that of `launch.ScoreMode`."""
     head_dim, head_dim_v = p.q.shape[-1], p.v.shape[-1]
     return Config.of(
         p.page_size, head_dim, padded(head_dim, head_dim_v), head_dim_v,
-        padded(head_dim_v, head_dim), wide(p, tiles.block_n), twins(p, tiles.block_n),
-        eights(p.q, p.k, p.v, out), tiles.block_m, tiles.block_n, way,
+        padded(head_dim_v, head_dim), int64_offsets(p, tiles.block_n),
+        shared_kv_offsets(p, tiles.block_n),
+        divisible_by_8(p.q, p.k, p.v, out), tiles.block_m, tiles.block_n, mode,
     )  # fmt: skip
 
 
@@ -76,18 +77,18 @@ class KeysValues(NamedTuple):
 
 
 @triton.jit
-def in_eights(b, t, h, EIGHTS: tl.constexpr):
-    """Strides, which the compiler sees to be multiples of 8 if EIGHTS (`launch.eights`)."""
-    return (b // 8 * 8, t // 8 * 8, h // 8 * 8) if EIGHTS else (b, t, h)
+def as_multiples_of_8(b, t, h, DIVISIBLE_BY_8: tl.constexpr):
+    """The same strides, in a form that tells the compiler that they are multiples of 8."""
+    return (b // 8 * 8, t // 8 * 8, h // 8 * 8) if DIVISIBLE_BY_8 else (b, t, h)
 
 
 @triton.jit
-def hinted(s, C: tl.constexpr):
+def hint_divisibility(s, C: tl.constexpr):
     """The same `Strides`, for the compiler."""
-    q_b, q_t, q_h = in_eights(s.q_b, s.q_t, s.q_h, C.EIGHTS & 1)
-    k_b, k_t, k_h = in_eights(s.k_b, s.k_t, s.k_h, C.EIGHTS & 2)
-    v_b, v_t, v_h = in_eights(s.v_b, s.v_t, s.v_h, C.EIGHTS & 4)
-    o_b, o_t, o_h = in_eights(s.o_b, s.o_t, s.o_h, C.EIGHTS & 8)
+    q_b, q_t, q_h = as_multiples_of_8(s.q_b, s.q_t, s.q_h, C.DIVISIBLE_BY_8 & 1)
+    k_b, k_t, k_h = as_multiples_of_8(s.k_b, s.k_t, s.k_h, C.DIVISIBLE_BY_8 & 2)
+    v_b, v_t, v_h = as_multiples_of_8(s.v_b, s.v_t, s.v_h, C.DIVISIBLE_BY_8 & 4)
+    o_b, o_t, o_h = as_multiples_of_8(s.o_b, s.o_t, s.o_h, C.DIVISIBLE_BY_8 & 8)
     return Strides(q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h)
 
 
@@ -129,7 +130,7 @@ def find_pages(start, seqlen_k, at, C: tl.constexpr):
     else:
         entry = at.block_table + (start + n) // C.PAGE_SIZE
         page, real = paging.lookup(entry, start + n < seqlen_k, at.num_pages)
-    return tl.cast(page, tl.int64) if C.WIDE else page, real
+    return tl.cast(page, tl.int64) if C.INT64_OFFSETS else page, real
 
 
 @triton.jit
@@ -142,17 +143,17 @@ def slots(start, C: tl.constexpr):
         slot = n % C.PAGE_SIZE
     else:
         slot = (start + n) % C.PAGE_SIZE
-    return tl.cast(slot, tl.int64) if C.WIDE else slot
+    return tl.cast(slot, tl.int64) if C.INT64_OFFSETS else slot
 
 
 @triton.jit
 def rows(start, stride, C: tl.constexpr):
     """Offsets of the keys start..start + BLOCK_N.
 
-    What is inside a tile fits in 32 bits unless WIDE, and then stays the same from tile to tile:
-    a tenth fewer instructions in the loop.
+    Offsets inside a block fit in 32 bits unless INT64_OFFSETS, and then stay the same from block to
+    block: a tenth fewer instructions in the loop.
     """
     n = tl.arange(0, C.BLOCK_N)
-    if C.WIDE:
+    if C.INT64_OFFSETS:
         return tl.cast(start + n, tl.int64) * stride
     return tl.cast(start, tl.int64) * stride + n * stride
