@@ -95,6 +95,20 @@ def margins_intact(x: torch.Tensor) -> bool:
     return bool(whole[: x.storage_offset()].isnan().all() and whole[end:].isnan().all())
 
 
+def between_margins(case: Case, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, LSE) of the call, of which nothing was written around the output."""
+    q = case.arguments["q"]
+    head_dim = case.rows[0][4].shape[-1] if case.rows else q.shape[-1]
+    out = margined((*q.shape[:-1], head_dim), q.dtype, str(q.device))
+    result, lse = case.run(out=out, **changes)
+    assert result is out and margins_intact(out)
+    return out, lse
+
+
+def ints(*numbers: Any, device: str = "cpu") -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
 def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     return torch.randn(shape, generator=generator).to(dtype).to(device)
 

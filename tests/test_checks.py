@@ -1,35 +1,17 @@
 """Checks of lengths and page numbers, and of Triton, that are off or out of sight in daily use."""
 
-import inspect
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from calls import described
+from cases import ints
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mini_flash_attention as mfa
-from mini_flash_attention import checks, problem
-
-FROM_ARGUMENTS = {
-    mfa.flash_attn_func: problem.dense,
-    mfa.flash_attn_varlen_func: problem.varlen,
-    mfa.flash_attn_with_kvcache: problem.kvcache,
-}
-
-
-def described(function, arguments):
-    """The Problem that a call becomes."""
-    call = inspect.signature(function).bind(**arguments)
-    call.apply_defaults()
-    of_two_names = ("learnable_sink", "page_table")
-    first_names = {n: x for n, x in call.arguments.items() if n not in of_two_names}
-    return FROM_ARGUMENTS[function](**first_names)
-
-
-def ints(*numbers):
-    return torch.tensor(numbers, dtype=torch.int32)
+from mini_flash_attention import checks
 
 
 def tokens(*shape):
@@ -89,123 +71,133 @@ def packed_paged_kvcache():
 CALLS = [varlen, paged_varlen, kvcache, paged_kvcache, packed_kvcache, packed_paged_kvcache]
 
 BAD = {
-    "27-start-q": (varlen, {"cu_seqlens_q": ints(1, 2, 5)}, "cu_seqlens_q: expected 0 .* got 1"),
-    "27-start-k": (varlen, {"cu_seqlens_k": ints(-1, 3, 7)}, "cu_seqlens_k: expected 0 .* got -1"),
-    "27-decreasing-q": (
+    "offsets-start-q": (
+        varlen, {"cu_seqlens_q": ints(1, 2, 5)}, "cu_seqlens_q: expected 0 .* got 1"
+    ),
+    "offsets-start-k": (
+        varlen, {"cu_seqlens_k": ints(-1, 3, 7)}, "cu_seqlens_k: expected 0 .* got -1"
+    ),
+    "offsets-decreasing-q": (
         varlen, {"cu_seqlens_q": ints(0, 4, 3)},
         "cu_seqlens_q: expected .*never decrease, got 3 after 4 in entry 2",
     ),
-    "27-decreasing-k-paged": (
+    "offsets-decreasing-k-paged": (
         paged_varlen, {"cu_seqlens_k": ints(0, 9, 1)},
         "cu_seqlens_k: expected .*never decrease, got 1 after 9 in entry 2",
     ),
-    "27-end-q": (
+    "offsets-end-q": (
         varlen, {"cu_seqlens_q": ints(0, 4, 7), "max_seqlen_q": 9},
         "cu_seqlens_q: expected an end at 6 tokens .*, got 7",
     ),
-    "27-end-k": (
+    "offsets-end-k": (
         varlen, {"cu_seqlens_k": ints(0, 4, 9), "max_seqlen_k": 9},
         "cu_seqlens_k: expected an end at 8 tokens .*, got 9",
     ),
-    "27-start-q-of-a-cache": (
+    "offsets-start-q-of-a-cache": (
         packed_kvcache, {"cu_seqlens_q": ints(1, 2, 5)}, "cu_seqlens_q: expected 0 .* got 1"
     ),
-    "27-end-q-of-a-cache": (
+    "offsets-end-q-of-a-cache": (
         packed_kvcache, {"cu_seqlens_q": ints(0, 3, 6)},
         "cu_seqlens_q: expected an end at 5 tokens .*, got 6",
     ),
-    "28-max-q": (varlen, {"max_seqlen_q": 2}, "max_seqlen_q: expected at least 3, got 2"),
-    "28-max-q-of-a-cache": (
+    "longest-q": (varlen, {"max_seqlen_q": 2}, "max_seqlen_q: expected at least 3, got 2"),
+    "longest-q-of-a-cache": (
         packed_kvcache, {"max_seqlen_q": 2}, "max_seqlen_q: expected at least 3, got 2"
     ),
-    "28-max-k": (varlen, {"max_seqlen_k": 3}, "max_seqlen_k: expected at least 4, got 3"),
-    "28-max-k-paged": (paged_varlen, {"max_seqlen_k": 7}, "max_seqlen_k: .*at least 8, got 7"),
-    "28-max-k-used": (
+    "longest-k": (varlen, {"max_seqlen_k": 3}, "max_seqlen_k: expected at least 4, got 3"),
+    "longest-k-paged": (paged_varlen, {"max_seqlen_k": 7}, "max_seqlen_k: .*at least 8, got 7"),
+    "longest-k-used": (
         paged_varlen, {"cu_seqlens_k": None, "seqused_k": ints(3, 7), "max_seqlen_k": 6},
         "max_seqlen_k: expected at least 7, got 6",
     ),
-    "32-row-past-the-cache": (
+    "rows-past-the-cache": (
         packed_kvcache, {"cache_batch_idx": ints(2, 3)},
         "cache_batch_idx: expected rows from 0 to 2, got 3 in entry 1",
     ),
-    "32-row-negative": (
+    "rows-negative": (
         packed_kvcache, {"cache_batch_idx": ints(-1, 0)},
         "cache_batch_idx: expected rows from 0 to 2, got -1 in entry 0",
     ),
-    "32-padding-negative": (
+    "padding-negative": (
         packed_paged_kvcache, {"cache_leftpad": ints(0, -1)},
         "cache_leftpad: expected 0 to the 3 keys of sequence 1, got -1 in entry 1",
     ),
-    "32-padding-past-the-keys": (
+    "padding-past-the-keys": (
         packed_kvcache, {"cache_leftpad": ints(8, 4)},
         "cache_leftpad: expected 0 to the 3 keys of sequence 1, got 4 in entry 1",
     ),
-    "32-padding-past-the-cache": (
+    "padding-past-the-cache": (
         kvcache, {"cache_leftpad": ints(0, 9), "cache_seqlens": None, "k": None, "v": None},
         "cache_leftpad: expected 0 to the 8 keys of sequence 1, got 9 in entry 1",
     ),
-    "33-page-past-the-pool": (
+    "page-past-the-pool": (
         paged_varlen, {"block_table": torch.tensor([[5, 0], [2, 6]]).int()},
         "block_table: expected pages from 0 to 5 for the 8 keys of sequence 1, got 6 in column 1",
     ),
-    "33-page-used-in-part": (
+    "page-used-in-part": (
         paged_varlen, {"cu_seqlens_k": ints(0, 3, 8), "block_table": ints(5, 9, 2, -1).view(2, 2)},
         "block_table: expected pages from 0 to 5 for the 5 keys of sequence 1, got -1 in column 1",
     ),
-    "33-page-negative": (
+    "page-negative": (
         paged_kvcache, {"block_table": torch.tensor([[5, -1], [2, -1]]).int()},
         "block_table: expected pages .* of sequence 0, got -1 in column 1",
     ),
-    "33-page-of-packed-new-keys": (
+    "page-of-packed-new-keys": (
         packed_paged_kvcache, {"cache_seqlens": ints(6, 2)},
         "block_table: expected pages from 0 to 5 for the 5 keys of sequence 1, got -1 in column 1",
     ),
-    "33-no-lengths-given": (paged_kvcache, {"cache_seqlens": 6}, "block_table: .* got -1"),
-    "34-negative": (kvcache, {"cache_seqlens": ints(6, -1)}, "cache_seqlens: .*got -1 in entry 1"),
-    "34-negative-seqused": (
+    "page-of-a-length-for-all": (paged_kvcache, {"cache_seqlens": 6}, "block_table: .* got -1"),
+    "lengths-negative": (
+        kvcache, {"cache_seqlens": ints(6, -1)}, "cache_seqlens: .*got -1 in entry 1"
+    ),
+    "seqused_k-negative": (
         paged_varlen, {"seqused_k": ints(-(2**31), 2)}, "seqused_k: expected 0 or more, got -2147"
     ),
-    "34-more-than-there-are": (
+    "seqused_q-more-than-there-are": (
+        varlen, {"seqused_q": ints(2, 4)},
+        "seqused_q: expected 0 to the 3 queries of sequence 1, got 4 in entry 1",
+    ),
+    "seqused_k-more-than-there-are": (
         varlen, {"seqused_k": ints(4, 4)}, "seqused_k: .*at most the 3 of cu_seqlens_k, got 4"
     ),
-    "35-past-the-cache": (
+    "room-past-the-cache": (
         kvcache, {"cache_seqlens": ints(0, 9), "k": None, "v": None},
         "cache_seqlens: expected at most the cache's 8 tokens, got 9$",
     ),
-    "35-append-past-the-cache": (
+    "room-append-past-the-cache": (
         kvcache, {"cache_seqlens": ints(0, 8)},
         "cache_seqlens: .* 8 tokens, got 10 .the keys to append count too",
     ),
-    "35-packed-append-past-the-cache": (
+    "room-packed-append-past-the-cache": (
         packed_kvcache, {"cache_seqlens": ints(7, 0)},
         "cache_seqlens: .* 8 tokens, got 9 .the keys to append count too",
     ),
-    "35-packed-append-of-the-longest": (
+    "room-packed-append-of-the-longest": (
         packed_kvcache, {"cache_seqlens": ints(6, 6)},
         "cache_seqlens: .* 8 tokens, got 9 .the keys to append count too",
     ),
-    "35-packed-append-past-the-table": (
+    "room-packed-append-past-the-table": (
         packed_paged_kvcache, {"cache_seqlens": ints(6, 6)},
         "block_table: expected columns for 9 tokens, got room for 8 .the keys to append",
     ),
-    "35-append-past-the-table": (
+    "room-append-past-the-table": (
         paged_kvcache, {"cache_seqlens": ints(8, 0)},
         "block_table: expected columns for 10 tokens, got room for 8 .the keys to append",
     ),
-    "35-past-the-table": (
+    "room-past-the-table": (
         paged_kvcache, {"cache_seqlens": ints(9, 0), "k": None, "v": None},
         "block_table: expected columns for 9 tokens, got room for 8$",
     ),
-    "40-keys-past-the-tables": (
+    "rotary-keys-past-the-tables": (
         packed_kvcache, dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(7, 4)),
         "rotary_cos: expected a table for the 8 positions of sequence 0, got 7",
     ),
-    "40-queries-past-the-tables": (
+    "rotary-queries-past-the-tables": (
         kvcache, dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(8, 4))
         | {"q": tokens(2, 4), "causal": True},
         "rotary_cos: expected a table for the 10 positions of sequence 0, got 8",
     ),
-    "40-a-length-for-all": (
+    "rotary-a-length-for-all": (
         kvcache, dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(5, 4))
         | {"cache_seqlens": 4},
         "rotary_cos: expected a table for the 6 positions of sequence 0, got 5",
@@ -262,7 +254,7 @@ def test_bad_numbers(name):
         checks.values(p)
 
 
-def test_49_refused_during_capture(monkeypatch):
+def test_refused_during_capture(monkeypatch):
     """A graph can't wait for a number. Fake tensors stand in for a GPU's."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with FakeTensorMode():
@@ -298,7 +290,7 @@ def test_switch(switch, refused):
         assert call.returncode == 0, call.stderr
 
 
-# -- Triton: case 45 of the list of inputs to refuse ----------------------------------------------
+# -- Triton, which may be missing or too old -------------------------------------------------------
 
 
 @pytest.fixture
@@ -314,7 +306,7 @@ def test_triton_of_this_environment_will_do(unseen_triton):
     checks.require_triton()
 
 
-def test_45_no_triton(monkeypatch, unseen_triton):
+def test_no_triton(monkeypatch, unseen_triton):
     monkeypatch.setitem(sys.modules, "triton", None)  # what makes `import triton` fail
     message = r"^mini_flash_attention: triton: expected 3\.6 or newer, got none \(pip install"
     with pytest.raises(ImportError, match=message):
@@ -325,7 +317,7 @@ def test_45_no_triton(monkeypatch, unseen_triton):
     ("version", "old"),
     [("2.3.1", True), ("3.5.1", True), ("3.6.0", False), ("3.10.0+git1", False), ("4.0", False)],
 )
-def test_45_version_of_triton(monkeypatch, unseen_triton, version, old):
+def test_version_of_triton(monkeypatch, unseen_triton, version, old):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", version)
     if old:

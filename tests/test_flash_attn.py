@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import ints
 
 import mini_flash_attention as mfa
 from mini_flash_attention import reference
@@ -1137,10 +1138,6 @@ def test_fa3_qkvpacked(meaning, packing):
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
     with pytest.raises(ValueError, match=r"flash_attn_qkvpacked_func: qkv: .* num_heads_q=3"):
         interface3.flash_attn_qkvpacked_func(qkv[:, :, :2], num_heads_q=3)
-
-
-def ints(*numbers):
-    return torch.tensor(numbers, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("meaning", MASKS)

@@ -1,5 +1,8 @@
 """The functions as operators: compiled, exported, counted, and none where nobody looks."""
 
+from functools import partial
+
+import cases
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,6 +18,7 @@ DEVICE, DTYPE = ("cuda", torch.float16) if GPU else ("cpu", torch.float32)
 OPS = torch.ops.mini_flash_attention
 # Code for the CPU would need a C++ compiler; what a graph holds is decided before.
 BACKEND = "inductor" if GPU else "aot_eager"
+ints = partial(cases.ints, device=DEVICE)
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="nothing new, slowly")
 
 
@@ -25,10 +29,6 @@ def fresh():
 
 def random(*shape):
     return torch.randn(*shape, device=DEVICE, dtype=DTYPE)
-
-
-def ints(*numbers):
-    return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
 
 
 def dense(tokens=8):
