@@ -14,6 +14,11 @@ from mini_flash_attention import dispatch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+if dispatch.INTERPRETED:
+    import interpreter
+
+    interpreter.hasten()
+
 
 @pytest.fixture
 def poisoned(monkeypatch):

@@ -29,6 +29,10 @@ try:
     import triton.language as tl
 except ImportError:  # the CPU runs functions as they are
     triton = tl = None
+if dispatch.INTERPRETED:
+    import interpreter
+
+    interpreter.hasten()
 
 COMBINATIONS = 96  # case n has combination n % 96, so that a GPU compiles few variants
 DECODING = 36  # these decode without any feature, the others are anything
