@@ -17,6 +17,9 @@ export OMP_WAIT_POLICY ?= passive
 # What also runs in Triton's interpreter.
 interpreted := tests/test_functions.py tests/test_features.py tests/test_language.py
 
+# What one change in one place is likely to break, without processes that take long to start.
+quick := $(patsubst %,tests/test_%.py,rules plan functions checks imports protocol refusals)
+
 # mypy reads a stub file instead of the module beside it, unless the module is named.
 stubbed := $(patsubst %.pyi,%.py,$(wildcard mini_flash_attention/*.pyi))
 
@@ -24,7 +27,7 @@ in_venv := $(VENV)/bin/python
 make_env := $(PYTHON) tools/make_env.py $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test compile bench clean
+.PHONY: help env demo quick test compile bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +37,10 @@ env: ## set up the environment and nothing else
 
 demo: env ## a language model answers prompts; arguments in ARGS='--prompt "Hello" --max-tokens 20'
 	@$(in_venv) examples/generate.py $(ARGS)
+
+quick: env ## rules, plan, functions, refusals and a dozen calls in the interpreter; a minute
+	OMP_NUM_THREADS=1 $(in_venv) -m pytest -n $(JOBS) --dist worksteal -q $(quick)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(in_venv) -m pytest -q -W ignore -m quick tests/test_features.py
 
 test: ## lint, format, types and every test this machine can run; twenty minutes
 	@$(make_env) $(TRITONS:%=--triton %)
