@@ -1376,8 +1376,9 @@ def test_combine_refuses():
 # -- transformers ---------------------------------------------------------------------------------
 
 TRANSFORMERS = """
-import sys, torch
-late, version = sys.argv[1] == "late", sys.argv[2]
+import importlib, inspect, sys, torch
+from mini_flash_attention import reference
+late, versions = sys.argv[1] == "late", sys.argv[2:]
 torch.cuda.is_available = lambda: True  # without a CUDA device transformers refuses before it looks
 from mini_flash_attention.integrations.flash_attn import install, uninstall
 if not late:
@@ -1404,23 +1405,26 @@ def results():
     return plain, padded, model.generate(ids, attention_mask=mask, **greedy)
 
 eager = results()
-model.set_attn_implementation("flash_attention_" + version)
-for a, b in zip(results(), eager, strict=True):
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-assert utils._flash_varlen_fn.__module__.startswith("mini_flash_attention.")
 
-import inspect
-from mini_flash_attention import reference
-# A step of continuous batching that only decodes: new keys go to the pages they belong to.
-# Older transformers have no pages in this function.
-if "block_table" in inspect.getsource(utils._flash_attention_forward):
+for version in versions:
+    implementation = "flash_attention_" + version
+    model.set_attn_implementation(implementation)
+    for a, b in zip(results(), eager, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    module = importlib.import_module({"2": "flash_attn", "3": "flash_attn_interface"}[version])
+    assert utils._flash_varlen_fn.__module__.startswith("mini_flash_attention.")
+    assert utils._flash_varlen_fn is module.flash_attn_varlen_func
+    # A step of continuous batching that only decodes: new keys go to the pages they belong to.
+    # Older transformers have no pages in this function.
+    if "block_table" not in inspect.getsource(utils._flash_attention_forward):
+        continue
     q, k, v = (torch.randn(1, 2, n, 16) for n in (4, 2, 2))
     pages = torch.randn(2, 6, 4, 2, 16)
     table = torch.tensor([[0, 2], [5, 1]], dtype=torch.int32)
     kept = torch.cat([pages[:, table[0].long()].flatten(1, 2)[:, :5],
                       pages[:, table[1].long()].flatten(1, 2)[:, :3]], 1)
     out = utils._flash_attention_forward(
-        q, k, v, None, 1, True, attn_implementation="flash_attention_" + version, block_table=table,
+        q, k, v, None, 1, True, attn_implementation=implementation, block_table=table,
         cu_seq_lens_q=torch.tensor([0, 1, 2], dtype=torch.int32),
         cu_seq_lens_k=torch.tensor([0, 6, 10], dtype=torch.int32),
         max_length_q=1, max_length_k=6, k_cache=pages[0], v_cache=pages[1],
@@ -1435,13 +1439,12 @@ assert not is_flash_attn_2_available()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["2", "3"])
-@pytest.mark.parametrize("when", ["early", "late"])
-def test_transformers_finds_flash_attention(version, when):
-    """Installed before transformers is imported and after."""
+@pytest.mark.parametrize(("when", "versions"), [("early", "23"), ("late", "32")])
+def test_transformers_finds_flash_attention(when, versions):
+    """Installed before transformers is imported and after; both versions, either first."""
     pytest.importorskip("transformers", "5.17")
     done = subprocess.run(
-        [sys.executable, "-c", TRANSFORMERS, when, version],
+        [sys.executable, "-c", TRANSFORMERS, when, *versions],
         env={"PYTHONPATH": ":".join(sys.path), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip

@@ -226,8 +226,11 @@ def test_fails():
 """
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "in parallel"])
-@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize(
+    ("workers", "failing"),
+    [([], False), (["-n", "2"], True)],
+    ids=["alone", "in parallel, with a failure"],
+)
 def test_skips_for_want_of_a_gpu_are_counted(tmp_path, workers, failing):
     """In two lines just before the last. The others are listed by name, as failures are."""
     tests = tmp_path / "tests"
