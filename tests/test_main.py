@@ -53,10 +53,18 @@ def test_without_a_gpu_the_cpu_path_is_checked():
         ("dense", 2, "^$", "error: unrecognized arguments: dense\n$"),
     ],
 )
-def test_arguments_are_answered_without_a_check(argument, status, out, error):
-    done = run(argument)
-    assert done.returncode == status
-    assert re.search(out, done.stdout) and re.search(error, done.stderr)
+def test_arguments_are_answered_without_a_check(argument, status, out, error, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([argument])
+    assert ended.value.code == status
+    said = capsys.readouterr()
+    assert re.search(out, said.out) and re.search(error, said.err)
+
+
+def test_a_process_has_the_arguments_and_gives_the_status():
+    done = run("dense")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.endswith("error: unrecognized arguments: dense\n")
 
 
 @pytest.fixture
