@@ -36,6 +36,25 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(dispatch, "_rooms", {})
 
 
+def pytest_collection_modifyitems(config, items):
+    """Of several processes each begins with its share of the slow tests.
+
+    They take from one another what is left, which should be short: the list is dealt out to them
+    in parts of one length.
+    """
+    processes = getattr(config, "workerinput", {"workercount": 1})["workercount"]
+    if processes == 1:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    rest = [item for item in items if not item.get_closest_marker("slow")]
+    part = -(-len(rest) // processes)
+    items[:] = [
+        item
+        for n in range(processes)
+        for item in slow[n::processes] + rest[n * part : (n + 1) * part]
+    ]
+
+
 # Reasons for skipping that hundreds of tests can have at a time.
 COUNTED = re.compile(r"needs .*GPUs?|one of three")
 
