@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import torch
 
-from .errors import invalid
+from .errors import wrong_value
 from .problem import Problem, Rotary
 from .settings import CHECK
 
@@ -53,7 +53,7 @@ def values(p: Problem) -> None:
 
 
 def _wrong(p: Problem, argument: str, expected: str, got: object, hint: str = "") -> NoReturn:
-    raise invalid(ValueError, p.function, argument, expected, got, hint)
+    raise wrong_value(p.function, argument, expected, got, hint)
 
 
 def _used(p: Problem) -> str:

@@ -9,6 +9,20 @@ def invalid(
     return error(f"{function}: {argument}: expected {expected}, got {got}{advice}")
 
 
+def wrong_type(
+    function: str, argument: str, expected: str, got: object, hint: str = ""
+) -> Exception:
+    """`invalid` as a TypeError."""
+    return invalid(TypeError, function, argument, expected, got, hint)
+
+
+def wrong_value(
+    function: str, argument: str, expected: str, got: object, hint: str = ""
+) -> Exception:
+    """`invalid` as a ValueError."""
+    return invalid(ValueError, function, argument, expected, got, hint)
+
+
 def not_implemented(function: str, argument: str, value: str) -> NotImplementedError:
     """The exception to raise for an argument that this package does not have yet."""
     return NotImplementedError(

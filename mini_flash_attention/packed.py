@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .api import Window, flash_attn_func, flash_attn_varlen_func
-from .errors import invalid
+from .errors import wrong_value
 from .validate.tensors import shape, strided
 
 
@@ -94,7 +94,7 @@ def _parts(function: str, name: str, x: Any, rank: int, parts: int) -> Any:
     if x.dim() != rank or x.shape[-3] != parts:
         outer = "batch, seqlen" if rank == 5 else "total"
         wanted = f"shape ({outer}, {parts}, heads, head_dim)"
-        raise invalid(ValueError, function, name, wanted, tuple(x.shape))
+        raise wrong_value(function, name, wanted, tuple(x.shape))
     return x.unbind(-3)
 
 
@@ -117,9 +117,9 @@ def merge_attention_states(
     for name, x in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
         strided(function, name, x)
         if x.device != out_a.device:
-            raise invalid(ValueError, function, name, f"a tensor on {out_a.device}", x.device)
+            raise wrong_value(function, name, f"a tensor on {out_a.device}", x.device)
     if out_a.dim() not in (3, 4):
-        raise invalid(ValueError, function, "out_a", "3 or 4 dimensions", tuple(out_a.shape))
+        raise wrong_value(function, "out_a", "3 or 4 dimensions", tuple(out_a.shape))
     *outer, nheads, _ = out_a.shape
     shape(function, "out_b", out_b, tuple(out_a.shape))
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):

@@ -1,20 +1,15 @@
 """Calls that are remembered: what was found out the first time, and how to follow it again."""
 
-import threading
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from . import plan, settings, triton_on_cpu
+from . import settings, triton_on_cpu
 from .entries import Entry
-from .errors import invalid
-from .plan import forward as forwarding
+from .errors import wrong_type
+from .kernels import workspace
 from .plan import gpu as gpus
-from .plan.decode import Decode
-from .plan.forward import Forward
-from .plan.gpu import Gpu
-from .plan.hopper import Hopper
 from .problem import Problem, empty_out
 from .validate.tensors import transformed
 
@@ -88,35 +83,6 @@ def look_up(entry: Entry, arguments: Arguments) -> tuple[Any, Recipe | None]:
         return None, None  # unhashable, or no plain tensor
 
 
-def _attention(
-    p: Problem, out: torch.Tensor, chosen: Forward | Hopper | Decode, gpu: Gpu
-) -> tuple["list[Launch]", dict[str, int]]:
-    """The launches of a plan, and the elements of their workspace."""
-    from .kernels.decode import combine, decode
-    from .kernels.portable import forward
-
-    lse = None if p.lse_shape is None else torch.empty(p.lse_shape, device="meta")
-    if isinstance(chosen, Decode):
-        launches, workspace = [decode.launch(p, out, lse, chosen)], decode.workspace(p, chosen)
-        if workspace:
-            launches.append(combine.launch(p, out, lse, chosen, p.group))
-        return launches, workspace
-    if isinstance(chosen, Forward):
-        return [forward.launch(p, out, lse, chosen)], {}
-    from .kernels.hopper import forward as hopper
-
-    fallback, combined, workspace = (
-        forward.launch(p, out, lse, forwarding.forward(p, gpu)),
-        None,
-        {},
-    )
-    if chosen.partials:
-        workspace = decode.workspace(p, chosen.partials)
-        combined = combine.launch(p, out, lse, chosen.partials, chosen.group)
-    launch = hopper.launch(p, out, lse, chosen, fallback, combined)
-    return [launch], {**workspace, "counter": 1}
-
-
 def make(entry: Entry, p: Problem, arguments: Arguments) -> Recipe:
     """Plan a call and make its launches."""
     settings.require_triton()
@@ -125,30 +91,20 @@ def make(entry: Entry, p: Problem, arguments: Arguments) -> Recipe:
         p = p._replace(scores=p.scores._replace(score_mod=score_mod))
     if settings.INTERPRETED and p.q.dtype is torch.bfloat16:
         wanted, hint = "float16 or float32 in Triton's interpreter", "its bf16 products are wrong"
-        raise invalid(TypeError, p.function, "q", wanted, p.q.dtype, hint)
-    from .kernels.cache import append
+        raise wrong_type(p.function, "q", wanted, p.q.dtype, hint)
+    from .kernels.attention import launches_of
 
-    gpu = gpus.gpu_of(p.q.device)
-    out = p.out if p.out is not None else empty_out(p.q, p.v.shape[-1], "meta")
-    launches = append.launches(p)
-    if p.rotary is not None:
-        p = p._replace(q=empty_out(p.q, device="meta"))
-    workspace, clears = dict[str, int](), False
-    if out.numel():
-        chosen = plan.attention(p, out, gpu, gluon=not settings.INTERPRETED)
-        clears = isinstance(chosen, Decode) and p.cu_seqlens_q is not None
-        more, workspace = _attention(p, out, chosen, gpu)
-        launches += more
+    launches, needed, clears = launches_of(p, gpus.gpu_of(p.q.device))
     head_dim = 0 if p.v.shape[-1] == p.q.shape[-1] else p.v.shape[-1]
     given = [name for name, x in arguments.items() if isinstance(x, torch.Tensor)]
     classes = {type(x) for x in (*map(arguments.get, given), *arguments["score_mod_args"])}
-    known = {name: name for name in (*given, "out", "lse", "aux", *workspace)}
+    known = {name: name for name in (*given, "out", "lse", "aux", *needed)}
     known |= {name: x if x in given else "nothing" for name, x in entry.tensors.items()}
     known |= {"given_q": "q", "q": "rotated_q"} if p.rotary else {}
     for launch in launches:
         launch.bind(known)
     return Recipe(
-        p.function, launches, p.lse_shape, workspace, head_dim, bool(p.rotary), clears,
+        p.function, launches, p.lse_shape, needed, head_dim, bool(p.rotary), clears,
         not classes <= OWN_MEMORY,
     )  # fmt: skip
 
@@ -173,36 +129,9 @@ def follow(recipe: Recipe, tensors: Arguments, keep: bool = True) -> Result:
             lse.fill_(float("-inf"))
     tensors |= {"lse": lse, "nothing": None, "aux": tensors["score_mod_args"] or None}
     if recipe.workspace:
-        _find_room(recipe.workspace, tensors, stream if keep else None)
+        workspace.find(recipe.workspace, tensors, stream if keep else None)
     if recipe.rotates:
         tensors["rotated_q"] = empty_out(q)
     for launch in recipe.launches:
         launch(tensors, stream)
     return out, lse
-
-
-_rooms: dict[Hashable, dict[str, torch.Tensor]] = {}
-MAX_ROOMS, MAX_KEPT = 16, 8 << 20  # elements of 4 bytes
-
-
-def _find_room(workspace: dict[str, int], tensors: Arguments, stream: int | None) -> None:
-    """Put a recipe's workspace among its tensors, and keep it for the next call.
-
-    The counter is a zero to draw tiles of work from, which a kernel leaves zero again. Kernels of
-    one stream run one after the other and share what is kept; threads don't, for their launches may
-    lie between one another's. A CUDA graph, which may be replayed on any stream, has its own.
-    """
-    room, device = {}, tensors["q"].device
-    if stream is not None and not torch.cuda.is_current_stream_capturing():
-        room = _rooms.setdefault((device, stream, threading.get_ident()), {})
-        if len(_rooms) > MAX_ROOMS:
-            _rooms.pop(list(_rooms)[0], None)  # noqa: RUF015 (another thread may add one meanwhile)
-    for name, elements in workspace.items():
-        x = room.get(name)
-        if x is None or x.numel() < elements:
-            make: Any = torch.zeros if name == "counter" else torch.empty
-            dtype = torch.float32 if name == "partials" else torch.int32
-            x = make(elements, dtype=dtype, device=device)
-            if elements <= MAX_KEPT:
-                room[name] = x
-        tensors[name] = x

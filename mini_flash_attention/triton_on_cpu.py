@@ -121,7 +121,9 @@ def load(pointer: Pointer, mask: Any = None, other: Any = None, **hints: Any) ->
 
     def read(index: torch.Tensor, there: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         index = torch.where(there.bool(), index, 0).long()
-        ends = [int(n) for n in index.aminmax()] if index.numel() else []
+        if not there.any():  # nor need there be any memory
+            return torch.broadcast_tensors(other.to(x.dtype), index)[0]
+        ends = [int(n) for n in index.aminmax()]
         if any(not -first <= n < size - first for n in ends):
             wanted, got = f"indices from {-first} to {size - first - 1}", f"{ends[0]} to {ends[1]}"
             raise invalid(IndexError, "score_mod", "tl.load", wanted, got, "mask what lies outside")

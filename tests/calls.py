@@ -9,12 +9,12 @@ import torch
 from cases import ints
 
 import mini_flash_attention as mfa
-from mini_flash_attention import problem
+from mini_flash_attention.validate import calls as parse
 
 DESCRIBES = {
-    mfa.flash_attn_func: problem.dense,
-    mfa.flash_attn_varlen_func: problem.varlen,
-    mfa.flash_attn_with_kvcache: problem.kvcache,
+    mfa.flash_attn_func: parse.dense,
+    mfa.flash_attn_varlen_func: parse.varlen,
+    mfa.flash_attn_with_kvcache: parse.kvcache,
 }
 
 

@@ -423,8 +423,11 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
     try:
         call(variant)
     except Exception as error:
-        import traceback, os
-        if os.environ.get("TB"): traceback.print_exc()
+        import os
+        import traceback
+
+        if os.environ.get("TB"):
+            traceback.print_exc()
         return [{"variant": str(variant), "error": f"{type(error).__name__}: {error}"}]
     seconds = time.perf_counter() - start
     names = [name for name, _, _ in launched]

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mini_flash_attention import dispatch
+from mini_flash_attention import settings
+from mini_flash_attention.kernels import workspace
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-if dispatch.INTERPRETED:
+if settings.INTERPRETED:
     import interpreter
 
     interpreter.hasten()
@@ -32,8 +33,8 @@ def poisoned(monkeypatch):
                 return x.fill_(float("nan")) if x.is_floating_point() else x
 
         monkeypatch.setattr(torch, name, fill)
-    monkeypatch.setattr(dispatch, "MAX_KEPT", 1)  # parts are fresh too
-    monkeypatch.setattr(dispatch, "_rooms", {})
+    monkeypatch.setattr(workspace, "MAX_KEPT", 1)  # parts are fresh too
+    monkeypatch.setattr(workspace, "_rooms", {})
 
 
 def pytest_collection_modifyitems(config, items):

@@ -22,14 +22,14 @@ import torch
 from cases import Case, dense, kvcache, margined, varlen
 
 import mini_flash_attention as mfa
-from mini_flash_attention import dispatch, plan
+from mini_flash_attention import plan, recipes, settings
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # the CPU runs functions as they are
     triton = tl = None
-if dispatch.INTERPRETED:
+if settings.INTERPRETED:
     import interpreter
 
     interpreter.hasten()
@@ -297,7 +297,9 @@ def near(x: torch.Tensor, y: torch.Tensor) -> bool:
     return bool(same) and torch.equal(*around)
 
 
-def narrowed(choose: Callable[..., tuple[plan.Tiles, ...]], *words: Any) -> tuple[plan.Tiles, ...]:
+def narrowed(
+    choose: Callable[..., tuple[plan.configs.Tiles, ...]], *words: Any
+) -> tuple[plan.configs.Tiles, ...]:
     """The tiles chosen, of 16 keys."""
     return tuple(tiles._replace(block_n=16) for tiles in choose(*words))
 
@@ -308,28 +310,28 @@ def check(seed: int, number: int, device: str) -> None:
     try:
         case, words = build(seed, number, device == "cuda")
         case.rows = [(*row[:2], *(x.to(device) for x in row[2:])) for row in case.rows]
-        work = 0 if words["shares"] else plan.SHARED_WORK
+        work = 0 if words["shares"] else plan.decode.STREAM_K_WORK
         with ExitStack() as stack:
-            stack.enter_context(patch.object(plan, "SHARED_WORK", work))
-            stack.enter_context(patch.object(plan, "WAVES_WORK", work))
+            stack.enter_context(patch.object(plan.decode, "STREAM_K_WORK", work))
+            stack.enter_context(patch.object(plan.decode, "WAVES_WORK", work))
             if words["hopper"]:
-                stack.enter_context(patch.object(plan, "HOPPER_FLOPS", 0))
-                stack.enter_context(patch.object(plan, "SPLIT_KEYS", 0))
-            stack.enter_context(patch.object(dispatch, "_recipes", {}))
-            stack.enter_context(patch.object(dispatch, "MAX_KEPT", 1))  # margins around parts
-            stack.enter_context(patch.object(dispatch, "_rooms", {}))
+                stack.enter_context(patch.object(plan.hopper, "HOPPER_FLOPS", 0))
+                stack.enter_context(patch.object(plan.decode, "SPLIT_KEYS", 0))
+            stack.enter_context(patch.object(recipes, "_recipes", {}))
+            stack.enter_context(patch.object(recipes, "MAX_KEPT", 1))  # margins around parts
+            stack.enter_context(patch.object(recipes, "_rooms", {}))
             if device == "cpu":  # the interpreter's few keys, in many tiles
-                few = partial(narrowed, plan.decode_tiles)
-                stack.enter_context(patch.object(plan, "decode_tiles", few))
+                few = partial(narrowed, plan.decode.decode_tiles)
+                stack.enter_context(patch.object(plan.decode, "decode_tiles", few))
             out, lse = call(case, words, device)
             case.check(out, lse)
             assert not lse.isnan().any(), "NaN in the LSE"
-            if not dispatch.INTERPRETED:  # now as its recipe and the launchers kept it
+            if not settings.INTERPRETED:  # now as its recipe and the launchers kept it
                 for x, y in zip((out, lse), call(case, words, device), strict=True):
                     assert torch.equal(x, y), "other bits when called again"
     except Exception as error:
         line = f"python tests/fuzz.py --seed {seed} --case {number} --device {device}"
-        line = f"TRITON_INTERPRET=1 {line}" if dispatch.INTERPRETED else line
+        line = f"TRITON_INTERPRET=1 {line}" if settings.INTERPRETED else line
         raise AssertionError(f"{line}\n  {error!r}\n  {words}") from error
 
 

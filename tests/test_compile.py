@@ -90,7 +90,7 @@ def complaint(result: dict[str, Any], shared: int) -> str:
 
 def test_no_kernel_is_left_out() -> None:
     listed = (HERE / "compile_variants.py").read_text()
-    kernels = (HERE.parent / "mini_flash_attention" / "kernels").glob("*.py")
+    kernels = (HERE.parent / "mini_flash_attention" / "kernels").rglob("*.py")
     names = [
         name for file in kernels for name in re.findall(r"def (\w+)_kernel\(", file.read_text())
     ]

@@ -8,7 +8,7 @@ import torch
 from cases import dense, kvcache, varlen
 
 import mini_flash_attention as mfa
-from mini_flash_attention import dispatch, plan, reference
+from mini_flash_attention import plan, recipes, reference, settings
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -62,9 +62,9 @@ MASKS = [{}, {"causal": True}, {"window_size": (7, 3)}]
 @pytest.fixture(params=PLACES)
 def place(request, monkeypatch):
     """(device, dtype, head_dim, how many times the CPU's lengths)."""
-    monkeypatch.setattr(dispatch, "_recipes", {})
-    monkeypatch.setattr(plan, "PORTABLE", request.param == "portable")
-    monkeypatch.setattr(plan, "HOPPER_FLOPS", 0)
+    monkeypatch.setattr(recipes, "_recipes", {})
+    monkeypatch.setattr(settings, "PORTABLE", request.param == "portable")
+    monkeypatch.setattr(plan.hopper, "HOPPER_FLOPS", 0)
     if request.param == "cpu":
         return "cpu", torch.float16, 32, 1
     return "cuda", torch.bfloat16, 64, 9
@@ -72,7 +72,7 @@ def place(request, monkeypatch):
 
 def one_of_three(device, *numbers):
     """A GPU, which compiles each combination, and the interpreter take a third of them."""
-    if (device == "cuda" or dispatch.INTERPRETED) and sum(numbers) % 3:
+    if (device == "cuda" or settings.INTERPRETED) and sum(numbers) % 3:
         pytest.skip("one of three")
 
 
@@ -281,7 +281,7 @@ def test_queries_in_use(lengths_q, mask, page_size, splits, place):
     """
     device, dtype, head_dim, n = place
     one = (MASKS.index(mask) + splits + page_size // 16) % 3
-    for seed in [one] if dispatch.INTERPRETED and device == "cpu" else range(3):
+    for seed in [one] if settings.INTERPRETED and device == "cpu" else range(3):
         case = varlen(
             seed, lengths_q, [40 * n, 7, 30], page_size, NHEADS, NHEADS_K, head_dim, dtype, device,
             used_q=True, **mask,
@@ -321,7 +321,7 @@ def test_tiles_of_keys_and_values_that_are_not_as_wide(head_dims, place):
     device, dtype, _, n = place
     sizes = (NHEADS, NHEADS_K, head_dims[0], dtype, device)
     masks = [{}, {"causal": True}, {"window_size": (9, 3)}]
-    if dispatch.INTERPRETED and device == "cpu":
+    if settings.INTERPRETED and device == "cpu":
         masks = [masks[UNALIKE.index(head_dims) % 3]]
     for page_size in (0, 16):
         for mask in masks:

@@ -9,7 +9,7 @@ import torch
 from cases import dense, kvcache, varlen
 
 import mini_flash_attention
-from mini_flash_attention import dispatch, plan
+from mini_flash_attention import plan, recipes, settings
 
 MASKS = [
     {},
@@ -52,7 +52,7 @@ def test_causal_masks_of_equal_lengths_are_not_materialised(monkeypatch):
     case = varlen(1, [9, 7], [9, 12], 0, *sizes, causal=True)
     case.check(*case.run())
     own = [more["is_causal"] for more in asked]
-    assert own == [] if dispatch.INTERPRETED else [True, True, False, False, True, False]
+    assert own == [] if settings.INTERPRETED else [True, True, False, False, True, False]
     assert all(more["attn_mask"] is None for more in asked if more["is_causal"])
 
 
@@ -100,18 +100,18 @@ def test_parts_of_a_fixed_size(fixed_split_size, window_size):
 @pytest.mark.parametrize(("seqlen_q", "window_size"), [(1, (-1, -1)), (1, (40, 0)), (12, (-1, -1))])
 def test_equal_shares(multiprocessors, seqlen_q, window_size, monkeypatch):
     """Sequences that end inside shares, span several or have no key; more shares than tiles."""
-    monkeypatch.setattr(plan, "gpu", lambda device: plan.Gpu("few", 80, multiprocessors))
-    monkeypatch.setattr(plan, "SHARED_WORK", 0)
-    monkeypatch.setattr(plan, "WAVES_WORK", 0)
-    monkeypatch.setattr(dispatch, "_recipes", {})
+    monkeypatch.setattr(plan.gpu, "gpu_of", lambda device: plan.gpu.Gpu("few", 80, multiprocessors))
+    monkeypatch.setattr(plan.decode, "STREAM_K_WORK", 0)
+    monkeypatch.setattr(plan.decode, "WAVES_WORK", 0)
+    monkeypatch.setattr(recipes, "_recipes", {})
     case = kvcache(
         7, seqlen_q, [128, 0, 1, 70, 0, 100], 0, 16, 8, 1, 64, torch.float16, "cpu", causal=True,
         window_size=window_size,
     )  # fmt: skip
-    decode, planned = plan.decode, []
-    monkeypatch.setattr(plan, "decode", lambda *a: planned.append(decode(*a)) or planned[-1])
+    decode, planned = plan.decode.decode, []
+    monkeypatch.setattr(plan.decode, "decode", lambda *a: planned.append(decode(*a)) or planned[-1])
     case.check(*case.run())
-    assert not dispatch.INTERPRETED or planned[0].shares
+    assert not settings.INTERPRETED or planned[0].shares
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 3])

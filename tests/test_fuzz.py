@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mini_flash_attention as mfa
-from mini_flash_attention import dispatch
+from mini_flash_attention import settings
 
 
 @pytest.mark.parametrize("number", range(2 * fuzz.COMBINATIONS))
@@ -137,7 +137,7 @@ def test_failures_are_listed_and_counted(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("1 cases, 0 failures, ")
 
 
-@pytest.mark.skipif(dispatch.INTERPRETED, reason="nothing new, slowly")
+@pytest.mark.skipif(settings.INTERPRETED, reason="nothing new, slowly")
 def test_processes(capsys):
     assert fuzz.main(["--cases", "4", "--device", "cpu", "--jobs", "2"]) == 0
     assert capsys.readouterr().out.startswith("4 cases, 0 failures, ")

@@ -7,7 +7,8 @@ import torch
 from cases import Case, between_margins, dense, kvcache, margins_intact, varlen
 
 import mini_flash_attention as mfa
-from mini_flash_attention import dispatch, plan
+from mini_flash_attention import plan, settings
+from mini_flash_attention.kernels import workspace
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -98,9 +99,11 @@ def test_kvcache(meaning, head_dim, page_size):
 @pytest.mark.parametrize("meaning", [{}, {"causal": True}, {"window_size": (4000, 0)}], ids=str)
 def test_many_queries_of_a_long_cache(meaning, head_dim, page_size, monkeypatch):
     """More than a few, and still the decode kernel's: heads packed, keys split."""
-    monkeypatch.setattr(plan, "PORTABLE", True)
-    decides, decided = plan.decodes, []
-    monkeypatch.setattr(plan, "decodes", lambda *x: decided.append(decides(*x)) or decided[-1])
+    monkeypatch.setattr(settings, "PORTABLE", True)
+    decides, decided = plan.decode.decodes, []
+    monkeypatch.setattr(
+        plan.decode, "decodes", lambda *x: decided.append(decides(*x)) or decided[-1]
+    )
     for seed, (seqlen_q, nheads, nheads_k) in enumerate([(20, 8, 2), (40, 8, 1), (100, 4, 4)]):
         lengths, dtype = [5000, 0, 33, 4097], DTYPES[seed % 2]
         check(
@@ -207,8 +210,8 @@ def test_graph_replay_follows_lengths_and_pages():
 
 def test_each_stream_and_thread_keeps_a_workspace(monkeypatch):
     """A workspace is made once, shared by no two streams or threads, and a graph has its own."""
-    monkeypatch.setattr(dispatch, "MAX_KEPT", 1 << 20)
-    monkeypatch.setattr(dispatch, "_rooms", rooms := {})
+    monkeypatch.setattr(workspace, "MAX_KEPT", 1 << 20)
+    monkeypatch.setattr(workspace, "_rooms", rooms := {})
     cases = [
         kvcache(seed, 1, lengths, 0, 16, 4, 2, 64, torch.bfloat16, "cuda", causal=True)
         for seed, lengths in enumerate(([4000, 3000], [900, 3999, 50]))
@@ -235,7 +238,7 @@ def test_each_stream_and_thread_keeps_a_workspace(monkeypatch):
     assert all(torch.equal(out, wanted[n]) for n, out in outs)
     places = {room["parts"].data_ptr() for room in rooms.values()}
     assert place in places and len(places) == len(rooms) == 3
-    monkeypatch.setattr(dispatch, "MAX_ROOMS", 3)
+    monkeypatch.setattr(workspace, "MAX_ROOMS", 3)
     with torch.cuda.stream(torch.cuda.Stream()):
         assert torch.equal(case.run()[0], wanted[0])
     assert len(rooms) == 3 and place not in {x["parts"].data_ptr() for x in rooms.values()}

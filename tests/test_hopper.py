@@ -11,7 +11,7 @@ from cases import dense, kvcache, varlen
 from test_gpu import DTYPES, LENGTHS, MASKS, SHAPES, check
 
 import mini_flash_attention as mfa
-from mini_flash_attention import dispatch, plan, reference
+from mini_flash_attention import plan, recipes, reference, settings
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -34,35 +34,37 @@ class Chosen(list):
 def chosen(monkeypatch):
     """All calls that TMA can serve go to the Hopper kernel."""
     seen = Chosen()
-    choose = plan.hopper
+    choose = plan.hopper.hopper
 
     def hopper(p, out, gpu):
         found = choose(p, out, gpu)
-        if found or not plan.decodes(p, gpu):
+        if found or not plan.decode.decodes(p, gpu):
             seen.append(found)
         return found
 
-    monkeypatch.setattr(plan, "hopper", hopper)
-    monkeypatch.setattr(plan, "HOPPER_FLOPS", 0)
-    monkeypatch.setattr(plan, "SPLIT_KEYS", 2**31)  # no keys are split, nor queries decoded
-    monkeypatch.setattr(dispatch, "_recipes", {})
+    monkeypatch.setattr(plan.hopper, "hopper", hopper)
+    monkeypatch.setattr(plan.hopper, "HOPPER_FLOPS", 0)
+    monkeypatch.setattr(plan.decode, "SPLIT_KEYS", 2**31)  # no keys are split, nor queries decoded
+    monkeypatch.setattr(recipes, "_recipes", {})
     return seen
 
 
 @pytest.fixture(params=["64", "64, three consumers", "128", "256"])
 def head_dim(request, monkeypatch):
     head_dim, *three = request.param.split(", ")
-    monkeypatch.setattr(plan, "MANY_KEYS", 0 if three else 2**31)
+    monkeypatch.setattr(plan.hopper, "MANY_KEYS", 0 if three else 2**31)
     return int(head_dim)
 
 
 @pytest.fixture
 def programs(monkeypatch):
     """Have a call's work done by so many programs: with few, each does many tiles."""
-    real = plan.gpu
+    real = plan.gpu.gpu_of
 
     def allow(n):
-        monkeypatch.setattr(plan, "gpu", lambda device: real(device)._replace(multiprocessors=n))
+        monkeypatch.setattr(
+            plan.gpu, "gpu_of", lambda device: real(device)._replace(multiprocessors=n)
+        )
 
     return allow
 
@@ -136,8 +138,8 @@ WIDE = {"window_size": (1500, 0), "causal": True}
 @pytest.mark.parametrize("meaning", [*MASKS, WIDE], ids=str)
 def test_few_queries(meaning, parts, head_dim, chosen, programs, monkeypatch):
     """Heads packed into rows, and keys split, where tiles would be few or empty."""
-    monkeypatch.setattr(plan, "SPLIT_KEYS", 0 if parts else 2**31)
-    monkeypatch.setattr(plan, "_splits_pay", lambda *_: False)  # for the decode kernel
+    monkeypatch.setattr(plan.decode, "SPLIT_KEYS", 0 if parts else 2**31)
+    monkeypatch.setattr(plan.decode, "_splits_pay", lambda *_: False)  # for the decode kernel
     programs(132 if parts else 7)
     shapes = [(17, 0, 8, 2, 0), (9, 5, 64, 1, 16), (200, 0, 6, 2, 128)]
     for seed, (seqlen_q, appended, nheads, nheads_k, page_size) in enumerate(shapes):
@@ -157,7 +159,7 @@ def test_few_queries(meaning, parts, head_dim, chosen, programs, monkeypatch):
 
 def test_parts_repeat_and_do_without_alignment(head_dim, chosen, monkeypatch):
     """A thousand times the same bits; and what TMA can't take is whole without the fold."""
-    monkeypatch.setattr(plan, "SPLIT_KEYS", 0)
+    monkeypatch.setattr(plan.decode, "SPLIT_KEYS", 0)
     q, k, v = random(2, 24, 8, head_dim), *random(2, 2, 5000, 2, head_dim, seed=1)
     expected = mfa.flash_attn_func(q, k, v, causal=True)
     differ = torch.zeros((), device="cuda", dtype=torch.int64)
@@ -234,9 +236,9 @@ def test_both_kernels_agree(head_dim, chosen, monkeypatch):
     q, k, v = (random(1, 4096, 8, head_dim, seed=seed) for seed in range(3))
     for meaning in MASKS:
         ours = mfa.flash_attn_func(q, k, v, **meaning)
-        monkeypatch.setattr(plan, "PORTABLE", True)
+        monkeypatch.setattr(settings, "PORTABLE", True)
         other = mfa.flash_attn_func(q, k, v, **meaning)
-        monkeypatch.setattr(plan, "PORTABLE", False)
+        monkeypatch.setattr(settings, "PORTABLE", False)
         assert chosen[-2] is not None and chosen[-1] is None
         assert (ours - other).abs().max() <= 2**-7 * other.abs().max()
 
@@ -271,7 +273,7 @@ def test_scores_that_grow(how, meaning, head_dim, chosen, programs, monkeypatch)
         case = varlen(n, *LENGTHS[3], 0, *sizes, **meaning)
         raise_scores(case, how)
         check(case)
-    monkeypatch.setattr(plan, "SPLIT_KEYS", 0)  # in parts
+    monkeypatch.setattr(plan.decode, "SPLIT_KEYS", 0)  # in parts
     case = dense(5, 2, 40, 3000, 8, 2, head_dim, torch.bfloat16, "cuda", **meaning)
     raise_scores(case, how)
     check(case)
@@ -352,8 +354,8 @@ def test_consumers_do_not_change_the_bits(chosen, monkeypatch):
         raise_scores(case, how)
         outs = []
         for many in (0, 2**31):
-            monkeypatch.setattr(plan, "MANY_KEYS", many)
-            dispatch._recipes.clear()
+            monkeypatch.setattr(plan.hopper, "MANY_KEYS", many)
+            recipes._recipes.clear()
             outs.append(mfa.flash_attn_varlen_func(**case.arguments))
         assert torch.equal(*outs)
     assert {x.tiles.consumers for x in chosen} == {2, 3}
@@ -364,7 +366,7 @@ def test_scores_of_any_size(scale, chosen, monkeypatch):
     """Weights from ties to a single one; both kernels ask the same rule."""
     q, k, v = (random(1, 700, 2, 128, seed=seed) for seed in range(3))
     ours, lse, _ = mfa.flash_attn_func(q, k, v, 0.0, scale, True, return_attn_probs=True)
-    monkeypatch.setattr(plan, "PORTABLE", True)
+    monkeypatch.setattr(settings, "PORTABLE", True)
     other, lse_other, _ = mfa.flash_attn_func(q, k, v, 0.0, scale, True, return_attn_probs=True)
     assert chosen[0] is not None and chosen[1] is None
     assert (ours - other).abs().max() <= 2**-7 * other.abs().max()
@@ -435,7 +437,7 @@ def test_threads_on_streams_of_their_own(chosen):
     made = [[random(2, 1100, 6, 128, seed=3 * n + i) for i in range(3)] for n in range(4)]
     expected = [mfa.flash_attn_func(*qkv, causal=True) for qkv in made]
     torch.cuda.synchronize()
-    dispatch._recipes.clear()
+    recipes._recipes.clear()
 
     def work(n):
         with torch.cuda.stream(torch.cuda.Stream()):

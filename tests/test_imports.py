@@ -1,6 +1,7 @@
 """Which way the imports point, what importing costs and needs, and the public surface."""
 
 import ast
+import graphlib
 import inspect
 import os
 import re
@@ -19,79 +20,121 @@ ROOT = Path(mini_flash_attention.__file__).parent
 # stands for every module of that folder.
 ARROWS = {
     "": {"api", "packed"},
-    "__main__": {"", "dispatch", "plan", "reference"},
+    "__main__": {"", "plan.", "reference", "settings"},
     "integrations": set(),
-    "integrations.flash_attn": {"", "refusals", "integrations.flash_attn."},
-    "integrations.flash_attn.": {"", "api", "refusals", "integrations.flash_attn."},
-    "integrations.torch": {"", "problem", "refusals"},
-    "integrations.transformers": {"api", "refusals"},
-    "packed": {"api", "refusals"},
-    "api": {"dispatch", "problem", "refusals"},
-    "dispatch": {
-        "checks",
-        "cpu",
-        "kernels.",
-        "language",
-        "memory",
-        "ops",
-        "plan",
-        "problem",
-        "refusals",
+    "integrations.flash_attn": {"", "errors", "integrations.flash_attn."},
+    "integrations.flash_attn.": {
+        "",
+        "api",
+        "errors",
+        "integrations.flash_attn.",
+        "validate.tensors",
     },
-    "ops": {"dispatch", "problem"},
-    "checks": {"problem", "refusals"},
-    "cpu": {"language", "memory", "problem"},
-    "language": {"refusals"},
-    "features": {"refusals"},
-    "plan": {"problem", "refusals", "tiles"},
-    "problem": {"features", "memory", "refusals"},
-    "memory": {"refusals"},
-    "tiles": set(),
-    "refusals": set(),
+    "integrations.torch": {"", "errors", "problem"},
+    "integrations.transformers": {"api", "errors"},
+    "packed": {"api", "errors", "validate.tensors"},
+    "api": {"dispatch", "entries", "validate.options"},
+    "dispatch": {"entries", "execution", "ops", "recipes", "validate.options"},
+    "ops": {"entries", "execution", "problem", "recipes"},
+    "execution": {
+        "cpu",
+        "device_checks",
+        "entries",
+        "plan.gpu",
+        "problem",
+        "recipes",
+        "settings",
+        "validate.",
+    },
+    "recipes": {
+        "entries",
+        "errors",
+        "kernels.",
+        "plan.gpu",
+        "problem",
+        "settings",
+        "triton_on_cpu",
+        "validate.tensors",
+    },
+    "entries": {"problem", "validate.calls"},
+    "validate": set(),
+    "validate.": {"errors", "problem", "rules.window", "validate."},
+    "device_checks": {"errors", "problem", "settings"},
+    "cpu": {"problem", "rules.window", "triton_on_cpu", "validate.memory"},
+    "triton_on_cpu": {"errors"},
+    "plan": {"plan.", "problem"},
+    "plan.": {"plan", "plan.", "problem", "rules.window", "settings"},
+    "problem": {"rules.window"},
+    "settings": {"errors"},
+    "errors": set(),
     "reference": set(),
     "kernels": set(),
-    "kernels.": {"plan", "problem", "rules.", "kernels.attend", "kernels.launch"},
-    "kernels.attend": {"rules."},
-    "kernels.decode": {
+    "kernels.attention": {
+        "kernels.cache.",
+        "kernels.decode.",
+        "kernels.hopper.",
+        "kernels.launch",
+        "kernels.portable.",
         "plan",
+        "plan.",
+        "problem",
+        "settings",
+    },
+    "kernels.gluon": set(),
+    "kernels.launch": {"plan.layout", "problem", "validate.memory"},
+    "kernels.tma": {"kernels.gluon", "kernels.launch", "plan.layout"},
+    "kernels.workspace": set(),
+    "kernels.portable": set(),
+    "kernels.portable.": {"kernels.launch", "kernels.portable.", "plan.", "problem", "rules."},
+    "kernels.decode": set(),
+    "kernels.decode.": {
+        "kernels.decode.",
+        "kernels.launch",
+        "kernels.portable.",
+        "plan.",
         "problem",
         "rules.",
-        "kernels.attend",
-        "kernels.launch",
-        "kernels.shares",
     },
-    "kernels.shares": {"rules."},
-    "kernels.hopper": {"plan", "kernels.launch"},
-    "kernels.handover": {"kernels.hopper"},
-    "kernels.attend_hopper": {"rules.", "kernels.hopper", "kernels.handover"},
-    "kernels.forward_hopper": {
-        "plan",
+    "kernels.cache": set(),
+    "kernels.cache.": {"kernels.launch", "plan.", "problem", "rules."},
+    "kernels.hopper": set(),
+    "kernels.hopper.": {
+        "kernels.gluon",
+        "kernels.hopper.",
+        "kernels.launch",
+        "kernels.tma",
+        "plan.",
         "problem",
         "rules.",
-        "kernels.attend_hopper",
-        "kernels.handover",
-        "kernels.hopper",
-        "kernels.launch",
     },
-    "kernels.launch": {"memory", "problem"},
     "rules": set(),
-    "rules.": set(),
-    "rules.rotary": {"rules."},
-    "rules.work": {"rules."},
+    "rules.": {"rules."},
+    "rules.scores": {"settings"},
 }
 # And from outside, beside the standard library.
 OUTSIDE = {
     "rules.": {"triton"},
+    "rules.window": set(),
     "kernels.": {"torch", "triton"},
-    "kernels.attend": {"triton"},
-    "kernels.shares": {"triton"},
-    "checks": {"torch", "triton"},
+    "kernels.portable.": {"torch", "triton"},
+    "kernels.decode.": {"torch", "triton"},
+    "kernels.cache.": {"torch", "triton"},
+    "kernels.hopper.": {"torch", "triton"},
+    "settings": {"triton"},
     "integrations.transformers": {"torch", "transformers"},
 }
 # Triton may be missing, so it is imported no earlier than a kernel is wanted.
-NEEDS_TRITON = {"rules.", "kernels."}
-# Operators are defined for whoever traces a call, a library is looked at by who registers with it.
-LATE = {("dispatch", f"{PACKAGE}.ops"), ("integrations.transformers", "transformers")}
+NEEDS_TRITON = {
+    "rules.",
+    *(f"kernels.{x}" for x in ("", "portable.", "decode.", "cache.", "hopper.")),
+}
+# Operators are defined for whoever traces a call, kernels imported by who launches one, a library
+# by who registers with it.
+LATE = {
+    ("dispatch", f"{PACKAGE}.ops"),
+    ("recipes", f"{PACKAGE}.kernels.attention"),
+    ("integrations.transformers", "transformers"),
+}
 
 
 def modules():
@@ -132,17 +175,17 @@ def imports(source, name, is_package):
 def test_the_scanner_sees_every_form():
     source = """
 import torch.nn.functional as F
-from . import append, nothing
-from ..rules import grid, mask as m
-from ..problem import Problem
-from .. import plan
-from mini_flash_attention.refusals import refuse
+from . import stream_k, nothing
+from ...rules import grid, mask as m
+from ...problem import Problem
+from ... import plan
+from mini_flash_attention.errors import invalid
 def late():
     import triton
 """
-    found = dict(imports(source, "kernels.forward", is_package=False))
-    ours = ["kernels.append", "kernels", "rules.grid", "rules.mask", "problem", "plan", "refusals"]
-    expected = {f"{PACKAGE}.{name}": True for name in ours}
+    found = dict(imports(source, "kernels.decode.decode", is_package=False))
+    ours = ["kernels.decode.stream_k", "kernels.decode", "rules.grid", "rules.mask", "problem"]
+    expected = {f"{PACKAGE}.{name}": True for name in [*ours, "plan", "errors"]}
     assert found == expected | {"torch.nn.functional": True, "triton": False}
     found = dict(imports("from . import api\nfrom .plan import x", "", is_package=True))
     assert found == {f"{PACKAGE}.api": True, f"{PACKAGE}.plan": True}
@@ -167,6 +210,24 @@ def test_arrows(name):
             if early and top == "triton":
                 assert row_of(name, NEEDS_TRITON) in NEEDS_TRITON, f"{name} imports it at once"
         assert not early or (name, module) not in LATE, f"{name} imports {module} at once"
+
+
+def test_no_imports_in_a_circle():
+    """Nor late ones: each file can be read before those that import it."""
+    ours = {
+        name: {
+            module.removeprefix(f"{PACKAGE}.")
+            for module, _ in imports(path.read_text(), name, path.name == "__init__.py")
+            if module.startswith(f"{PACKAGE}.") and module.removeprefix(f"{PACKAGE}.") in MODULES
+        }
+        - {name}
+        for name, path in MODULES.items()
+    }
+    # A folder's own file stands for it: `from . import decode` inside plan/ means decode.
+    folders = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    graphlib.TopologicalSorter(
+        {name: found - folders if name not in folders else found for name, found in ours.items()}
+    ).prepare()
 
 
 def test_every_arrow_leads_somewhere():

@@ -10,10 +10,10 @@ import torch
 
 import mini_flash_attention as mfa
 import mini_flash_attention.__main__ as cli
-from mini_flash_attention import dispatch, plan
+from mini_flash_attention import dispatch, plan, settings
 
-H200 = plan.Gpu("H200", 90, 132)
-L4 = plan.Gpu("L4", 89, 58)
+H200 = plan.gpu.Gpu("H200", 90, 132)
+L4 = plan.gpu.Gpu("L4", 89, 58)
 
 
 def run(*arguments):
@@ -97,13 +97,13 @@ def test_a_broken_kernel_is_noticed(here, monkeypatch, capsys, broken, said):
 
 
 def described(check):
-    """The call of a check as plan.py sees it."""
+    """The call of a check as the plan sees it."""
     calls = []
     run = dispatch.run
 
-    def record(describe, arguments, names):
-        calls.append(describe(**arguments))
-        return run(describe, arguments, names)
+    def record(entry, arguments):
+        calls.append(entry.parse(**arguments))
+        return run(entry, arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "run", record)
@@ -115,25 +115,25 @@ def described(check):
 @pytest.mark.parametrize("check", [*cli.CHECKS, cli.HOPPER], ids=lambda c: f"{c.name}-{c.kernels}")
 def test_checks_reach_the_kernels_that_they_name(check):
     p = described(check)
-    hopper = plan.hopper(p, p.new_out(), H200)
-    decodes = hopper is None and plan.decodes(p, H200)
+    hopper = plan.hopper.hopper(p, p.new_out(), H200)
+    decodes = hopper is None and plan.decode.decodes(p, H200)
     assert decodes == ("decode" in check.kernels)
     assert (p.appended > 0) == ("append" in check.kernels)
     if not decodes:
         assert (hopper is not None) == (check.kernels == "Hopper")
     elif "combine" in check.kernels:
-        assert plan.decode(p, H200).splits > 1
+        assert plan.decode.decode(p, H200).splits > 1
 
 
 def test_the_choice_is_explained(monkeypatch):
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
-    monkeypatch.setattr(plan, "PORTABLE", False)
+    monkeypatch.setattr(settings, "INTERPRETED", False)
+    monkeypatch.setattr(settings, "PORTABLE", False)
     assert [x.split()[0] for x in cli.chosen(H200)] == ["Hopper", "decode"]
     assert "9.0" in cli.chosen(L4)[0] and cli.chosen(L4)[0].startswith("portable")
     assert "no GPU" in cli.chosen(None)[0]
-    monkeypatch.setattr(plan, "PORTABLE", True)
+    monkeypatch.setattr(settings, "PORTABLE", True)
     assert "MINI_FLASH_ATTENTION_PORTABLE" in cli.chosen(H200)[0]
-    monkeypatch.setattr(dispatch, "INTERPRETED", True)
+    monkeypatch.setattr(settings, "INTERPRETED", True)
     assert "TRITON_INTERPRET" in cli.chosen(H200)[1]
 
 
@@ -143,7 +143,7 @@ def test_a_gpu_that_is_too_old_counts_as_none(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(plan, "gpu", too_old)
+    monkeypatch.setattr(cli, "gpu_of", too_old)
     assert cli.find_gpu() == (None, "expected compute capability 8.0 or newer")
 
 
@@ -155,4 +155,4 @@ def test_on_a_gpu_every_kernel_is_checked(capsys):
     for check in cli.CHECKS:
         assert check.kernels in said
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert ("causal        Hopper" in said) == (hopper and not plan.PORTABLE)
+    assert ("causal        Hopper" in said) == (hopper and not settings.PORTABLE)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 import mini_flash_attention as mfa
-from mini_flash_attention import dispatch
+from mini_flash_attention import recipes, settings
 
 
 class Wrapper(torch.Tensor):
@@ -142,21 +142,22 @@ def test_a_call_that_is_remembered_looks_again(monkeypatch):
             with torch._C._DisableTorchDispatch():
                 return function(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(dispatch, "INTERPRETED", True)
-    monkeypatch.setattr(dispatch, "_recipes", {})
-    monkeypatch.setattr(dispatch, "_recipe", recipe_without_launches(dispatch._recipe))
+    monkeypatch.setattr(settings, "INTERPRETED", True)
+    monkeypatch.setattr(settings, "require_triton", lambda: None)  # as Triton's switch is not set
+    monkeypatch.setattr(recipes, "_recipes", {})
+    monkeypatch.setattr(recipes, "make", recipe_without_launches(recipes.make))
     q = torch.randn(1, 5, 2, 16)
     mfa.flash_attn_func(q.as_subclass(Either), q, q)
-    assert len(dispatch._recipes) == 1
+    assert len(recipes._recipes) == 1
     with pytest.raises(TypeError, match=r"memory of its own, got .*Either"):
         mfa.flash_attn_func(Either(q), q, q)
     mfa.flash_attn_func(q, q, q)
-    plain = [recipe for recipe in dispatch._recipes.values() if not recipe.subclassed]
+    plain = [recipe for recipe in recipes._recipes.values() if not recipe.subclassed]
     assert len(plain) == 1, "a plain call is not to pay for it"
 
 
 def recipe_without_launches(original):
-    def made(p, arguments, names):
-        return original(p, arguments, names)._replace(launches=[])
+    def made(entry, p, arguments):
+        return original(entry, p, arguments)._replace(launches=[])
 
     return made

@@ -8,7 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import mini_flash_attention as mfa
-from mini_flash_attention import dispatch, ops
+from mini_flash_attention import ops, settings
+from mini_flash_attention.kernels import workspace
 
 triton = pytest.importorskip("triton")
 from test_features import distance_bias  # noqa: E402
@@ -19,7 +20,7 @@ OPS = torch.ops.mini_flash_attention
 # Code for the CPU would need a C++ compiler; what a graph holds is decided before.
 BACKEND = "inductor" if GPU else "aot_eager"
 ints = partial(cases.ints, device=DEVICE)
-pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="nothing new, slowly")
+pytestmark = pytest.mark.skipif(settings.INTERPRETED, reason="nothing new, slowly")
 
 
 @pytest.fixture(autouse=True)
@@ -127,12 +128,12 @@ def test_reduce_overhead_with_a_workspace():
     prompt = [random(2, 1024, 16, 128) for _ in range(3)]
     step = torch.compile(mfa.flash_attn_with_kvcache, fullgraph=True, mode="reduce-overhead")
     whole = torch.compile(mfa.flash_attn_func, fullgraph=True, mode="reduce-overhead")
-    rooms = len(dispatch._rooms)
+    rooms = len(workspace._rooms)
     for _ in range(4):
         got = step(*cache).clone(), whole(*prompt).clone()  # a later call may overwrite them
-        assert len(dispatch._rooms) == rooms
+        assert len(workspace._rooms) == rooms
         wanted = mfa.flash_attn_with_kvcache(*cache), mfa.flash_attn_func(*prompt)
-        rooms = len(dispatch._rooms)
+        rooms = len(workspace._rooms)
         for one, two in zip(got, wanted, strict=True):
             torch.testing.assert_close(one, two, rtol=0, atol=0)
 

@@ -5,16 +5,19 @@ import itertools
 import pytest
 import torch
 
-from mini_flash_attention import plan, problem, refusals
+from mini_flash_attention import plan, problem
+from mini_flash_attention.plan import layout
+from mini_flash_attention.plan.scores import choose_score_mode
 from mini_flash_attention.problem import Problem
+from mini_flash_attention.validate import calls, options
 
-H200 = plan.Gpu("H200", 90, 132)
-L4 = plan.Gpu("L4", 89, 58)
+H200 = plan.gpu.Gpu("H200", 90, 132)
+L4 = plan.gpu.Gpu("L4", 89, 58)
 
 
 def call(
     batch, nheads, nheads_k, seqlen_k, page_size=0, *, seqlen_q=1, head_dim=128, num_splits=0,
-    split_size=0, left=-1,
+    split_size=0, left=None,
 ):  # fmt: skip
     """flash_attn_with_kvcache as the kernels see it, on tensors without memory."""
     q = torch.empty(batch, seqlen_q, nheads, head_dim, dtype=torch.bfloat16, device="meta")
@@ -25,8 +28,8 @@ def call(
     )
     return Problem(
         "", q=q, k=k, v=k, **nothing, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k,
-        appended=0, page_size=page_size, softmax_scale=1.0, left=left, right=-1,
-        num_splits=num_splits, split_size=split_size, need_lse=False, windowed=left >= 0,
+        appended=0, page_size=page_size, softmax_scale=1.0, left=left, right=None,
+        num_splits=num_splits, split_size=split_size, need_lse=False, windowed=left is not None,
     )  # fmt: skip
 
 
@@ -70,40 +73,45 @@ def call(
     ],
 )
 def test_decode(gpu, arguments, shares, splits, block_n):
-    chosen = plan.decode(call(*arguments), gpu)
-    assert (chosen.shares, chosen.splits, chosen.tiles.block_n) == (shares, splits, block_n)
+    chosen = plan.decode.decode(call(*arguments), gpu)
+    assert (chosen.stream_k, chosen.splits, chosen.tiles.block_n) == (shares, splits, block_n)
     batch, nheads_k = arguments[0], arguments[2]
     assert chosen.programs == splits * nheads_k * (1 if shares else batch)
 
 
 @pytest.mark.parametrize(
-    ("batch", "threshold"), [(16, plan.SHARED_WORK), (17, plan.WAVES_WORK), (64, plan.WAVES_WORK)]
+    ("batch", "threshold"),
+    [(16, plan.decode.STREAM_K_WORK), (17, plan.decode.WAVES_WORK), (64, plan.decode.WAVES_WORK)],
 )
 def test_equal_shares_begin_at_so_many_bytes(batch, threshold):
     """16 sequences of 8 heads are one wave on 132 multiprocessors, 17 are more."""
     a_key = 2 * 128 * 2
     first = -(-threshold * H200.multiprocessors // (batch * 8 * a_key))
     for seqlen_k, shares in ((first - 1, False), (first, True), (4 * first, True)):
-        assert plan.decode(call(batch, 32, 8, seqlen_k), H200).shares is shares
+        assert plan.decode.decode(call(batch, 32, 8, seqlen_k), H200).stream_k is shares
         narrow = call(batch, 32, 8, 2 * seqlen_k, head_dim=64)
-        assert plan.decode(narrow, H200).shares is shares
+        assert plan.decode.decode(narrow, H200).stream_k is shares
 
 
 def test_nothing_is_loaded_ahead_of_a_single_tile():
-    stages = [plan.decode(call(1, 32, 8, n), H200).tiles.num_stages for n in (64, 1024, 1025)]
+    stages = [
+        plan.decode.decode(call(1, 32, 8, n), H200).tiles.num_stages for n in (64, 1024, 1025)
+    ]
     assert stages == [2, 2, 3]
     # Measured: slower where a tile is a page or more, faster in larger pages.
-    stages = [plan.decode(call(1, 32, 8, 1024, n), H200).tiles.num_stages for n in (16, 64, 256)]
+    stages = [
+        plan.decode.decode(call(1, 32, 8, 1024, n), H200).tiles.num_stages for n in (16, 64, 256)
+    ]
     assert stages == [3, 3, 2]
 
 
 def test_parts_that_were_asked_for_are_no_more_than_tiles():
     """Beyond, they are empty and take memory. Two at least, so that results take the same way."""
-    tiles = plan.decode_tiles(90, 128, 4)[1].block_n
+    tiles = plan.decode.decode_tiles(90, 128, 4)[1].block_n
     for n, most in ((1, 2), (2 * tiles, 2), (2 * tiles + 1, 3), (128 * tiles, 128)):
-        assert plan.decode(call(8, 32, 8, n, num_splits=128), H200).splits == most
-    assert plan.decode(call(8, 32, 8, 1, num_splits=1), H200).splits == 1
-    assert plan.decode(call(8, 32, 8, 4096, num_splits=128, left=63), H200).splits == 2
+        assert plan.decode.decode(call(8, 32, 8, n, num_splits=128), H200).splits == most
+    assert plan.decode.decode(call(8, 32, 8, 1, num_splits=1), H200).splits == 1
+    assert plan.decode.decode(call(8, 32, 8, 4096, num_splits=128, left=63), H200).splits == 2
 
 
 def test_the_larger_head_dim_decides():
@@ -114,10 +122,12 @@ def test_the_larger_head_dim_decides():
             p.q[..., :1].expand(-1, -1, -1, d),
             *(p.k[..., :1].expand(-1, -1, -1, n) for n in (d, d_v)),
         )
-        chosen = plan.decode(p._replace(q=q, k=k, v=v), H200)
-        assert chosen == plan.decode(call(24, 24, 24, 4096, head_dim=max(d, d_v)), H200)
-        tiles = plan.forward(p._replace(q=q, k=k, v=v), H200).tiles
-        assert tiles == plan.forward(call(24, 24, 24, 4096, head_dim=max(d, d_v)), H200).tiles
+        chosen = plan.decode.decode(p._replace(q=q, k=k, v=v), H200)
+        assert chosen == plan.decode.decode(call(24, 24, 24, 4096, head_dim=max(d, d_v)), H200)
+        tiles = plan.forward.forward(p._replace(q=q, k=k, v=v), H200).tiles
+        assert (
+            tiles == plan.forward.forward(call(24, 24, 24, 4096, head_dim=max(d, d_v)), H200).tiles
+        )
 
 
 OFFSETS = torch.tensor([0, 1, 2]).int()
@@ -154,7 +164,7 @@ OFFSETS = torch.tensor([0, 1, 2]).int()
     ],
 )
 def test_what_decodes(changes, decodes):
-    assert plan.decodes(call(2, 32, 8, 4096)._replace(**changes), H200) is decodes
+    assert plan.decode.decodes(call(2, 32, 8, 4096)._replace(**changes), H200) is decodes
 
 
 @pytest.mark.parametrize(
@@ -191,12 +201,12 @@ def test_what_decodes(changes, decodes):
 )
 def test_what_decodes_with_many_queries(gpu, batch, seqlen_q, seqlen_k, more, decodes):
     p = call(batch, 32, 8, seqlen_k, seqlen_q=seqlen_q)._replace(**more)
-    assert plan.decodes(p, gpu) is decodes
+    assert plan.decode.decodes(p, gpu) is decodes
 
 
 def test_a_window_counts_as_far_as_it_reaches():
     """The rest of a long cache is never read, so it is no reason to split."""
-    wide, narrow = (plan.decode(call(1, 32, 8, 131072, left=n), H200) for n in (-1, 255))
+    wide, narrow = (plan.decode.decode(call(1, 32, 8, 131072, left=n), H200) for n in (None, 255))
     assert wide.splits > narrow.splits == 4
 
 
@@ -204,74 +214,76 @@ def test_a_window_counts_as_far_as_it_reaches():
 @pytest.mark.parametrize("asked", [{"num_splits": 1}, {"num_splits": 7}, {"split_size": 512}])
 def test_what_is_asked_for_does_not_depend_on_the_batch(asked, seqlen_q):
     plans = [
-        plan.decode(call(batch, 32, 8, 8192, seqlen_q=seqlen_q, **asked), H200)
+        plan.decode.decode(call(batch, 32, 8, 8192, seqlen_q=seqlen_q, **asked), H200)
         for batch in (1, 5, 64, 1000)
     ]
-    assert len({(p.tiles, p.shares, p.splits, p.split_tiles) for p in plans}) == 1
-    assert not plans[0].shares
+    assert len({(p.tiles, p.stream_k, p.splits, p.split_tiles) for p in plans}) == 1
+    assert not plans[0].stream_k
 
 
 @pytest.mark.parametrize("asked", [{"num_splits": 7}, {"split_size": 512}, {}])
 def test_what_is_asked_for_is_folded_alike_in_any_batch(asked):
     """A warp a row, and other parts at once, only where nobody was promised the same bits."""
-    combine = pytest.importorskip("mini_flash_attention.kernels.combine")
+    combine = pytest.importorskip("mini_flash_attention.kernels.decode.combine")
     folds = []
     for batch in (1, 1000):
         p = call(batch, 32, 8, 8192, seqlen_q=8, **asked)
-        chosen = plan.decode(p, H200)
+        chosen = plan.decode.decode(p, H200)
         launch = combine.launch(p, p.q, None, chosen, p.group)
         folds.append((launch.options["num_warps"], launch.constants[-3]))
     assert (folds[0] == folds[1]) is bool(asked) and folds[0] == (8, 32)
 
 
 def test_parts_of_a_fixed_size_cover_the_cache():
-    for size, seqlen_k, left in itertools.product((1, 64, 100, 5000), (0, 1, 4097), (-1, 70)):
-        chosen = plan.decode(call(1, 8, 2, seqlen_k, split_size=size, left=left), H200)
+    for size, seqlen_k, left in itertools.product((1, 64, 100, 5000), (0, 1, 4097), (None, 70)):
+        chosen = plan.decode.decode(call(1, 8, 2, seqlen_k, split_size=size, left=left), H200)
         keys = chosen.splits * chosen.split_tiles * chosen.tiles.block_n
-        assert keys >= min(seqlen_k, left + 1 + chosen.tiles.block_n if left >= 0 else seqlen_k)
+        window = seqlen_k if left is None else left + 1 + chosen.tiles.block_n
+        assert keys >= min(seqlen_k, window)
         assert size <= chosen.split_tiles * chosen.tiles.block_n < size + chosen.tiles.block_n
 
 
 def test_parts_of_a_fixed_size_take_one_way():
     """A result is folded whether or not the cache could hold more than a part: the same bits."""
     for seqlen_k in (0, 1, 512, 513, 8192):
-        assert plan.decode(call(1, 8, 2, seqlen_k, split_size=512), H200).splits >= 2
+        assert plan.decode.decode(call(1, 8, 2, seqlen_k, split_size=512), H200).splits >= 2
 
 
 def test_offsets_of_pages_count_what_lies_inside_them():
     """A page's tokens may be further apart than the pages."""
-    launch = pytest.importorskip("mini_flash_attention.kernels.launch")
     p = call(1, 8, 8, 1024 * 256, 256)
     strides = (1024, 2**25, 128, 1)
     far = torch.empty_strided(p.k.shape, strides, dtype=torch.bfloat16, device="meta")
-    assert not launch.wide(p, 64)
-    assert launch.wide(p._replace(k=far), 64) and launch.wide(p._replace(v=far), 64)
+    assert not layout.int64_offsets(p, 64)
+    assert layout.int64_offsets(p._replace(k=far), 64)
+    assert layout.int64_offsets(p._replace(v=far), 64)
 
 
-def test_rows_of_eights():
-    eights = pytest.importorskip("mini_flash_attention.kernels.launch").eights
+def test_strides_that_are_divisible_by_8():
 
     def rows(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device="meta")
 
     for head_dim, nheads, told in ((72, 3, True), (64, 3, False), (36, 3, False), (72, 2, True)):
-        assert eights(rows(2, 5, nheads, head_dim)) == told, head_dim
+        assert layout.divisible_by_8(rows(2, 5, nheads, head_dim)) == told, head_dim
     cache = rows(4, 16, 2, 40)
-    assert eights(rows(9, 6, 64), cache, cache[..., :15], rows(4, 16, 2, 15)) == 0b0110
-    assert not eights(cache.as_strided(cache.shape, (16 * 80 + 4, 80, 40, 1)))  # pages apart
+    told = layout.divisible_by_8(rows(9, 6, 64), cache, cache[..., :15], rows(4, 16, 2, 15))
+    assert told == 0b0110
+    pages_apart = cache.as_strided(cache.shape, (16 * 80 + 4, 80, 40, 1))
+    assert not layout.divisible_by_8(pages_apart)
     # What is never stepped over has no say.
-    assert eights(rows(2, 5, 1, 8).as_strided((2, 5, 1, 8), (40, 8, 3, 1)))
-    assert not eights(rows(1, 1, 1, 40))
+    assert layout.divisible_by_8(rows(2, 5, 1, 8).as_strided((2, 5, 1, 8), (40, 8, 3, 1)))
+    assert not layout.divisible_by_8(rows(1, 1, 1, 40))
 
 
 def test_no_count_overflows():
     """Programs count tiles of the whole batch times shares in 32 bits."""
     window = 1985 * 64 - 1
-    for batch, seqlen_k, left in ((4096, 2**20, -1), (4096, 2**17, window), (2, 2**30, -1)):
-        chosen = plan.decode(call(batch, 8, 1, seqlen_k, 64, left=left), H200)
-        visible = seqlen_k if left < 0 else left + 1
-        tiles = batch * (-(-visible // chosen.tiles.block_n) + (left >= 0))
-        assert not chosen.shares or tiles * chosen.splits < 2**31
+    for batch, seqlen_k, left in ((4096, 2**20, None), (4096, 2**17, window), (2, 2**30, None)):
+        chosen = plan.decode.decode(call(batch, 8, 1, seqlen_k, 64, left=left), H200)
+        visible = seqlen_k if left is None else left + 1
+        tiles = batch * (-(-visible // chosen.tiles.block_n) + (left is not None))
+        assert not chosen.stream_k or tiles * chosen.splits < 2**31
 
 
 @pytest.mark.parametrize(("batch", "seqlen_q"), [(64, 16), (4, 32), (1, 128), (64, 8), (300, 40)])
@@ -280,9 +292,9 @@ def test_no_count_overflows():
 def test_programs_cover_every_row(head_dim, changes, batch, seqlen_q):
     """Whichever tiles are chosen along the way."""
     p = call(batch, 32, 8, 8192, seqlen_q=seqlen_q, head_dim=head_dim)._replace(**changes)
-    chosen = plan.decode(p, H200)
+    chosen = plan.decode.decode(p, H200)
     blocks = 8 * -(-4 * seqlen_q // chosen.tiles.block_m)
-    assert chosen.programs == chosen.splits * blocks * (1 if chosen.shares else batch)
+    assert chosen.programs == chosen.splits * blocks * (1 if chosen.stream_k else batch)
     assert chosen.rows == min(4 * seqlen_q, chosen.tiles.block_m)
 
 
@@ -290,7 +302,7 @@ def test_every_tile_of_work_fits():
     """Whatever the GPU, shared memory holds what is on its way."""
     limits = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
     for arch, head_dim, rows in itertools.product(limits, (64, 128, 256), (1, 16, 32, 64, 128)):
-        for tiles in plan.decode_tiles(arch, head_dim, rows):
+        for tiles in plan.decode.decode_tiles(arch, head_dim, rows):
             on_the_way = (tiles.num_stages - 1) * 2 * tiles.block_n * head_dim * 2
             assert on_the_way + tiles.block_m * head_dim * 2 <= limits[arch] << 10
 
@@ -302,7 +314,7 @@ def prefill(batch=4, seqlen=2048, nheads=16, head_dim=128, page_size=0, **change
 
 
 def on_hopper(p, out=None):
-    return plan.hopper(p, p.q if out is None else out, H200)
+    return plan.hopper.hopper(p, p.q if out is None else out, H200)
 
 
 @pytest.mark.parametrize(
@@ -330,18 +342,19 @@ def test_what_hopper_packs_and_splits(
 ):  # fmt: skip
     p = call(batch, nheads, nheads_k, seqlen_k, seqlen_q=seqlen_q)
     chosen = on_hopper(p)
-    assert chosen.group == group and chosen.rows == -(-seqlen_q * group // 128)
-    assert chosen.units == batch * nheads // group
+    assert chosen.group == group and chosen.num_m_blocks == -(-seqlen_q * group // 128)
+    assert chosen.batch_heads == batch * nheads // group
+    work_tiles = chosen.num_m_blocks * chosen.batch_heads
     if splits == 1:
-        assert chosen.parts is None and chosen.programs == min(132, chosen.rows * chosen.units)
+        assert chosen.partials is None and chosen.programs == min(132, work_tiles)
     else:
-        assert chosen.parts.splits == splits and not chosen.parts.shares
-        assert chosen.parts.programs == chosen.parts.slots == chosen.rows * chosen.units * splits
-        assert chosen.parts.rows == min(128, seqlen_q * group)
-        assert chosen.programs == min(132, chosen.parts.programs)
+        assert chosen.partials.splits == splits and not chosen.partials.stream_k
+        assert chosen.partials.programs == chosen.partials.slots == work_tiles * splits
+        assert chosen.partials.rows == min(128, seqlen_q * group)
+        assert chosen.programs == min(132, chosen.partials.programs)
     if seqlen_q > 16:
         whole = on_hopper(p._replace(num_splits=1))
-        assert whole.group == 1 and whole.parts is None, "the same bits in every batch"
+        assert whole.group == 1 and whole.partials is None, "the same bits in every batch"
 
 
 @pytest.mark.parametrize(
@@ -392,7 +405,7 @@ def test_an_empty_batch_needs_no_plan():
 def test_hopper(arguments, block_n):
     chosen = on_hopper(prefill(**arguments))
     assert (chosen.tiles.block_n if chosen else None) == block_n
-    assert plan.hopper(prefill(), prefill().q, plan.Gpu("B200", 100, 148)) is None
+    assert plan.hopper.hopper(prefill(), prefill().q, plan.gpu.Gpu("B200", 100, 148)) is None
 
 
 @pytest.mark.parametrize(
@@ -449,9 +462,10 @@ def test_what_hopper_leaves_to_the_portable_kernel():
 @pytest.mark.parametrize("name", LESS)
 def test_what_hopper_knows_changes_no_plan(name, head_dim):
     p = prefill(head_dim=head_dim, seqlen=8192)
-    assert on_hopper(p._replace(scores=LESS[name])) == on_hopper(p)
-    forward = plan.forward(p._replace(scores=LESS[name]), H200)
-    assert forward == plan.forward(p, H200)
+    changed, whole = on_hopper(p._replace(scores=LESS[name])), on_hopper(p)
+    assert changed == whole._replace(score_mode=changed.score_mode, skip_max=changed.skip_max)
+    forward = plan.forward.forward(p._replace(scores=LESS[name]), H200)
+    assert forward == plan.forward.forward(p, H200)
 
 
 def test_a_score_mod_takes_registers():
@@ -460,12 +474,14 @@ def test_a_score_mod_takes_registers():
         p = prefill(head_dim=head_dim, seqlen=8192)
         plain, own = on_hopper(p), on_hopper(p._replace(scores=WITH_SCORE_MOD))
         assert plain.tiles.consumers == consumers
-        assert own.tiles == plan.HOPPER_TILES[head_dim] and own.tiles.consumers == 2
-        assert own.rows == p.seqlen_q // 128
+        assert own.tiles == plan.configs.HOPPER_TILES[head_dim] and own.tiles.consumers == 2
+        assert own.num_m_blocks == p.seqlen_q // 128
     for head_dim, smaller in ((40, True), (64, True), (128, False), (256, False)):
         p = prefill(head_dim=head_dim)
-        tiles = [plan.forward(x, H200).tiles for x in (p, p._replace(scores=WITH_SCORE_MOD))]
-        windowed = plan.forward(p._replace(windowed=True), H200).tiles
+        tiles = [
+            plan.forward.forward(x, H200).tiles for x in (p, p._replace(scores=WITH_SCORE_MOD))
+        ]
+        windowed = plan.forward.forward(p._replace(windowed=True), H200).tiles
         assert tiles[1] == (windowed if smaller else tiles[0])
 
 
@@ -480,7 +496,7 @@ def test_what_tma_can_step_over():
         (p.q[:1].expand(4, -1, -1, -1), False),
         (torch.empty_strided(p.q.shape, (2**31, 2048, 128, 1), device="meta"), False),
     ):
-        assert plan.tma(x) is fits
+        assert plan.hopper.tma(x) is fits
         for name in "qkv":
             assert bool(on_hopper(p._replace(**{name: x}))) is fits
         assert bool(on_hopper(p, x)) is fits
@@ -500,7 +516,7 @@ def test_varlen_says_what_was_asked_for():
     """A small packed call goes to Hopper only if it must not depend on what else is packed."""
     q, offsets = torch.empty(100, 4, 64, dtype=torch.float16), torch.tensor([0, 40, 100]).int()
     for num_splits in (0, 1):
-        p = problem.varlen(
+        p = calls.varlen(
             q, q, q, offsets, offsets, 60, 60, 0.0, None, False, (-1, -1), 0.0, None, False,
             False, None, None, None, num_splits, None,
         )  # fmt: skip
@@ -512,14 +528,14 @@ def test_many_packed_tokens_stay_on_hopper():
     offsets = torch.empty(65, dtype=torch.int32, device="meta")
     p = prefill(q=q, k=q, v=q, cu_seqlens_q=offsets, cu_seqlens_k=offsets, batch=64, seqlen_q=2**14)
     chosen = on_hopper(p)
-    assert chosen.rows * chosen.units == (2**18 // 128 + 64) * 32
+    assert chosen.num_m_blocks * chosen.batch_heads == (2**18 // 128 + 64) * 32
 
 
 @pytest.mark.parametrize("seqlen", [512, 4096, 16384])
 def test_programs_of_a_group_find_their_keys_in_the_cache(seqlen):
     chosen = on_hopper(prefill(batch=2**14 // seqlen, seqlen=seqlen))
     assert chosen.programs == 132
-    assert chosen.per_group * 2 * seqlen * 128 * 2 <= plan.L2_BYTES
+    assert chosen.l2_group * 2 * seqlen * 128 * 2 <= plan.forward.L2_BYTES
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -528,13 +544,13 @@ def test_without_a_mask_heads_stand_side_by_side(seqlen, head_dim):
     """Tiles of a head are worked on at the same time, of no more heads than that takes."""
     p = prefill(batch=8, seqlen=seqlen, head_dim=head_dim, nheads=32)
     chosen, masked = on_hopper(p), on_hopper(p._replace(right=0))
-    assert chosen.per_group == min(-(-132 // chosen.rows), masked.per_group)
+    assert chosen.l2_group == min(-(-132 // chosen.num_m_blocks), masked.l2_group)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_results_leave_through_the_place_of_their_queries_where_there_are_two(head_dim):
     """Else queries are loaded ahead into the places that are left."""
-    for tiles in (plan.HOPPER_TILES[head_dim], on_hopper(prefill(head_dim=head_dim)).tiles):
+    for tiles in (plan.configs.HOPPER_TILES[head_dim], on_hopper(prefill(head_dim=head_dim)).tiles):
         assert tiles.consumers < tiles.q_tiles <= 2 * tiles.consumers
         keys_and_values = 2 * 2 * tiles.block_n * head_dim * 2
         assert keys_and_values + 64 * tiles.q_tiles * head_dim * 2 <= 227 << 10
@@ -542,7 +558,6 @@ def test_results_leave_through_the_place_of_their_queries_where_there_are_two(he
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_what_the_hopper_kernel_is_told_of_scores(head_dim):
-    forward_hopper = pytest.importorskip("mini_flash_attention.kernels.forward_hopper")
     slopes = torch.empty(16, device="meta")
     told = {
         problem.Scores(): "",
@@ -553,37 +568,36 @@ def test_what_the_hopper_kernel_is_told_of_scores(head_dim):
     }
     for scores, way in told.items():
         p = prefill(head_dim=head_dim, scores=scores)
-        launch = forward_hopper.launch(p, p.q, None, on_hopper(p), otherwise=None, fold=None)
-        assert launch.constants[-2:] == (way, None)
+        assert on_hopper(p).score_mode.mode == way
 
 
-@pytest.mark.parametrize("left", [-1, 100])
+@pytest.mark.parametrize("left", [None, 100])
 @pytest.mark.parametrize("newer", [False, True])
-def test_the_way_of_alibi_does_not_depend_on_the_batch(newer, left, monkeypatch):
+def test_the_score_mode_of_alibi_does_not_depend_on_the_batch(newer, left, monkeypatch):
     """Nor does the kernel: a longer sequence beside it brings in a third consumer, and no more."""
-    forward_hopper = pytest.importorskip("mini_flash_attention.kernels.forward_hopper")
-    monkeypatch.setattr(forward_hopper.hopper, "NEWER", newer)
+    newer_gpu = H200._replace(triton=(3, 8) if newer else (3, 6))
     scores = problem.Scores(alibi_slopes=torch.empty(16, device="meta"))
-    p = prefill(head_dim=64, scores=scores, left=left, right=0)
-    ways, consumers = set(), set()
+    windowed = left is not None
+    p = prefill(head_dim=64, scores=scores, left=left, right=0, windowed=windowed)
+    chosen = []
     for many in (0, 2**31):
-        monkeypatch.setattr(plan, "MANY_KEYS", many)
-        chosen, otherwise = on_hopper(p), object()
-        launch = forward_hopper.launch(p, p.q, None, chosen, otherwise=otherwise, fold=None)
-        ways.add("otherwise" if launch is otherwise else launch.constants[-2])
-        consumers.add(chosen.tiles.consumers)
-    assert len(ways) == 1 and consumers == {2, 3}
+        monkeypatch.setattr(plan.hopper, "MANY_KEYS", many)
+        chosen.append(plan.hopper.hopper(p, p.q, newer_gpu))
+    if newer and windowed:
+        assert chosen == [None, None]
+    else:
+        assert {x.score_mode.mode for x in chosen} == {"" if newer else "linear"}
+        assert {x.tiles.consumers for x in chosen} == {2, 3}
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("left", [-1, 0, 5, 15, 16, 40, 400])
-def test_the_way_of_a_soft_cap_does_not_depend_on_the_batch(left, causal):
+def test_the_score_mode_of_a_soft_cap_does_not_depend_on_the_batch(left, causal):
     """A sequence gets the same bits beside longer ones, whether or not the window cuts there."""
-    launch = pytest.importorskip("mini_flash_attention.kernels.launch")
-    ways = set()
+    modes = set()
     for lengths in ((1, 1), (3, 4), (16, 16), (5, 17), (200, 15), (200, 1000)):
-        bounds = refusals.window("flash_attn_varlen_func", causal, (left, 3), *lengths)
+        bounds = options.window("flash_attn_varlen_func", causal, (left, 3), *lengths)
         p = prefill(scores=problem.Scores(softcap=50.0))
         p = p._replace(seqlen_k=lengths[1], left=bounds[0], right=bounds[1])
-        ways.add(launch.changes(p, "bounded").flags[0])
-    assert ways == {"softcap" if 0 <= left < 16 else "bounded"}
+        modes.add(choose_score_mode(p, "bounded").mode)
+    assert modes == {"softcap" if 0 <= left < 16 else "bounded"}

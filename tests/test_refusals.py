@@ -36,7 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import mini_flash_attention as mfa
-from mini_flash_attention import dispatch, plan
+from mini_flash_attention import plan, recipes, settings
 
 NAN = float("nan")
 
@@ -736,10 +736,10 @@ def test_refused(case):
 @pytest.fixture
 def remembered(monkeypatch):
     """Calls on the CPU are remembered as those on a GPU are, and launch nothing."""
-    monkeypatch.setattr(dispatch, "INTERPRETED", True)
-    monkeypatch.setattr(dispatch, "_recipes", {})
-    nothing = lambda p, *_: dispatch.Recipe(p.function, [], p.lse_shape, {})  # noqa: E731
-    monkeypatch.setattr(dispatch, "_recipe", nothing)
+    monkeypatch.setattr(settings, "INTERPRETED", True)
+    monkeypatch.setattr(recipes, "_recipes", {})
+    nothing = lambda _, p, *rest: recipes.Recipe(p.function, [], p.lse_shape, {})  # noqa: E731
+    monkeypatch.setattr(recipes, "make", nothing)
 
 
 @QUIET
@@ -748,7 +748,7 @@ def test_refused_after_a_call_that_worked(case, remembered):
     """What is remembered of a good call must not let a bad one pass that looks like it."""
     function, arguments = with_out(case.call)
     function(**arguments)
-    assert dispatch._recipes
+    assert recipes._recipes
     check_refused(case)
 
 
@@ -803,7 +803,7 @@ def test_refused_after_one_that_looks_alike(name, remembered):
     good, bad = ALIKE[name]
     function, arguments = with_out(dense)
     function(**arguments | good)
-    assert dispatch._recipes
+    assert recipes._recipes
     with pytest.raises((TypeError, ValueError)):
         function(
             **arguments | {n: x(arguments) if inspect.isfunction(x) else x for n, x in bad.items()}
@@ -958,10 +958,10 @@ def gpu_of(monkeypatch):
         device = SimpleNamespace(name=name, major=major, minor=minor, multi_processor_count=40)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        plan.gpu.cache_clear()
+        plan.gpu.gpu_of.cache_clear()
 
     yield pretend
-    plan.gpu.cache_clear()
+    plan.gpu.gpu_of.cache_clear()
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
@@ -974,7 +974,7 @@ def test_compute_capability(call, gpu_of):
         with pytest.raises(NotImplementedError, match=message):
             function(**arguments)
     gpu_of("A100", 8, 0)
-    assert plan.gpu(torch.device("cuda", 0)).arch == 80
+    assert plan.gpu.gpu_of(torch.device("cuda", 0)).arch == 80
 
 
 def vmap(f, q):

@@ -15,7 +15,7 @@ import torch
 from cases import Case, between_margins, ints, margined, margins_intact, rounding
 
 import mini_flash_attention as mfa
-from mini_flash_attention import checks, dispatch, plan, reference
+from mini_flash_attention import plan, recipes, reference, settings
 
 GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
@@ -49,10 +49,10 @@ def refused(monkeypatch):
     """A call is refused with the checks of lengths and page numbers on."""
 
     def look(case, message, **more):
-        monkeypatch.setattr(checks, "ON", True)
+        monkeypatch.setattr(settings, "CHECKED", True)
         with pytest.raises(ValueError, match=message):
             case.run(**more)
-        monkeypatch.setattr(checks, "ON", False)
+        monkeypatch.setattr(settings, "CHECKED", False)
 
     return look
 
@@ -67,7 +67,7 @@ def on(device):
 
 def full(device, *sizes):
     """heads, head_dim and dtype, the last of fp32's range; Triton's interpreter has no bf16."""
-    interpreted = device == "cpu" and dispatch.INTERPRETED
+    interpreted = device == "cpu" and settings.INTERPRETED
     return (*sizes, torch.float32 if interpreted else torch.bfloat16)
 
 
@@ -108,9 +108,9 @@ def everywhere(device, work):
     results = []
     for portable in [True, False] if HOPPER and device != "cpu" else [False]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plan, "PORTABLE", portable)
-            patch.setattr(plan, "HOPPER_FLOPS", 0)
-            patch.setattr(dispatch, "_recipes", {})
+            patch.setattr(settings, "PORTABLE", portable)
+            patch.setattr(plan.hopper, "HOPPER_FLOPS", 0)
+            patch.setattr(recipes, "_recipes", {})
             results.append(work())
     return results
 
@@ -874,7 +874,7 @@ def test_streams_and_threads(device):
                 torch.cuda.current_stream().synchronize()
                 return all(torch.equal(out, expected[n]) for out in outs)
 
-        dispatch._recipes.clear()  # both threads find out what to launch
+        recipes._recipes.clear()  # both threads find out what to launch
         with ThreadPoolExecutor(2) as pool:
             assert all(pool.map(call, range(2)))
 
@@ -900,7 +900,8 @@ def test_another_device(device):
 def test_few_variants_for_many_shapes(device, head_dim, dtype):
     code = f"""
 import random, torch, mini_flash_attention as mfa
-from mini_flash_attention.kernels import combine, decode, forward
+from mini_flash_attention.kernels.decode import combine, decode
+from mini_flash_attention.kernels.portable import forward
 random.seed(0)
 for _ in range(200):
     b, sq, sk = random.randint(1, 5), random.randint(1, 700), random.randint(1, 700)

@@ -1,10 +1,12 @@
 """The rules as plain Python, against brute force.
 
-A rule is Python that Triton reads. Given other meanings of its `tl.` functions, Python runs it too:
-`plain` supplies them, over numbers and torch tensors, and refuses what a GPU would do differently
-or not survive: loads outside a tensor, numbers past 32 bits, division of negative ones.
+A rule is Python that Triton reads. `mini_flash_attention.triton_on_cpu`, which runs what users
+write in Triton's language, runs it too. Here it also knows the functions that need a whole tile,
+and refuses what a GPU would do differently or not survive: numbers past 32 bits, division of
+negative ones, loads that leave open what they give.
 """
 
+import functools
 import importlib
 import math
 import types
@@ -16,9 +18,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mini_flash_attention import reference, rules
+from mini_flash_attention import reference, rules, triton_on_cpu
+from mini_flash_attention.plan.scores import choose_score_mode
+from mini_flash_attention.rules import window
+from mini_flash_attention.rules.window import Window
+from mini_flash_attention.triton_on_cpu import LANGUAGE, Names, Pointer, Rebuilder, Tile, tensor
 
 tl = pytest.importorskip("triton.language")
+from mini_flash_attention.rules.scores import INTERPRETED, Modification  # noqa: E402
+from mini_flash_attention.rules.sequence import Lengths  # noqa: E402
+from mini_flash_attention.rules.work import Grid  # noqa: E402
 
 LOG2E = math.log2(math.e)
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
@@ -26,7 +35,7 @@ INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 searched = settings(deadline=None, derandomize=True, max_examples=300)
 sampled = settings(searched, max_examples=60)  # where an example is many calls
 
-# -- Triton's language, as far as the rules use it ------------------------------------------------
+# -- Triton's language, stricter and with what a score_mod may not call ---------------------------
 
 
 class Int32(int):
@@ -39,109 +48,147 @@ def checked(operator):
         if result is NotImplemented:
             return result
         assert INT_MIN <= result <= INT_MAX, f"{self} {operator} {other} overflows"
-        rounds = operator in ("__floordiv__", "__mod__") and (self < 0 or other < 0)
+        rounds = operator.endswith(("floordiv__", "mod__")) and (self < 0 or other < 0)
         assert not rounds, f"{self} {operator} {other} depends on how it is rounded"
         return Int32(result)
 
     return apply
 
 
-for operator in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod"):
-    setattr(Int32, f"__{operator}__", checked(f"__{operator}__"))
+for operator in ("add", "sub", "mul", "floordiv", "mod"):
+    for name in (f"__{operator}__", f"__r{operator}__"):
+        setattr(Int32, name, checked(name))
 
 
-class Pointer:
-    """Into a list of ints; `Pointer(numbers) + offset` as in C, the offset an int or a tensor."""
+def or_number(of_tiles, of_numbers):
+    """A function that stays among numbers where it is given nothing else: quick, and `Int32`."""
 
-    def __init__(self, numbers, offset=0):
-        self.numbers, self.offset = numbers, offset
+    def apply(*operands):
+        for x in operands:
+            if isinstance(x, (Tile, torch.Tensor)):
+                return of_tiles(*operands)
+        result = of_numbers(*operands)
+        return Int32(result) if isinstance(result, int) else result
 
-    def __add__(self, offset):
-        return Pointer(self.numbers, self.offset + offset)
+    return apply
 
 
 def load(pointer, mask=True, other=None):
-    if isinstance(pointer.offset, int) and mask is True:
-        assert 0 <= pointer.offset < len(pointer.numbers), f"a load at {pointer.offset}"
-        return Int32(pointer.numbers[pointer.offset])
-    at, mask = torch.broadcast_tensors(torch.as_tensor(pointer.offset), torch.as_tensor(mask))
-    assert ((at >= 0) & (at < len(pointer.numbers)))[mask].all(), f"a load at {pointer.offset}"
-    assert other is not None or mask.all(), "a masked load without `other` gives anything"
-    numbers = torch.tensor([*pointer.numbers, 0])
-    return numbers[at.where(mask, -1)].where(mask, torch.as_tensor(other or 0))
+    """One number may also come from a list."""
+    if isinstance(pointer.index, int) and mask is True:
+        assert 0 <= pointer.index < len(pointer.memory), f"a load at {pointer.index}"
+        return Int32(pointer.memory[pointer.index])
+    assert other is not None or tensor(mask).all(), "a masked load without `other` gives anything"
+    return triton_on_cpu.load(pointer, mask, other)
 
 
-def where(condition, a, b):
-    if not any(isinstance(x, torch.Tensor) for x in (condition, a, b)):
-        chosen = a if condition else b
-        return Int32(chosen) if isinstance(chosen, int) else chosen
-    return torch.where(torch.as_tensor(condition), torch.as_tensor(a), torch.as_tensor(b))
+def cast(x, dtype):
+    """Tests have fp64 where kernels have fp32, and it stays that: a rule without its rounding."""
+    return x if x.dtype is torch.float64 else LANGUAGE.cast(x, dtype)
 
 
-def either(of_tensors, of_numbers, a, b):
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return of_tensors(torch.as_tensor(a), torch.as_tensor(b))
-    return of_numbers(a, b)
+def extended(names, **more):
+    return Names(**{**vars(names), **more})
 
 
-language = types.SimpleNamespace(
+language = extended(
+    LANGUAGE,
     load=load,
-    where=where,
-    cast=lambda x, _: x,
-    int64=torch.int64,
-    float32=torch.float32,
-    float64=torch.float64,
-    arange=torch.arange,
-    abs=torch.abs,
-    minimum=lambda a, b: either(torch.minimum, min, a, b),
-    maximum=lambda a, b: either(torch.maximum, max, a, b),
-    cdiv=lambda a, b: (a + b - 1) // b,
-    max=lambda x, axis, keep_dims=False: torch.amax(x, axis, keep_dims),
+    cast=cast,
+    where=or_number(LANGUAGE.where, lambda condition, a, b: a if condition else b),
+    minimum=or_number(LANGUAGE.minimum, min),
+    maximum=or_number(LANGUAGE.maximum, max),
+    arange=functools.partial(torch.arange, dtype=torch.int32),
+    # Like the maximum of two, the largest of all is a number where there is any.
+    max=lambda x, axis, keep_dims=False: functools.reduce(
+        torch.fmax, x.split(1, axis) if keep_dims else x.unbind(axis)
+    ),
     sum=lambda x, axis, keep_dims=False: torch.sum(x, axis, keep_dims),
     expand_dims=torch.unsqueeze,
-    exp=torch.exp,
-    exp2=torch.exp2,
-    log=torch.log,
-    log2=torch.log2,
 )
+of_gluon = extended(
+    language,
+    arange=lambda start, end, layout: language.arange(start, end),
+    reshape=torch.reshape,
+    convert_layout=lambda x, layout, assert_trivial=False: x,
+    SliceLayout=lambda *_: None,
+)
+
+
+class Rules(Rebuilder):
+    """Rebuilds rules, and what kernels in Gluon have in their place."""
+
+    def value(self, x):
+        if x is INTERPRETED:
+            return True  # there an instruction of the GPU's is spelt out
+        if getattr(x, "__name__", None) == "triton.experimental.gluon.language":
+            return of_gluon
+        return super().value(x)
+
+    def of_triton(self, names, x):
+        return super().of_triton(language if names is LANGUAGE else names, x)
+
+
+RULES = Rules()
+MODULES = sorted(path.stem for path in Path(rules.__file__).parent.glob("[!_]*.py"))
+
+
+def functions_of(name):
+    """The rules that a module has: compiled ones, and functions of Python's that it defines."""
+    module = importlib.import_module(f"{rules.__name__}.{name}")
+    return {
+        rule: x
+        for rule, x in vars(module).items()
+        if hasattr(x, "fn")
+        or (isinstance(x, types.FunctionType) and x.__module__ == module.__name__)
+    }
 
 
 def plain(name):
     """The rules of rules/<name>.py as functions of Python."""
-    module = importlib.import_module(f"{rules.__name__}.{name}")
-    scope = {"tl": language, "INTERPRETED": True}  # where an instruction of the GPU's is spelt out
-    for rule, compiled in vars(module).items():
-        if hasattr(compiled, "fn"):  # what `@triton.jit` makes
-            scope[rule] = types.FunctionType(compiled.fn.__code__, scope, rule)
-        elif getattr(compiled, "__name__", "").startswith(f"{rules.__name__}."):
-            scope[rule] = plain(rule)  # other rules that these ask
-    return types.SimpleNamespace(**scope)
+    made = {rule: RULES.function(x) for rule, x in functions_of(name).items()}
+    return types.SimpleNamespace(**made)
 
 
-grid, heads, mask, paging, rotary, scores, sequence, softmax, split, work = map(
-    plain,
-    (
-        "grid", "heads", "mask", "paging", "rotary", "scores", "sequence", "softmax", "split",
-        "work",
-    ),
-)  # fmt: skip
-
-
-MODULES = sorted(path.stem for path in Path(rules.__file__).parent.glob("[!_]*.py"))
+grid, heads, mask, paging, rotary, scores, sequence, softmax, split, work = (
+    plain(name) for name in MODULES if name != "window"
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_rule_has_a_test(name):
-    module = importlib.import_module(f"{rules.__name__}.{name}")
-    for rule in (rule for rule, compiled in vars(module).items() if hasattr(compiled, "fn")):
+    assert functions_of(name)
+    for rule in functions_of(name):
         assert f"{name}.{rule}(" in Path(__file__).read_text(), f"{name}.{rule} has none"
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_interpreter_finds_its_language(name):
     """It looks for `tl` in the module of every function it runs, used or not."""
-    module = importlib.import_module(f"{rules.__name__}.{name}")
-    assert getattr(module, "tl", None) is tl
+    for rule, x in functions_of(name).items():
+        assert not hasattr(x, "fn") or x.fn.__globals__.get("tl") is tl, rule
+
+
+# -- window ---------------------------------------------------------------------------------------
+
+SIZES = st.integers(1, 40)
+
+
+@given(seqlen_q=SIZES, seqlen_k=SIZES, left=st.integers(0, 40), right=st.integers(0, 40))
+@searched
+def test_window(seqlen_q, seqlen_k, left, right):
+    """Of tensors, as the CPU path asks, and of numbers, as the host and kernels do."""
+    sides = Window(*map(Int32, (seqlen_k - seqlen_q, left, right)), None, Int32(seqlen_k))
+    i, j = torch.arange(seqlen_q)[:, None], torch.arange(seqlen_k)[None, :]
+    first, last = window.first_visible(i, sides), window.last_visible(i, sides)
+    expected = reference.visibility(seqlen_q, seqlen_k, False, (left, right))
+    assert torch.equal((j >= first) & (j <= last), expected)
+    assert (last - first == left + right).all(), "the window's ends, whether or not keys are there"
+    for n in range(seqlen_q):
+        assert window.first_visible(Int32(n), sides) == mask.first_visible(Int32(n), sides)
+        assert window.last_visible(Int32(n), sides) == mask.last_visible(Int32(n), sides)
+        ends = mask.first_visible(Int32(n), sides), mask.last_visible(Int32(n), sides)
+        assert ends == (first[n], last[n])
 
 
 # -- mask -----------------------------------------------------------------------------------------
@@ -151,30 +198,29 @@ BOUNDS = st.tuples(st.none() | st.integers(0, 40), st.none() | st.integers(0, 40
 PADS = st.none() | st.integers(0, 300)
 
 
-def padding(pad, left, seqlen_k):
-    """A pad as kernels make it of what they are given."""
-    return None if pad is None or left is None else Int32(min(pad, seqlen_k))
+def window_of(diagonal, bounds, pad, seqlen_k):
+    """A window as kernels make it of what they are given."""
+    left, right = (None if x is None else Int32(x) for x in bounds)
+    first_key = None if pad is None or left is None else Int32(min(pad, seqlen_k))
+    return Window(Int32(diagonal), left, right, first_key, Int32(seqlen_k))
 
 
-@given(seqlen_q=st.integers(1, 40), seqlen_k=st.integers(1, 40), bounds=BOUNDS, pad=PADS)
+@given(seqlen_q=SIZES, seqlen_k=SIZES, bounds=BOUNDS, pad=PADS)
 @searched
-def test_sees(seqlen_q, seqlen_k, bounds, pad):
-    left, right = bounds
-    pad = padding(pad, left, seqlen_k)
+def test_is_visible(seqlen_q, seqlen_k, bounds, pad):
+    sides = window_of(seqlen_k - seqlen_q, bounds, pad, seqlen_k)
     i, j = torch.arange(seqlen_q)[:, None], torch.arange(seqlen_k + 9)[None, :]
-    diagonal = seqlen_k - seqlen_q
-    seen = mask.sees(
-        i, j, diagonal, left or 0, right or 0, pad, seqlen_k, left is not None, right is not None
-    )
-    window = tuple(-1 if w is None else w for w in bounds)
-    expected = reference.visibility(seqlen_q, seqlen_k, False, window) & (j >= (pad or 0))[:, :-9]
-    assert torch.equal(seen[:, :seqlen_k].expand_as(expected), expected)
-    assert not seen[:, seqlen_k:].any(), "keys past the end"
-    sides = diagonal, left or 0, right or 0, pad, seqlen_k, left is not None, right is not None
-    seen = seen.expand(seqlen_q, -1)
-    assert torch.equal(mask.count(i, *sides).clamp(min=0), seen.sum(1, True))
-    first, last = mask.bounds(i, *sides)
-    assert torch.equal((j >= first) & (j <= last), seen)
+    i, j = Tile(i.int()), Tile(j.int())
+    visible = mask.is_visible(i, j, sides).values.expand(seqlen_q, -1)
+    left_right = tuple(-1 if w is None else w for w in bounds)
+    expected = reference.visibility(seqlen_q, seqlen_k, False, left_right)
+    expected = expected & (j.values >= (sides.first_key or 0))[:, :-9]
+    assert torch.equal(visible[:, :seqlen_k], expected)
+    assert not visible[:, seqlen_k:].any(), "keys past the end"
+    assert torch.equal(mask.num_visible(i, sides).values.clamp(min=0), visible.sum(1, True))
+    first, last = mask.bounds(i, sides)
+    between = ((j >= first) & (j <= last)).values
+    assert torch.equal(between.expand(seqlen_q, -1), visible)
 
 
 @given(
@@ -183,29 +229,27 @@ def test_sees(seqlen_q, seqlen_k, bounds, pad):
     pad=PADS,
 )  # fmt: skip
 @settings(searched, max_examples=3000)
-def test_key_tiles(first, rows, after, seqlen_k, bounds, block, pad):
-    """begin..end are exactly the tiles that a row sees something of, clear those all see whole.
+def test_n_block_range(first, rows, after, seqlen_k, bounds, block, pad):
+    """begin..end are exactly the tiles that a row sees something of, full those all see whole.
 
     But for the tile of the first key there is, which may be read although rows see nothing of it.
     """
-    left, right = bounds
-    pad = padding(pad, left, seqlen_k)
-    LEFT, RIGHT = left is not None, right is not None
     diagonal = seqlen_k - (first + rows + after)  # rows of queries stand between others
-    begin, clear_begin, clear_end, end = mask.key_tiles(
-        Int32(first), Int32(first + rows - 1), Int32(diagonal), Int32(left or 0), Int32(right or 0),
-        pad, Int32(seqlen_k), block, LEFT, RIGHT,
-    )  # fmt: skip
-    assert 0 <= begin <= clear_begin <= clear_end <= end
-    assert not any(bound % block for bound in (begin, clear_begin, clear_end, end))
+    sides = window_of(diagonal, bounds, pad, seqlen_k)
+    left, right = bounds
+    pad = sides.first_key
+    blocks = mask.n_block_range(Int32(first), Int32(first + rows - 1), sides, block)
+    begin, full_begin, full_end, end = blocks
+    assert 0 <= begin <= full_begin <= full_end <= end
+    assert not any(bound % block for bound in blocks)
 
     i = torch.arange(first, first + rows)[:, None] + diagonal  # where each query stands
     tiles = -(-(seqlen_k + 1) // block)
     j = torch.arange(tiles * block)[None, :]
     seen = (j < seqlen_k).expand(rows, -1)
-    if LEFT:
+    if left is not None:
         seen = seen & (j >= i - left) & (j >= (pad or 0))
-    if RIGHT:
+    if right is not None:
         seen = seen & (j <= i + right)
     per_tile = seen.view(rows, tiles, block)
     number = torch.arange(tiles) * block
@@ -213,7 +257,7 @@ def test_key_tiles(first, rows, after, seqlen_k, bounds, block, pad):
     if pad is not None and not wanted.any():
         read = read & (number != pad // block * block)
     assert torch.equal(wanted, read)
-    assert torch.equal(per_tile.all(0).all(-1), (number >= clear_begin) & (number < clear_end))
+    assert torch.equal(per_tile.all(0).all(-1), (number >= full_begin) & (number < full_end))
 
 
 # -- grid -----------------------------------------------------------------------------------------
@@ -221,9 +265,12 @@ def test_key_tiles(first, rows, after, seqlen_k, bounds, block, pad):
 
 @given(tiles=st.integers(1, 20), units=st.integers(1, 20), per_group=st.integers(1, 25))
 @searched
-def test_place(tiles, units, per_group):
+def test_m_block_and_head(tiles, units, per_group):
     """Every tile of every unit once; units group by group; inside a group the last tiles first."""
-    order = [grid.place(Int32(n), Int32(tiles), units, per_group) for n in range(tiles * units)]
+    order = [
+        grid.m_block_and_head(Int32(n), Int32(tiles), units, per_group)
+        for n in range(tiles * units)
+    ]
     assert sorted(order) == [(tile, unit) for tile in range(tiles) for unit in range(units)]
     assert order == sorted(order, key=lambda at: (at[1] // per_group, -at[0], at[1]))
 
@@ -372,19 +419,23 @@ def test_shares(total, programs):
 
 # -- work -----------------------------------------------------------------------------------------
 
+NO_LENGTHS = Lengths(*[None] * len(Lengths._fields))
+
 
 @given(
     batch=st.integers(1, 4), nheads=st.integers(1, 4), seqlen_q=st.integers(1, 300),
     per_group=st.integers(1, 9), block=st.sampled_from([64, 128]),
 )  # fmt: skip
 @sampled
-def test_dense_queries(batch, nheads, seqlen_q, per_group, block):
+def test_dense_work_tiles(batch, nheads, seqlen_q, per_group, block):
     """Every tile of every head of every entry once, none past the sequence's end."""
     tiles = -(-seqlen_q // block)
+    lengths = NO_LENGTHS._replace(seqlen_q=seqlen_q, total_q=0)
+    table = Grid(batch, nheads, Int32(tiles), per_group)
     found = []
     for number in range(tiles * batch * nheads):
-        b, head, first_q, rows, writable, first = work.queries(
-            Int32(number), None, None, batch, nheads, Int32(tiles), per_group, seqlen_q, 0, block
+        b, head, first_q, rows, writable, first = work.work_tile(
+            Int32(number), lengths, table, block
         )
         assert (first_q, rows, writable) == (0, seqlen_q, seqlen_q) and first < seqlen_q
         found.append((b, head, first // block))
@@ -405,7 +456,7 @@ def test_used_queries(length, used):
     used=st.none() | st.lists(st.integers(-3, 90), min_size=12, max_size=12),
 )  # fmt: skip
 @sampled
-def test_packed_queries(lengths, padding, longest, block, nheads, used):
+def test_packed_work_tiles(lengths, padding, longest, block, nheads, used):
     """Every row is written by one tile for each head, also those that are not in use; queries past
     max_seqlen_q or seqused_q don't count.
     """
@@ -413,11 +464,15 @@ def test_packed_queries(lengths, padding, longest, block, nheads, used):
     total = cu_seqlens[-1] + padding
     tiles = total // block + len(lengths)
     written = dict.fromkeys(((h, row) for h in range(nheads) for row in range(total)), 0)
+    packed = NO_LENGTHS._replace(
+        cu_seqlens_q=Pointer(cu_seqlens), seqused_q=used and Pointer(used), seqlen_q=longest,
+        total_q=total,
+    )  # fmt: skip
+    table = Grid(len(lengths), nheads, Int32(tiles), 2)
     for number in range(tiles * nheads):
-        b, head, first_q, rows, writable, first = work.queries(
-            Int32(number), Pointer(cu_seqlens), used and Pointer(used), len(lengths), nheads,
-            Int32(tiles), 2, longest, total, block,
-        )  # fmt: skip
+        b, head, first_q, rows, writable, first = work.work_tile(
+            Int32(number), packed, table, block
+        )
         most = min(lengths[b], longest)
         assert (first_q, rows) == (cu_seqlens[b], min(most, max(used[b], 0)) if used else most)
         for row in range(first, min(first + block, int(writable))):
@@ -430,19 +485,32 @@ def test_packed_queries(lengths, padding, longest, block, nheads, used):
     longest=st.integers(0, 80), appended=st.integers(0, 5), rows_q=st.integers(0, 90),
 )  # fmt: skip
 @sampled
-def test_keys(lengths, used, longest, appended, rows_q):
+def test_key_span(lengths, used, longest, appended, rows_q):
     """appended < 0: a sequence brings as many keys as it has queries."""
     cu_seqlens = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
     total, capacity = cu_seqlens[-1], longest + appended
+    alone = NO_LENGTHS._replace(seqlen_k=longest, total_k=0, appended=appended)
+    packed = alone._replace(cu_seqlens_k=Pointer(cu_seqlens), total_k=total, appended=0)
+    cached = alone._replace(seqused_k=Pointer(used), seqlen_k=capacity)
+    both = packed._replace(seqused_k=Pointer(used))
     for b, length in enumerate(lengths):
-        packed = work.keys(b, Pointer(cu_seqlens), None, longest, total, 0, rows_q)
-        assert packed == (cu_seqlens[b], min(length, longest))
+        assert work.key_span(b, packed, rows_q) == (cu_seqlens[b], min(length, longest))
         for new, more in ((appended, appended), (-1, rows_q)):
-            cached = work.keys(b, None, Pointer(used), capacity, 0, Int32(new), Int32(rows_q))
-            assert cached == (0, min(max(used[b], 0) + more, capacity))
-        both = work.keys(b, Pointer(cu_seqlens), Pointer(used), longest, total, 0, rows_q)
-        assert both == (cu_seqlens[b], min(max(used[b], 0), length, longest))
-    assert work.keys(0, None, None, longest, 0, appended, rows_q) == (0, longest)
+            found = work.key_span(b, cached._replace(appended=Int32(new)), Int32(rows_q))
+            assert found == (0, min(max(used[b], 0) + more, capacity))
+        wanted = cu_seqlens[b], min(max(used[b], 0), length, longest)
+        assert work.key_span(b, both, rows_q) == wanted
+    assert work.key_span(0, alone, rows_q) == (0, longest)
+
+
+@given(table=GARBAGE, rows=st.integers(0, 9), length_k=st.integers(0, 99))
+@searched
+def test_keys_of_a_cache_row(table, rows, length_k):
+    """A row that does not exist has no keys."""
+    lengths = NO_LENGTHS._replace(cache_batch_idx=Pointer(table), cache_rows=rows)
+    for b, entry in enumerate(table):
+        wanted = (entry, length_k) if entry in range(rows) else (0, 0)
+        assert work.cache_row(b, lengths, length_k) == wanted
 
 
 @given(
@@ -450,21 +518,18 @@ def test_keys(lengths, used, longest, appended, rows_q):
     pad=PADS, group=st.sampled_from([1, 2, 4, 64]),
 )  # fmt: skip
 @sampled
-def test_key_tiles_of_a_tile_of_rows(tile, rows_q, length_k, bounds, pad, group):
-    """As `mask.key_tiles` has it for the rows that are there; nothing where there are none."""
-    pad = padding(pad, bounds[0], length_k)
-    left, right = (-1 if x is None else x for x in bounds)
-    first, flags = Int32(128 * tile), (left >= 0, right >= 0)
-    sizes = (Int32(length_k - rows_q), left, right, pad, Int32(length_k))
-    begin, clear_begin, clear_end, end = work.key_tiles(
-        first, Int32(rows_q * group), Int32(length_k), left, right, pad, *flags, 128, 64, group
-    )
+def test_n_block_range_of_a_tile_of_rows(tile, rows_q, length_k, bounds, pad, group):
+    """As `mask.n_block_range` has it for the rows that are there; nothing where there are none."""
+    sides = window_of(length_k - rows_q, bounds, pad, length_k)
+    first = Int32(128 * tile)
+    found = work.n_block_range(first, Int32(rows_q * group), sides, 128, 64, group)
     if first >= rows_q * group:
-        assert begin == end and clear_end <= end
+        assert found.begin == found.end and found.full_end <= found.end
     else:
         last = (min(first + 128, rows_q * group) - 1) // group
-        wanted = mask.key_tiles(Int32(first // group), Int32(last), *sizes, 64, *flags)
-        assert (begin, clear_begin, clear_end, end) == wanted
+        assert found == mask.n_block_range(Int32(first // group), Int32(last), sides, 64)
+    if group == 1:
+        assert found == work.n_block_range(first, Int32(rows_q), sides, 128, 64)
 
 
 @given(
@@ -477,16 +542,16 @@ def test_a_consumer_sees_no_tile_that_is_not_loaded(
     tile, consumers, rows_q, length_k, bounds, block, group
 ):
     """What 64 rows see lies among the tiles of all rows, and what they pass by is at the end."""
-    left, right = (-1 if x is None else x for x in bounds)
-    numbers = (Int32(rows_q * group), Int32(length_k), left, right, None, left >= 0, right >= 0)
-    first = 64 * consumers * tile
-    begin, _, _, end = work.key_tiles(Int32(first), *numbers, 64 * consumers, block, group)
+    sides = window_of(length_k - rows_q, bounds, None, length_k)
+    rows, first = Int32(rows_q * group), 64 * consumers * tile
+    loaded = work.n_block_range(Int32(first), rows, sides, 64 * consumers, block, group)
     ranges = [
-        work.key_tiles(Int32(first + 64 * n), *numbers, 64, block, group) for n in range(consumers)
+        work.n_block_range(Int32(first + 64 * n), rows, sides, 64, block, group)
+        for n in range(consumers)
     ]
-    seen = [own for own in ranges if own[0] < own[3]]
-    assert all(begin <= own[0] and own[3] <= end for own in seen)
-    assert max((own[3] for own in seen), default=begin) == end
+    seen = [own for own in ranges if own.begin < own.end]
+    assert all(loaded.begin <= own.begin and own.end <= loaded.end for own in seen)
+    assert max((own.end for own in seen), default=loaded.begin) == loaded.end
 
 
 # -- paging and heads -----------------------------------------------------------------------------
@@ -500,13 +565,17 @@ def test_a_consumer_sees_no_tile_that_is_not_loaded(
 def test_lookup(table, num_pages, data):
     """Pages that exist are real; no entry past those in use is read, wherever it lies."""
     used = data.draw(st.integers(0, len(table)))
-    column = torch.arange(len(table) + 20)
-    page, real = paging.lookup(Pointer(table) + column, column < used, num_pages)
+    entries = Pointer(torch.tensor(table, dtype=torch.int32))
+    column = Tile(torch.arange(len(table) + 20, dtype=torch.int32))
+    page, real = (x.values for x in paging.lookup(entries + column, column < used, num_pages))
     assert real[:used].tolist() == [entry in range(num_pages) for entry in table[:used]]
     assert not real[used:].any()
     assert page[real].tolist() == [entry for entry in table[:used] if entry in range(num_pages)]
+    named = paging.page_of(entries + column, column < used).values
+    assert named.tolist() == table[:used] + [-1] * (len(table) + 20 - used)
     for n in range(used):  # and one at a time
-        assert paging.lookup(Pointer(table) + n, True, num_pages) == (table[n], real[n])
+        assert paging.lookup(entries + n, True, num_pages) == (table[n], real[n])
+        assert paging.page_of(entries + n, True) == table[n]
 
 
 @given(nheads_k=st.integers(1, 6), group=st.integers(1, 6), tokens=st.integers(1, 5))
@@ -548,12 +617,12 @@ def test_rotary(shape, seed, rows_cos, tokens):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(tokens), head_dim, generator=generator)
     cos, sin = torch.randn(2, rows_cos, rotary_dim // 2, generator=generator)
+    sin = sin.clone()  # memory of its own: what lies behind cos is outside
     position, there = torch.tensor([t for t, _ in tokens]), torch.tensor([ok for _, ok in tokens])
     offset = torch.arange(len(tokens)).where(there, 10**6) * head_dim
     rotated = rotary.load(
-        Pointer(x.flatten().tolist()), offset, there, position, Pointer(cos.flatten().tolist()),
-        Pointer(sin.flatten().tolist()), rows_cos, head_dim, 1 << (head_dim - 1).bit_length(),
-        rotary_dim, interleaved,
+        Pointer(x), offset, there, position, Pointer(cos), Pointer(sin), rows_cos, head_dim,
+        1 << (head_dim - 1).bit_length(), rotary_dim, interleaved,
     )  # fmt: skip
     row = position.clamp(0, rows_cos - 1)
     turn = torch.complex(cos, sin)[row]
@@ -593,23 +662,22 @@ def asks_for_all(score, b, head, q_idx, kv_idx, aux=None):
     own=st.sampled_from([(), ("bounded",), ("bounded", "folded")]), seed=st.integers(0, 99),
 )  # fmt: skip
 @searched
-def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start, own, seed):
+def test_modify(softmax_scale, softcap, slope, score_mod, handed, first, start, own, seed):
     """What the softmax scales is the definition's score, whichever steps are left to it."""
-    launch = pytest.importorskip("mini_flash_attention.kernels.launch")
     aux = (torch.tensor(7.0),) if handed and score_mod else None
     slopes = None if slope is None else torch.tensor([slope])
     asked = types.SimpleNamespace(softcap=softcap, alibi_slopes=slopes, score_mod=score_mod)
     q = torch.empty(0, dtype=torch.bfloat16)
-    call = types.SimpleNamespace(scores=asked, softmax_scale=softmax_scale, q=q, left=-1)
-    scale, (_, factor, cap), flags = launch.changes(call, *own)
+    call = types.SimpleNamespace(scores=asked, softmax_scale=softmax_scale, q=q, left=None)
+    scale, (_, factor, cap), mode = choose_score_mode(call, *own)
 
     generator = torch.Generator().manual_seed(seed)
     raw = 20 * torch.randn(5, 16, generator=generator, dtype=torch.float64)
-    folded = factor if flags[0] == "folded" else 1.0
+    folded = factor if mode == "folded" else 1.0
     assert folded in (1.0, 0.125)
     i, n = torch.arange(first, first + 5)[:, None], torch.arange(16)[None, :]
-    given_as = (factor, cap, slope, aux)
-    modified = scores.modified(raw * folded, 2, 3, i, start, n, given_as, *flags)
+    modification = Modification(factor, cap, slope, aux)
+    modified = scores.modify(raw * folded, 2, 3, i, start, n, modification, mode, score_mod)
     if not softcap and slope is None and score_mod is None:
         assert torch.equal(modified, raw)
 
@@ -625,7 +693,7 @@ def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start
 
 
 @pytest.mark.parametrize(
-    ("asked", "dtype", "way"),
+    ("asked", "dtype", "mode"),
     [
         ({}, torch.bfloat16, ""),
         ({"softcap": 50.0}, torch.bfloat16, "bounded"),
@@ -642,19 +710,18 @@ def test_modified(softmax_scale, softcap, slope, score_mod, handed, first, start
         ({"score_mod": asks_for_all}, torch.float16, ""),
     ],
 )
-def test_ways_of_a_kernels_own(asked, dtype, way):
-    launch = pytest.importorskip("mini_flash_attention.kernels.launch")
+def test_modes_of_a_kernels_own(asked, dtype, mode):
     given = {"softcap": 0.0, "alibi_slopes": None, "score_mod": None} | asked
     call = types.SimpleNamespace(
         scores=types.SimpleNamespace(**given), softmax_scale=0.125, q=torch.empty(0, dtype=dtype),
-        left=asked.get("left", -1),
+        left=asked.get("left"),
     )  # fmt: skip
-    score_mod = asked.get("score_mod")
-    assert launch.changes(call, "bounded", "linear", "folded").flags == (way, score_mod)
+    usual = "softcap" if "softcap" in asked else ""
+    assert choose_score_mode(call, "bounded", "linear", "folded").mode == mode
     for own in ((), ("",)):
-        assert launch.changes(call, *own).flags == ("softcap" * ("softcap" in asked), score_mod)
+        assert choose_score_mode(call, *own).mode == usual
     call.softmax_scale = 128**-0.5
-    assert launch.changes(call, "folded").flags[0] == ("softcap" if "softcap" in asked else "")
+    assert choose_score_mode(call, "folded").mode == usual
 
 
 # -- softmax --------------------------------------------------------------------------------------
@@ -774,10 +841,10 @@ def test_softmax_is_exact_for_equal_scores_in_fp32(score):
     assert lse.item() == pytest.approx(score * 1e-4 + math.log(8), rel=1e-6)
 
 
-def own_softmax(attend_hopper, scope):
-    """The two steps of the Hopper kernel's softmax: `rescale`, and the weights it leads to."""
-    steps = attend_hopper.rescale, attend_hopper.weights
-    return [types.FunctionType(step.fn.__code__, scope) for step in steps]
+def hopper_softmax():
+    """What the Hopper kernel has of its own."""
+    pytest.importorskip("triton.experimental.gluon")
+    return RULES.value(importlib.import_module("mini_flash_attention.kernels.hopper.softmax"))
 
 
 class Words(torch.Tensor):
@@ -798,20 +865,16 @@ class Words(torch.Tensor):
 @searched
 def test_the_hopper_kernels_own_softmax(size, scale, widths, steps, sign, ones, lazy):
     """It agrees with the rule for scores of any size: ties, neighbours, and what no row sees."""
-    pytest.importorskip("triton.experimental.gluon")
-    attend_hopper = importlib.import_module("mini_flash_attention.kernels.attend_hopper")
-    gl = types.SimpleNamespace(**vars(language), int32=torch.int32)
-    scope = {"gl": gl} | {n: getattr(attend_hopper, n).value for n in ("LARGE", "SLACK")}
-    twin, weights = own_softmax(attend_hopper, scope)
+    hopper = hopper_softmax()
     level = sign * 2.0**size * (1 + ones / 8)
     s = torch.tensor([[-math.inf if n is None else level + n * abs(level) / 1024 for n in steps]])
     v, factor = torch.linspace(-1, 1, 12)[:, None], 2.0**scale * 1.4426950408889634
-    m, l, o = torch.tensor([attend_hopper.LOWEST.value]), torch.zeros(1), torch.zeros(1, 1)  # noqa: E741
+    m, l, o = torch.tensor([hopper.LOWEST]), torch.zeros(1), torch.zeros(1, 1)  # noqa: E741
     for s_tile, v_tile in zip(s.split(widths, 1), v.split(widths), strict=True):
         scores = s_tile.as_subclass(Words)
         arguments = m.as_subclass(Words), scores, None, torch.tensor(factor), lazy
-        m, alpha, *terms = (x.as_subclass(torch.Tensor) for x in twin(*arguments))
-        p = weights(*terms, "", scores)
+        m, alpha, *terms = (x.as_subclass(torch.Tensor) for x in hopper.rescale(*arguments))
+        p = hopper.exp2_scores(*terms, "", scores)
         assert ((p >= 0) & (p <= 2**14)).all(), "weights that fp16 holds"
         l, o = l * alpha + p.sum(1), o * alpha[:, None] + p @ v_tile  # noqa: E741
     out, lse = softmax.finish(m, l, o, torch.tensor(factor), None)
@@ -822,29 +885,24 @@ def test_the_hopper_kernels_own_softmax(size, scale, widths, steps, sign, ones, 
 
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("steep", [0.0, 0.3, 40.0, 3e4])
-def test_the_hopper_kernels_softmax_of_tilted_scores(steep, lazy):
-    """Like the rule's of scores that the tilt was added to, also where it dwarfs them."""
-    pytest.importorskip("triton.experimental.gluon")
-    attend_hopper = importlib.import_module("mini_flash_attention.kernels.attend_hopper")
-    gl = types.SimpleNamespace(**vars(language), int32=torch.int32, reshape=torch.reshape)
-    gl.convert_layout = lambda x, *_, **__: x
-    scope = {"gl": gl} | {n: getattr(attend_hopper, n).value for n in ("LARGE", "SLACK")}
-    scope |= {"by_row": lambda x, _: x[:, None], "as_before": lambda x, s: x.reshape(s.shape)}
-    twin, weights = own_softmax(attend_hopper, scope)
+def test_the_hopper_kernels_softmax_of_biased_scores(steep, lazy):
+    """Like the rule's of scores that the bias was added to, also where it dwarfs them."""
+    hopper = hopper_softmax()
     generator = torch.Generator().manual_seed(1)
     s = 4 * torch.randn(64, 48, generator=generator)
     s[3, :20], s[5] = -math.inf, -math.inf
-    tilts = -steep * torch.rand(3, 64, 4, generator=generator)
+    biases = -steep * torch.rand(3, 64, 4, generator=generator)
     v, scale = torch.linspace(-1, 1, 48)[:, None], torch.tensor(0.125 * LOG2E)
-    m = torch.full([64], attend_hopper.LOWEST.value)
+    m = torch.full([64], hopper.LOWEST)
     l, o, whole = torch.zeros(64), torch.zeros(64, 1), []  # noqa: E741
-    for s_tile, v_tile, tilt in zip(s.split(16, 1), v.split(16), tilts, strict=True):
-        arguments = (x.as_subclass(Words) for x in (m, s_tile, tilt))
-        m, alpha, *terms = (x.as_subclass(torch.Tensor) for x in twin(*arguments, scale, lazy))
-        p = weights(*terms, "", s_tile)
+    for s_tile, v_tile, bias in zip(s.split(16, 1), v.split(16), biases, strict=True):
+        arguments = (x.as_subclass(Words) for x in (m, s_tile, bias))
+        m, alpha, *terms = hopper.rescale(*arguments, scale, lazy)
+        p = hopper.exp2_scores(*terms, "", s_tile.as_subclass(Words))
+        m, alpha, p = (x.as_subclass(torch.Tensor) for x in (m, alpha, p))
         assert ((p >= 0) & (p <= 2**14)).all(), "weights that fp16 holds"
         l, o = l * alpha + p.sum(1), o * alpha[:, None] + p @ v_tile  # noqa: E741
-        whole.append((s_tile.view(64, 2, 4, 2) + tilt[:, None, :, None]).view(64, 16))
+        whole.append((s_tile.view(64, 2, 4, 2) + bias[:, None, :, None]).view(64, 16))
     out, lse = softmax.finish(m, l, o, scale, None)
     wanted, wanted_lse = online(torch.cat(whole, 1), v, 0.125, [16, 16, 16])
     torch.testing.assert_close(out, wanted, rtol=0, atol=2e-3)
@@ -856,27 +914,19 @@ def test_the_hopper_kernels_softmax_of_tilted_scores(steep, lazy):
 @pytest.mark.parametrize("slope", [0.7, -0.3])
 def test_the_hopper_kernels_own_alibi(first, start, slope):
     """What it does to scores and what it leaves to the maximum are ALiBi, on both sides."""
-    pytest.importorskip("triton.experimental.gluon")
-    attend_hopper = importlib.import_module("mini_flash_attention.kernels.attend_hopper")
-    gl = types.SimpleNamespace(**vars(language), constexpr=None, reshape=torch.reshape)
-    gl.SliceLayout, gl.arange = lambda *_: None, lambda a, b, _: torch.arange(a, b)
-    gl.where = lambda condition, a, b: a if condition else b
-    gl.zeros_like = torch.zeros_like
-    scope = {"gl": gl, "as_before": lambda x, s: x.reshape(s.shape), "modified": scores.modified}
-    for name in ("by_place", "tilted"):
-        scope[name] = types.FunctionType(getattr(attend_hopper, name).fn.__code__, scope)
     s = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
-    changes = (8.0, 0.0, slope / 8.0, None)  # a factor, no soft cap, a slope
-    found, tilt = scope["tilted"](s.as_subclass(Words), first, start, changes, 128)
-    found = found.view(64, 16, 4, 2) + tilt[:, None, :, None]
+    modification = Modification(8.0, 0.0, slope / 8.0, None)
+    biased = hopper_softmax().alibi_bias(s.as_subclass(Words), first, start, modification, 128)
+    found, bias = (x.as_subclass(torch.Tensor) for x in biased)
+    found = (found.view(64, 16, 4, 2) + bias[:, None, :, None]).view(64, 128)
     i, j = torch.arange(64)[:, None] + first, torch.arange(128)[None, :] + start
     wanted = s - slope * (i - j).abs()
-    torch.testing.assert_close(found.view(64, 128).as_subclass(torch.Tensor), wanted)
+    torch.testing.assert_close(found, wanted)
     if j.max() < first or start >= first + 64:
-        assert tilt.any(), "one addition a score"
+        assert bias.any(), "one addition a score"
         near = 127 if start < first else 0  # beside the queries nothing is large
-        at = found.view(64, 128).as_subclass(torch.Tensor)[:, near] - tilt[:, near // 2 % 4]
-        assert (at.as_subclass(torch.Tensor) - s[:, near]).abs().max() <= 7.01 * abs(slope)
+        at = found[:, near] - bias[:, near // 2 % 4]
+        assert (at - s[:, near]).abs().max() <= 7.01 * abs(slope)
 
 
 @given(scale=st.floats(1e-3, 75), seed=st.integers(0, 99), ends=st.booleans())
@@ -903,14 +953,14 @@ def test_one_key_without_a_maximum_gives_exactly_its_value(s, scale):
     p = torch.exp2(torch.tensor([s, s, s]) * scale)
     v = torch.tensor([1.9921875, -3.0e-8, 257.0]).bfloat16()
     o = p.bfloat16().float()[:, None] * v
-    factor = softmax.unrounded(p, torch.tensor([1, 2, 0]), torch.bfloat16)
+    factor = softmax.unround_single_keys(p, torch.tensor([1, 2, 0]), torch.bfloat16)
     assert factor[1:].tolist() == [1.0, 1.0]
     out, _ = softmax.finish(torch.zeros(3), p, o * factor[:, None], torch.tensor(scale), None)
     assert torch.equal(out[0].bfloat16(), v)
 
 
 def machine(text, inputs):
-    """The first exponential of `hopper.EXP2`, its instructions carried out one by one on fp32."""
+    """The first exponential of `softmax.EXP2`, its instructions carried out one by one on fp32."""
     to_float = lambda n: (n & 0xFFFFFFFF).astype(np.uint32).view(np.float32)  # noqa: E731
     to_int = lambda x: x.view(np.uint32).astype(np.int64)  # noqa: E731
     registers = {"$4": inputs}
@@ -938,12 +988,11 @@ def machine(text, inputs):
 
 def test_the_hopper_kernels_own_exponential():
     """Right to a third of the LSE's promise for all that a bounded score can be, 0 for -inf."""
-    pytest.importorskip("triton.experimental.gluon")
-    hopper = importlib.import_module("mini_flash_attention.kernels.hopper")
+    hopper = hopper_softmax()
     x = np.linspace(-126, 60, 400_001, dtype=np.float32)
-    found = machine(hopper.EXP2.value, x).astype(np.float64)
+    found = machine(hopper.EXP2, x).astype(np.float64)
     assert np.abs(found / np.exp2(x.astype(np.float64)) - 1).max() < 4e-6
-    ends = machine(hopper.EXP2.value, np.array([-np.inf, -1e30, 0, 40, np.nan], np.float32))
+    ends = machine(hopper.EXP2, np.array([-np.inf, -1e30, 0, 40, np.nan], np.float32))
     assert ends[:4].tolist() == [0, 0, 1, 2.0**40]
     assert np.isnan(ends[4]), "what is no number stays none"
 

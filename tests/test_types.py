@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mini_flash_attention as mfa
-from mini_flash_attention import dispatch, packed
+from mini_flash_attention import packed, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mini_flash_attention"
@@ -185,7 +185,7 @@ def fits(x, wanted):
     return x is None if wanted is None else isinstance(x, wanted)
 
 
-@pytest.mark.skipif(dispatch.INTERPRETED, reason="kernels take no undecorated score_mod")
+@pytest.mark.skipif(settings.INTERPRETED, reason="kernels take no undecorated score_mod")
 def test_calls_return_what_their_types_say():
     scope = {}
     exec(TENSORS, scope)

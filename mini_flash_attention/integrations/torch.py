@@ -26,7 +26,7 @@ from torch.library import Library
 from torch.nn import attention
 
 from .. import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from ..errors import invalid, not_implemented
+from ..errors import invalid, not_implemented, wrong_value
 from ..problem import empty_out
 
 _names: set[str] = set()
@@ -47,9 +47,7 @@ def register(name: str = "mini") -> None:
         raise invalid(NotImplementedError, "register", "torch", wanted, torch.__version__, hint)
     taken = attention.list_flash_attention_impls()
     if name in taken and name not in _names:
-        raise invalid(
-            ValueError, "register", "name", f"none of {taken}", repr(name), "choose another"
-        )
+        raise wrong_value("register", "name", f"none of {taken}", repr(name), "choose another")
     attention.register_flash_attention_impl(name, register_fn=Overrides)
     _names.add(name)
 

@@ -38,7 +38,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from ..errors import invalid, kind_of
+from ..errors import invalid, kind_of, wrong_type, wrong_value
 
 # What some models pass beside the usual arguments and we would have to ignore.
 FOREIGN = ("position_bias", "sinks", "block_indices")
@@ -115,19 +115,17 @@ def register(name: str = "mini") -> None:
     errors are those of `flash_attn_func`, `flash_attn_varlen_func` and `flash_attn_with_kvcache`.
     """
     if not isinstance(name, str):
-        raise invalid(TypeError, "register", "name", "a str", kind_of(name))
+        raise wrong_type("register", "name", "a str", kind_of(name))
     if "flash" in name:
         hint = "transformers looks for a package of such a name"
-        raise invalid(ValueError, "register", "name", "one without 'flash' in it", repr(name), hint)
+        raise wrong_value("register", "name", "one without 'flash' in it", repr(name), hint)
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         hint = "pip install 'transformers>=5.17,<6'"
         raise invalid(ImportError, "register", "transformers", "version 5", error, hint) from error
     if name == "eager" or AttentionInterface().get(name, attention) is not attention:
-        raise invalid(
-            ValueError, "register", "name", "one that is free", repr(name), "as 'mini' is"
-        )
+        raise wrong_value("register", "name", "one that is free", repr(name), "as 'mini' is")
     for known in (name, f"{name}_flash"):
         AttentionInterface.register(known, attention)
         AttentionMaskInterface.register(known, attention_mask_of)
@@ -181,9 +179,7 @@ def attention_mask_of(
     if attention_mask is not None:
         if attention_mask.dim() != 2 or (counted and used > kv_length):
             wanted = f"shape ({batch_size}, {used})"
-            raise invalid(
-                ValueError, "attention", "attention_mask", wanted, tuple(attention_mask.shape)
-            )
+            raise wrong_value("attention", "attention_mask", wanted, tuple(attention_mask.shape))
         keys = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
         mask = _padding(mask, keys, used, q_length)
     elif causal and not allow_is_causal_skip and q_length == kv_length > 1:  # it may be packed
@@ -242,9 +238,7 @@ def attention(
     elif not isinstance(mask, Mask) or mask.keys != k.shape[1]:
         got = f"{mask.keys} keys" if isinstance(mask, Mask) else tuple(mask.shape)
         hint = "pass the padding, (batch, tokens); a model that makes masks or keys needs eager"
-        raise invalid(
-            ValueError, "attention", "attention_mask", f"shape {len(q), k.shape[1]}", got, hint
-        )
+        raise wrong_value("attention", "attention_mask", f"shape {len(q), k.shape[1]}", got, hint)
     options: dict[str, Any] = {
         "softmax_scale": scaling,
         "causal": mask.causal,

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..errors import invalid, kind_of
+from ..errors import kind_of, wrong_type, wrong_value
 from ..problem import NARROW, Problem, Rotary, Scores
 from . import memory, options, tensors
 
@@ -18,7 +18,7 @@ def dense(
     function = "flash_attn_func"
     tensors.qkv(function, q, k, v, "k v", 4, False)
     if k.shape[0] != q.shape[0]:
-        raise invalid(ValueError, function, "k", f"batch {q.shape[0]}, as q", k.shape[0])
+        raise wrong_value(function, "k", f"batch {q.shape[0]}, as q", k.shape[0])
     options.dropout(function, dropout_p)
     options.flags(function, deterministic=deterministic, return_attn_probs=return_attn_probs)
     batch = q.shape[0]
@@ -48,7 +48,7 @@ def varlen(
         tensors.index_tensor(function, "cu_seqlens_k", cu_seqlens_k, q, (batch + 1,))
     elif block_table is None or seqused_k is None:
         hint = "only paged keys with seqused_k can go without"
-        raise invalid(TypeError, function, "cu_seqlens_k", "an int32 torch.Tensor", "None", hint)
+        raise wrong_type(function, "cu_seqlens_k", "an int32 torch.Tensor", "None", hint)
     for name, used in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
         if used is not None:
             tensors.index_tensor(function, name, used, q, (batch,))
@@ -88,9 +88,7 @@ def kvcache(
         if max_seqlen_q is not None:
             hint = "it belongs to packed queries"
             got = kind_of(max_seqlen_q)
-            raise invalid(
-                ValueError, function, "max_seqlen_q", "None without cu_seqlens_q", got, hint
-            )
+            raise wrong_value(function, "max_seqlen_q", "None without cu_seqlens_q", got, hint)
         batch, seqlen_q = q.shape[:2]
     options.flags(
         function, rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse
@@ -105,10 +103,10 @@ def kvcache(
     page_size, capacity = _pages(function, "k_cache", k_cache, block_table, rows, q)
     if k_cache.shape[0] != batch and block_table is None and cache_batch_idx is None:
         hint = "cache_batch_idx says which rows of a larger cache to use"
-        raise invalid(ValueError, function, "k_cache", f"batch {batch}", k_cache.shape[0], hint)
+        raise wrong_value(function, "k_cache", f"batch {batch}", k_cache.shape[0], hint)
     appended = _append(function, q, k_cache, v_cache, k, v, cache_seqlens, packed)
     if appended > capacity:
-        raise invalid(ValueError, function, "k", f"at most the cache's {capacity} tokens", appended)
+        raise wrong_value(function, "k", f"at most the cache's {capacity} tokens", appended)
     seqused, seqlen_k = None, capacity
     if isinstance(cache_seqlens, torch.Tensor):
         tensors.index_tensor(function, "cache_seqlens", cache_seqlens, q, (batch,))
@@ -118,12 +116,12 @@ def kvcache(
         seqlen_k = options.length(function, "cache_seqlens", cache_seqlens, wanted)
         if appended < 0:
             name, wanted = "cache_seqlens", "a tensor where packed keys are appended"
-            raise invalid(TypeError, function, name, wanted, "an int")
+            raise wrong_type(function, name, wanted, "an int")
         seqlen_k += appended
         if seqlen_k > capacity:
             hint = "the keys to append count too" if appended else ""
             wanted = f"at most the cache's {capacity} tokens"
-            raise invalid(ValueError, function, "cache_seqlens", wanted, seqlen_k, hint)
+            raise wrong_value(function, "cache_seqlens", wanted, seqlen_k, hint)
     left, right, asked = options.window(function, causal, window_size, seqlen_q, seqlen_k)
     rotary = None
     if tensors.rotary(function, rotary_cos, rotary_sin, q, k):
@@ -165,9 +163,7 @@ def _packed(function: str, cu_seqlens_q: Any, longest: Any, q: torch.Tensor) -> 
     batch = cu_seqlens_q.shape[0] - 1
     if batch < 0 or (batch == 0 and q.shape[0] > 0):
         wanted = "batch + 1 entries, starting at 0"
-        raise invalid(
-            ValueError, function, "cu_seqlens_q", wanted, f"{batch + 1} for {q.shape[0]} tokens"
-        )
+        raise wrong_value(function, "cu_seqlens_q", wanted, f"{batch + 1} for {q.shape[0]} tokens")
     longest = options.length(function, "max_seqlen_q", longest)
     return int(batch), min(longest, options.bounded(function, "q", q.shape[0]))
 
@@ -181,7 +177,7 @@ def _pages(
     tensors.index_tensor(function, "block_table", table, q, (rows, "any"))
     page_size = k.shape[1]
     if page_size < 1:
-        raise invalid(ValueError, function, "block_table", "pages of at least one token", page_size)
+        raise wrong_value(function, "block_table", "pages of at least one token", page_size)
     return page_size, options.bounded(function, "block_table", table.shape[1] * page_size)
 
 
@@ -192,9 +188,7 @@ def _append(
     """Number of tokens that k and v append to every sequence; -1: as many as it has queries."""
     if (k is None) != (v is None):
         name = "v" if v is None else "k"
-        raise invalid(
-            ValueError, function, name, "k and v together", "one of them", "pass both or none"
-        )
+        raise wrong_value(function, name, "k and v together", "one of them", "pass both or none")
     if k is None:
         return 0
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
@@ -203,10 +197,8 @@ def _append(
         tensors.shape(function, name, x, (q.shape[0], *k.shape[1:-2], *cache.shape[-2:]), hint=hint)
         if memory.overlaps_itself(cache):
             got, hint = f"strides {cache.stride()}", "an expanded cache can't be written"
-            raise invalid(ValueError, function, f"{name}_cache", "memory of its own", got, hint)
+            raise wrong_value(function, f"{name}_cache", "memory of its own", got, hint)
     if cache_seqlens is None:
         hint = "it says where the new keys go"
-        raise invalid(
-            ValueError, function, "cache_seqlens", "lengths when k, v are given", "None", hint
-        )
+        raise wrong_value(function, "cache_seqlens", "lengths when k, v are given", "None", hint)
     return -1 if packed else int(k.shape[1])

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..errors import invalid, kind_of
+from ..errors import kind_of, wrong_type, wrong_value
 from .tensors import shape, tensor
 
 
@@ -19,7 +19,7 @@ def without_memory(function: str, arguments: Mapping[str, Any]) -> None:
             if isinstance(one, torch.Tensor) and one.numel() and not one.data_ptr():
                 hint = "pass the tensor that holds the data; for a DTensor that is .to_local()"
                 wanted = "a tensor with memory of its own"
-                raise invalid(TypeError, function, name, wanted, kind_of(one), hint)
+                raise wrong_type(function, name, wanted, kind_of(one), hint)
 
 
 def overlaps_itself(x: torch.Tensor) -> bool:
@@ -46,7 +46,7 @@ def out(function: str, out: Any, q: torch.Tensor, head_dim: int) -> None:
     shape(function, "out", out, (*q.shape[:-1], head_dim))
     if overlaps_itself(out):
         wanted = "elements that don't overlap"
-        raise invalid(ValueError, function, "out", wanted, f"strides {out.stride()}")
+        raise wrong_value(function, "out", wanted, f"strides {out.stride()}")
 
 
 def apart(function: str, out: torch.Tensor, *inputs: torch.Tensor) -> None:
@@ -58,6 +58,4 @@ def apart(function: str, out: torch.Tensor, *inputs: torch.Tensor) -> None:
         x_first, x_end = extent(x)
         if x_first and first < x_end and x_first < end:
             hint = "pass a tensor of its own memory"
-            raise invalid(
-                ValueError, function, "out", "memory apart from the inputs'", "an overlap", hint
-            )
+            raise wrong_value(function, "out", "memory apart from the inputs'", "an overlap", hint)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import invalid, kind_of, not_implemented
+from ..errors import kind_of, not_implemented, wrong_type, wrong_value
 from ..problem import MAX_SPLITS, NARROW
 from ..rules.window import Window, first_visible, last_visible
 from .tensors import strided
@@ -32,9 +32,9 @@ def whole(
     """x as int, from least to most."""
     n = integer(x)
     if n is None:
-        raise invalid(TypeError, function, name, wanted, kind_of(x))
+        raise wrong_type(function, name, wanted, kind_of(x))
     if not least <= n <= most:
-        raise invalid(ValueError, function, name, bounds, n)
+        raise wrong_value(function, name, bounds, n)
     return n
 
 
@@ -46,43 +46,41 @@ def length(function: str, name: str, x: Any, wanted: str = "an int") -> int:
 def bounded(function: str, name: str, n: int) -> int:
     """n tokens, few enough that kernels count them, and a tile beyond, in 32 bits."""
     if n > MAX_LENGTH:
-        raise invalid(ValueError, function, name, f"at most {MAX_LENGTH} tokens", n)
+        raise wrong_value(function, name, f"at most {MAX_LENGTH} tokens", n)
     return n
 
 
 def flags(function: str, **arguments: Any) -> None:
     for name, x in arguments.items():
         if not isinstance(x, bool):
-            raise invalid(TypeError, function, name, "a bool", kind_of(x))
+            raise wrong_type(function, name, "a bool", kind_of(x))
 
 
 def either(function: str, name: str, x: Any, other: str, y: Any) -> Any:
     """The value of an argument that has two names."""
     if x is not None and y is not None:
-        raise invalid(
-            TypeError, function, other, f"None beside {name}", "both", "they are one argument"
-        )
+        raise wrong_type(function, other, f"None beside {name}", "both", "they are one argument")
     return y if x is None else x
 
 
 def real(function: str, name: str, x: Any) -> float:
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
-        raise invalid(TypeError, function, name, "a finite number", kind_of(x))
+        raise wrong_type(function, name, "a finite number", kind_of(x))
     try:
         number = float(x)
     except OverflowError:
         number = math.inf
     if not abs(number) <= MAX_REAL:
-        raise invalid(ValueError, function, name, f"a number from {-MAX_REAL:g} to {MAX_REAL:g}", x)
+        raise wrong_value(function, name, f"a number from {-MAX_REAL:g} to {MAX_REAL:g}", x)
     return number
 
 
 def dropout(function: str, dropout_p: Any) -> None:
     if isinstance(dropout_p, bool):
         hint = "the fourth argument is dropout_p; write causal=True"
-        raise invalid(TypeError, function, "dropout_p", "a number", f"{dropout_p}", hint)
+        raise wrong_type(function, "dropout_p", "a number", f"{dropout_p}", hint)
     if not 0 <= real(function, "dropout_p", dropout_p) < 1:
-        raise invalid(ValueError, function, "dropout_p", "0 <= dropout_p < 1", dropout_p)
+        raise wrong_value(function, "dropout_p", "0 <= dropout_p < 1", dropout_p)
     if dropout_p:
         raise not_implemented(function, "dropout_p", "0.0")
 
@@ -94,7 +92,7 @@ def scale(function: str, softmax_scale: Any, head_dim: int, alibi: bool = False)
     number = real(function, "softmax_scale", softmax_scale)
     if alibi and 0 < abs(number) < 1e-20:
         wanted = "0, or 1e-20 and more, with alibi_slopes"
-        raise invalid(ValueError, function, "softmax_scale", wanted, softmax_scale)
+        raise wrong_value(function, "softmax_scale", wanted, softmax_scale)
     return number
 
 
@@ -102,7 +100,7 @@ def softcap(function: str, softcap: Any) -> float:
     """The cap, 0 for none."""
     cap = real(function, "softcap", softcap)
     if cap < 0 or 0 < cap < 1e-6:
-        raise invalid(ValueError, function, "softcap", "0 (none) or 1e-6 and more", softcap)
+        raise wrong_value(function, "softcap", "0 (none) or 1e-6 and more", softcap)
     return cap
 
 
@@ -130,9 +128,9 @@ def window(
     except (TypeError, ValueError):
         left = right = None
     if left is None or right is None:
-        raise invalid(TypeError, function, "window_size", "two ints (left, right)", window_size)
+        raise wrong_type(function, "window_size", "two ints (left, right)", window_size)
     if left < -1 or right < -1:
-        raise invalid(ValueError, function, "window_size", "-1 (open) or more", window_size)
+        raise wrong_value(function, "window_size", "-1 (open) or more", window_size)
     if causal:
         right = 0
     sees = Window(seqlen_k - seqlen_q, left, right, None, seqlen_k)
@@ -154,7 +152,7 @@ def split_size(function: str, size: Any, num_splits: int) -> int:
     name = "fixed_split_size"
     number = whole(function, name, size, 1, MAX_LENGTH, "1 or more keys", "an int or None")
     if num_splits:
-        raise invalid(ValueError, function, name, "None with num_splits", "both", "drop one")
+        raise wrong_value(function, name, "None with num_splits", "both", "drop one")
     return number
 
 
@@ -164,14 +162,12 @@ def score_mod(function: str, score_mod: Any, extra: Any, q: torch.Tensor) -> Non
         compiled = hasattr(score_mod, "fn") and hasattr(score_mod, "arg_names")
         if not (compiled or (q.device.type == "cpu" and callable(score_mod))):
             hint = "decorate it with @triton.jit"
-            raise invalid(TypeError, function, "score_mod", "a function", kind_of(score_mod), hint)
+            raise wrong_type(function, "score_mod", "a function", kind_of(score_mod), hint)
     if not isinstance(extra, (tuple, list)):
-        raise invalid(TypeError, function, "score_mod_args", "a tuple of tensors", kind_of(extra))
+        raise wrong_type(function, "score_mod_args", "a tuple of tensors", kind_of(extra))
     for n, x in enumerate(extra):
         if score_mod is None:
-            raise invalid(
-                ValueError, function, "score_mod_args", "() without a score_mod", len(extra)
-            )
+            raise wrong_value(function, "score_mod_args", "() without a score_mod", len(extra))
         if not isinstance(x, torch.Tensor):
-            raise invalid(TypeError, function, "score_mod_args", "tensors", f"{kind_of(x)} at {n}")
+            raise wrong_type(function, "score_mod_args", "tensors", f"{kind_of(x)} at {n}")
         strided(function, "score_mod_args", x, q)

@@ -9,7 +9,7 @@ import torch
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from ..errors import invalid, kind_of
+from ..errors import kind_of, wrong_type, wrong_value
 
 MAX_HEAD_DIM = 256
 HALVES = (torch.float16, torch.bfloat16)
@@ -27,26 +27,22 @@ def strided(
 ) -> None:
     """x is a tensor whose memory holds what it says, on q's device."""
     if not isinstance(x, torch.Tensor):
-        raise invalid(TypeError, function, name, wanted, kind_of(x))
+        raise wrong_type(function, name, wanted, kind_of(x))
     if x.is_nested:
         hint = "flash_attn_varlen_func takes .values() and .offsets() of a jagged one"
-        raise invalid(TypeError, function, name, "a dense tensor", "a nested one", hint)
+        raise wrong_type(function, name, "a dense tensor", "a nested one", hint)
     if x.layout is not torch.strided:
-        raise invalid(TypeError, function, name, "a dense tensor", f"{x.layout}", "use .to_dense()")
+        raise wrong_type(function, name, "a dense tensor", f"{x.layout}", "use .to_dense()")
     if x.is_neg():
-        raise invalid(
-            TypeError, function, name, "plain memory", "a lazy negation", "call .resolve_neg()"
-        )
+        raise wrong_type(function, name, "plain memory", "a lazy negation", "call .resolve_neg()")
     if q is not None and x.device != q.device:
-        raise invalid(ValueError, function, name, f"a tensor on {q.device}, as q", x.device)
+        raise wrong_value(function, name, f"a tensor on {q.device}, as q", x.device)
 
 
 def rows(function: str, name: str, x: torch.Tensor, wanted: str = "contiguous rows") -> None:
     """What lies side by side in x's last dimension does so in memory."""
     if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
-        raise invalid(
-            ValueError, function, name, wanted, f"strides {x.stride()}", "call .contiguous()"
-        )
+        raise wrong_value(function, name, wanted, f"strides {x.stride()}", "call .contiguous()")
 
 
 def shape(
@@ -55,7 +51,7 @@ def shape(
     """x has one of these shapes."""
     if tuple(x.shape) not in allowed:
         wanted = " or ".join(map(str, allowed))
-        raise invalid(ValueError, function, name, f"shape {wanted}", tuple(x.shape), hint)
+        raise wrong_value(function, name, f"shape {wanted}", tuple(x.shape), hint)
 
 
 def tensor(
@@ -66,11 +62,9 @@ def tensor(
     strided(function, name, x, like)
     if x.dim() != rank:
         names, hint = SHAPES[0 if paged else rank]
-        raise invalid(
-            ValueError, function, name, f"{rank} dimensions {names}", tuple(x.shape), hint
-        )
+        raise wrong_value(function, name, f"{rank} dimensions {names}", tuple(x.shape), hint)
     if like is not None and x.dtype is not like.dtype:
-        raise invalid(TypeError, function, name, f"dtype {like.dtype}, as q", x.dtype, "cast it")
+        raise wrong_type(function, name, f"dtype {like.dtype}, as q", x.dtype, "cast it")
     rows(function, name, x, "a contiguous last dimension")
 
 
@@ -80,10 +74,10 @@ def index_tensor(
     """x holds int32 numbers on q's device in these sizes, "any" among them, rows contiguous."""
     strided(function, name, x, q, "an int32 torch.Tensor")
     if x.dtype is not torch.int32:
-        raise invalid(TypeError, function, name, "dtype torch.int32", x.dtype, "call .int()")
+        raise wrong_type(function, name, "dtype torch.int32", x.dtype, "call .int()")
     pairs = zip(sizes, x.shape, strict=False)
     if x.dim() != len(sizes) or any(size not in ("any", n) for size, n in pairs):
-        raise invalid(ValueError, function, name, f"shape {sizes}", tuple(x.shape))
+        raise wrong_value(function, name, f"shape {sizes}", tuple(x.shape))
     rows(function, name, x)
 
 
@@ -96,31 +90,27 @@ def qkv(
     tensor(function, "q", q, rank)
     kind = q.device.type
     if kind not in DTYPES:
-        raise invalid(ValueError, function, "q", "a tensor on a CUDA device or the CPU", q.device)
+        raise wrong_value(function, "q", "a tensor on a CUDA device or the CPU", q.device)
     if q.dtype not in DTYPES[kind]:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in DTYPES[kind])
-        raise invalid(
-            TypeError, function, "q", f"dtype {wanted} on {kind}", q.dtype, "cast q, k and v"
-        )
+        raise wrong_type(function, "q", f"dtype {wanted} on {kind}", q.dtype, "cast q, k and v")
     tensor(function, k_name, k, rank_k, q, paged)
     tensor(function, v_name, v, rank_k, q, paged)
     nheads, head_dim = q.shape[-2:]
     nheads_k, head_dim_k = k.shape[-2:]
     if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise invalid(ValueError, function, "q", f"head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
+        raise wrong_value(function, "q", f"head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
     if head_dim_k != head_dim:
-        raise invalid(ValueError, function, k_name, f"head_dim {head_dim}, as q", head_dim_k)
+        raise wrong_value(function, k_name, f"head_dim {head_dim}, as q", head_dim_k)
     if k.shape[:-1] != v.shape[:-1]:
         wanted = f"{tuple(k.shape[:-1])} before head_dim, as {k_name}"
-        raise invalid(ValueError, function, v_name, wanted, tuple(v.shape[:-1]))
+        raise wrong_value(function, v_name, wanted, tuple(v.shape[:-1]))
     if not 1 <= v.shape[-1] <= MAX_HEAD_DIM:
-        raise invalid(
-            ValueError, function, v_name, f"head_dim from 1 to {MAX_HEAD_DIM}", v.shape[-1]
-        )
+        raise wrong_value(function, v_name, f"head_dim from 1 to {MAX_HEAD_DIM}", v.shape[-1])
     if nheads_k == 0 or nheads % nheads_k:
         hint = "each KV head serves nheads / nheads_k query heads"
         wanted = f"a number of heads that divides q's {nheads}"
-        raise invalid(ValueError, function, k_name, wanted, nheads_k, hint)
+        raise wrong_value(function, k_name, wanted, nheads_k, hint)
 
 
 def per_head(
@@ -131,7 +121,7 @@ def per_head(
     strided(function, name, x, q)
     if x.dtype not in dtypes:
         wanted = " or ".join(dict.fromkeys(map(str, dtypes)))
-        raise invalid(TypeError, function, name, f"dtype {wanted}", x.dtype, "cast it")
+        raise wrong_type(function, name, f"dtype {wanted}", x.dtype, "cast it")
     shape(function, name, x, *shapes)
     rows(function, name, x)
 
@@ -143,24 +133,22 @@ def rotary(function: str, cos: Any, sin: Any, q: torch.Tensor, k: Any) -> bool:
     if cos is None and sin is None:
         return False
     if k is None:
-        raise invalid(
-            ValueError, function, "rotary_cos", "k and v to append", "none", "rotate q yourself"
-        )
+        raise wrong_value(function, "rotary_cos", "k and v to append", "none", "rotate q yourself")
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
         if not isinstance(x, torch.Tensor) or not isinstance(cos, torch.Tensor):
             hint = "rotary_cos and rotary_sin go together"
-            raise invalid(TypeError, function, name, "a torch.Tensor", kind_of(x), hint)
+            raise wrong_type(function, name, "a torch.Tensor", kind_of(x), hint)
         strided(function, name, x, q)
         if x.dtype not in (q.dtype, torch.float32) or x.dtype is not cos.dtype:
             wanted = f"dtype {q.dtype} or torch.float32"
-            raise invalid(TypeError, function, name, wanted, x.dtype, "cast it")
+            raise wrong_type(function, name, wanted, x.dtype, "cast it")
         fits = x.dim() == 2 and x.shape == cos.shape and 0 < 2 * x.shape[1] <= q.shape[-1]
         if not fits or not x.shape[0]:
             wanted = f"shape (positions, rotary_dim / 2), rotary_dim at most {q.shape[-1]}"
-            raise invalid(ValueError, function, name, wanted, tuple(x.shape))
+            raise wrong_value(function, name, wanted, tuple(x.shape))
         if not x.is_contiguous():
             got, hint = f"strides {x.stride()}", "call .contiguous()"
-            raise invalid(ValueError, function, name, "a contiguous table", got, hint)
+            raise wrong_value(function, name, "a contiguous table", got, hint)
     return True
 
 

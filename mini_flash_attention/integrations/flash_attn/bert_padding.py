@@ -6,7 +6,7 @@ Programs also import einops' `rearrange` and `repeat` from that module: they are
 
 import torch
 
-from ...errors import invalid
+from ...errors import wrong_value
 
 
 def unpad_input(
@@ -99,7 +99,7 @@ def index_put_first_axis(
 def _fits(function: str, name: str, mask: torch.Tensor, hidden_states: torch.Tensor) -> None:
     shape = tuple(hidden_states.shape[:2])
     if mask.shape != shape:
-        raise invalid(ValueError, function, name, f"shape {shape}", tuple(mask.shape))
+        raise wrong_value(function, name, f"shape {shape}", tuple(mask.shape))
 
 
 def _pack(hidden_states: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

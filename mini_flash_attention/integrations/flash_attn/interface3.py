@@ -20,7 +20,7 @@ from ... import flash_attn_func as dense
 from ... import flash_attn_varlen_func as varlen
 from ... import flash_attn_with_kvcache as kvcache
 from ...api import Window
-from ...errors import invalid, not_implemented
+from ...errors import not_implemented, wrong_type, wrong_value
 from ...validate.tensors import shape, strided
 
 MAX_SPLITS = 128  # of this package; FlashAttention-3 has 256
@@ -108,7 +108,7 @@ def flash_attn_qkvpacked_func(
     else:
         wanted = "(batch, seqlen, 3, nheads, head_dim), or 4 dimensions with num_heads_q"
         got = f"{tuple(qkv.shape)} with num_heads_q={num_heads_q}"
-        raise invalid(ValueError, function, "qkv", wanted, got)
+        raise wrong_value(function, "qkv", wanted, got)
     return flash_attn_func(
         q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size,
         attention_chunk, softcap, return_attn_probs=return_attn_probs,
@@ -296,21 +296,19 @@ def flash_attn_combine(
     strided(function, "out_partial", out_partial)
     strided(function, "lse_partial", lse_partial)
     if out_partial.dim() not in (4, 5):
-        raise invalid(
-            ValueError, function, "out_partial", "4 or 5 dimensions", tuple(out_partial.shape)
-        )
+        raise wrong_value(function, "out_partial", "4 or 5 dimensions", tuple(out_partial.shape))
     shape(function, "lse_partial", lse_partial, tuple(out_partial.shape[:-1]))
     if not out_partial.is_floating_point():
-        raise invalid(TypeError, function, "out_partial", "a float dtype", out_partial.dtype)
+        raise wrong_type(function, "out_partial", "a float dtype", out_partial.dtype)
     if out is not None:
         strided(function, "out", out)
         shape(function, "out", out, tuple(out_partial.shape[1:]))
         if out_dtype is not None and out.dtype is not out_dtype:
-            raise invalid(TypeError, function, "out", f"dtype {out_dtype}, as out_dtype", out.dtype)
+            raise wrong_type(function, "out", f"dtype {out_dtype}, as out_dtype", out.dtype)
     for name, x in (("lse_partial", lse_partial), ("out", out)):
         if x is not None and x.device != out_partial.device:
             wanted = f"a tensor on {out_partial.device}, as out_partial"
-            raise invalid(ValueError, function, name, wanted, x.device)
+            raise wrong_value(function, name, wanted, x.device)
     wide = torch.promote_types(out_partial.dtype, torch.float32)
     partial = lse_partial.to(wide)
     lse = partial.logsumexp(0)

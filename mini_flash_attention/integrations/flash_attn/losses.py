@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...errors import invalid, not_implemented
+from ...errors import not_implemented, wrong_value
 
 
 def cross_entropy_loss(
@@ -49,12 +49,10 @@ def cross_entropy_loss(
     if process_group is not None:
         raise not_implemented(function, "process_group", "None")
     if logits.dim() != 2:
-        raise invalid(
-            ValueError, function, "logits", "shape (batch, vocab_size)", tuple(logits.shape)
-        )
+        raise wrong_value(function, "logits", "shape (batch, vocab_size)", tuple(logits.shape))
     if labels.shape != logits.shape[:1]:
         wanted = f"shape {tuple(logits.shape[:1])}"
-        raise invalid(ValueError, function, "labels", wanted, tuple(labels.shape))
+        raise wrong_value(function, "labels", wanted, tuple(labels.shape))
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     losses = F.cross_entropy(
         scaled, labels.long(), ignore_index=ignore_index, reduction="none",
@@ -95,7 +93,7 @@ class CrossEntropyLoss(torch.nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             wanted = "'mean', 'sum' or 'none'"
-            raise invalid(ValueError, "CrossEntropyLoss", "reduction", wanted, repr(reduction))
+            raise wrong_value("CrossEntropyLoss", "reduction", wanted, repr(reduction))
         if process_group is not None:
             raise not_implemented("CrossEntropyLoss", "process_group", "None")
         self.ignore_index = ignore_index

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...errors import invalid
+from ...errors import wrong_value
 
 Offsets = int | torch.Tensor
 
@@ -51,26 +51,24 @@ def apply_rotary(
     rank = 4 if cu_seqlens is None else 3
     if x.dim() != rank:
         wanted = f"{rank} dimensions"
-        raise invalid(ValueError, function, "x", wanted, tuple(x.shape), "3 go with cu_seqlens")
+        raise wrong_value(function, "x", wanted, tuple(x.shape), "3 go with cu_seqlens")
     if cos.dim() != 2 or 2 * cos.shape[1] > x.shape[-1]:
         wanted = f"shape (positions, rotary_dim / 2), rotary_dim up to {x.shape[-1]}"
-        raise invalid(ValueError, function, "cos", wanted, tuple(cos.shape))
+        raise wrong_value(function, "cos", wanted, tuple(cos.shape))
     if sin.shape != cos.shape:
-        raise invalid(
-            ValueError, function, "sin", f"shape {tuple(cos.shape)}, as cos", tuple(sin.shape)
-        )
+        raise wrong_value(function, "sin", f"shape {tuple(cos.shape)}, as cos", tuple(sin.shape))
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if isinstance(seqlen_offsets, torch.Tensor):
         if seqlen_offsets.shape != (batch,):
             got = tuple(seqlen_offsets.shape)
-            raise invalid(ValueError, function, "seqlen_offsets", f"shape ({batch},)", got)
+            raise wrong_value(function, "seqlen_offsets", f"shape ({batch},)", got)
     else:
         seqlen = x.shape[1] if cu_seqlens is None else max_seqlen or 0
         if seqlen_offsets < 0:
-            raise invalid(ValueError, function, "seqlen_offsets", "0 or more", seqlen_offsets)
+            raise wrong_value(function, "seqlen_offsets", "0 or more", seqlen_offsets)
         if seqlen_offsets + seqlen > cos.shape[0]:
             wanted = f"a table of {seqlen_offsets + seqlen} positions or more"
-            raise invalid(ValueError, function, "cos", wanted, f"{cos.shape[0]} of them")
+            raise wrong_value(function, "cos", wanted, f"{cos.shape[0]} of them")
     cos, sin = _rows(x, cos, sin, seqlen_offsets, cu_seqlens)
     rotary_dim = 2 * cos.shape[-1]
     turned = _turned(x[..., :rotary_dim], cos, -sin if conjugate else sin, interleaved)
@@ -201,7 +199,7 @@ def apply_rotary_emb_qkv_(
     else:
         wanted = "(batch, seqlen, 3, nheads, head_dim), or 4 dimensions with num_heads_q"
         got = f"{tuple(qkv.shape)} with num_heads_q={num_heads_q}"
-        raise invalid(ValueError, "apply_rotary_emb_qkv_", "qkv", wanted, got)
+        raise wrong_value("apply_rotary_emb_qkv_", "qkv", wanted, got)
     tables = ((cos, sin), (cos if cos_k is None else cos_k, sin if sin_k is None else sin_k))
 
     def rotate(x: torch.Tensor, conjugate: bool) -> None:
@@ -228,7 +226,7 @@ def apply_rotary_emb_kv_(
     """
     if kv.dim() != 5 or kv.shape[2] != 2:
         wanted = "shape (batch, seqlen, 2, nheads_k, head_dim)"
-        raise invalid(ValueError, "apply_rotary_emb_kv_", "kv", wanted, tuple(kv.shape))
+        raise wrong_value("apply_rotary_emb_kv_", "kv", wanted, tuple(kv.shape))
 
     def rotate(x: torch.Tensor, conjugate: bool) -> None:
         apply_rotary(

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ...errors import invalid, not_implemented
+from ...errors import not_implemented, wrong_value
 from .rotary import Offsets, apply_rotary_emb, apply_rotary_emb_kv_, apply_rotary_emb_qkv_
 
 
@@ -121,7 +121,7 @@ class RotaryEmbedding(torch.nn.Module):
         )  # fmt: skip
         if cos is None or sin is None:
             got = "None beside a seqlen_offset on the device"
-            raise invalid(ValueError, "RotaryEmbedding", "max_seqlen", "a length", got)
+            raise wrong_value("RotaryEmbedding", "max_seqlen", "a length", got)
         if kv is None:
             return apply_rotary_emb_qkv_(
                 qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q

@@ -86,6 +86,17 @@ def sink_of(head, row_ok, whole, inputs):
 
 
 @triton.jit
+def store_partial(m, l, o, place, partials, row_ok, wanted, C: tl.constexpr):
+    """Leave the state of rows for `combine.py`: outputs first, then all maxima, then all sums."""
+    d_v = tl.arange(0, C.D_V)
+    tl.store(partials.numbers + place[:, None] * C.HEAD_DIM_V + d_v[None, :], o, mask=wanted)
+    all_rows = partials.slots.to(tl.int64) * partials.rows
+    maxima = partials.numbers + all_rows * C.HEAD_DIM_V
+    tl.store(maxima + place, m, mask=row_ok)
+    tl.store(maxima + all_rows + place, l, mask=row_ok)
+
+
+@triton.jit
 def decode_tiles(
     work_tile, group, tensors, partials, batch, inputs, C: tl.constexpr, SCORE_MOD: tl.constexpr
 ):
@@ -167,11 +178,7 @@ def decode_tiles(
             tl.store(lse_rows, lse_tile, mask=row < rows)
     elif partials.numbers is not None:
         place = work_tile.slot.to(tl.int64) * partials.rows + local
-        tl.store(partials.numbers + place[:, None] * C.HEAD_DIM_V + d_v[None, :], o, mask=wanted)
-        all_rows = partials.slots.to(tl.int64) * partials.rows
-        maxima = partials.numbers + all_rows * C.HEAD_DIM_V
-        tl.store(maxima + place, m, mask=row < rows)
-        tl.store(maxima + all_rows + place, l, mask=row < rows)
+        store_partial(m, l, o, place, partials, row < rows, wanted, C)
 
 
 @triton.jit(do_not_specialize=SIZES)

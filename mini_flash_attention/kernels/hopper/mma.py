@@ -1,10 +1,21 @@
-"""The inner loop of Algorithm 1 on Hopper, for a consumer of 64 query rows.
+"""The mainloop of a Hopper consumer: Algorithm 1 for 64 query rows, key blocks from last to first.
 
-The scores of the next tile of keys are issued together with the weighted sum of this one. While the
-tensor cores are at the sum, the maxima are found, where they are (SKIP_MAX). The exponentials come
-after it and meet another consumer's products, but where there are never any maxima and rows are
-long (EXP_BEFORE_PV). Three consumers issue in turn.
+The timeline of two consumers at head_dim 128 in key blocks of 128, 32 cycles a character
+(docs/hopper.md says where the numbers come from):
+
+    cycles       0               512             1024            1536            2048
+    tensor cores |QK[n] of 0     |PV[n-1] of 0   |QK[n] of 1     |PV[n-1] of 1   |QK[n+1] of 0
+    consumer 0   |issue, wait QK |row max|wait PV|exp2, convert_p   |issue, wait QK
+    consumer 1   |exp2, convert_p   |issue, wait QK              |row max|wait PV|exp2 ...
+
+S of the next block is issued together with O += P V of this one. The row maximum runs while the
+tensor cores are at PV; the exponentials run after it, under the other consumer's products. Two
+flags change that: SKIP_MAX leaves out the maxima of most full blocks, and EXP_BEFORE_PV moves the
+exponentials ahead of the wait for PV where there are never any maxima and rows are long. Three
+consumers issue one after the other (`pipeline.warp_scheduler_barrier_sync`).
 """
+
+from typing import Any, NamedTuple
 
 from ...rules import mask, work
 from ...rules import softmax as rule
@@ -63,14 +74,62 @@ def unround_single_keys(o, l, q, rows, C: gl.constexpr):
     return o * gl.expand_dims(rule.unround_single_keys(l, seen, q.dtype), 1)
 
 
+class OwnBlocks(NamedTuple):
+    """The key blocks of a work tile that 64 of its rows see. Blocks are numbered through all work
+    tiles, in the order of the loop: from the last key to the first.
+    """
+
+    done: Any  # number of the first block
+    stop: Any  # and of the one after the last
+    start: Any  # the first block's first key
+    full_begin: Any  # keys between which no block needs a mask
+    full_end: Any
+    skip_from: Any  # number of the first block that may go without maxima
+    first: Any  # where the first of the queries stands
+
+
+@gluon.jit
+def own_blocks(which: gl.constexpr, shared, rows, done, C: gl.constexpr):
+    """Release the blocks that only other consumers' rows see; the `OwnBlocks` that are left, at
+    least one. `done` blocks came before this work tile.
+    """
+    sched, work_idx = rows.sched, rows.work_idx
+    begin = scheduler.load_field(sched, work_idx, scheduler.BEGIN)
+    stop = done + scheduler.load_field(sched, work_idx, scheduler.NUM_BLOCKS)
+    first = scheduler.load_field(sched, work_idx, scheduler.FIRST_ROW) + 64 * which
+    rows_q = scheduler.load_field(sched, work_idx, scheduler.ROWS_Q)
+    length_k = scheduler.load_field(sched, work_idx, scheduler.LENGTH_K)
+    window = Window(length_k - rows_q // C.GROUP, rows.left, rows.right, None, length_k)
+    seen = work.n_block_range(first, rows_q, window, 64, C.BLOCK_N, C.GROUP)
+    own = gl.maximum(done, stop - gl.maximum((seen.end - begin) // C.BLOCK_N, 1))
+    for n in range(done, own):
+        pipeline.skip_block(which, shared.k, shared.v, n, C.CONSUMERS)
+    start = begin + (stop - own - 1) * C.BLOCK_N
+    skip_from = stop
+    if C.SKIP_MAX and scheduler.load_field(sched, work_idx, scheduler.REDO + which) == 0:
+        # From the block after that of the last key that all rows see.
+        visible = length_k
+        if rows.right is not None:
+            visible = gl.minimum(mask.last_visible(first // C.GROUP, window) + 1, length_k)
+        skip_from -= gl.maximum(gl.cdiv(visible - begin, C.BLOCK_N) - 1, 0)
+    first += length_k - rows_q
+    return OwnBlocks(own, stop, start, seen.full_begin, seen.full_end, skip_from, first)
+
+
+@gluon.jit
+def cut_at_left(start, mine, rows):
+    """Whether the window's left side cuts the block of keys from `start`."""
+    return start < mine.full_begin if rows.left is not None else False
+
+
 @gluon.jit
 def mainloop(
     which: gl.constexpr, shared, rows, worked, done, scale, modification, C: gl.constexpr,
     SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
-    """Lines 6 to 12 of Algorithm 1 for 64 rows of a tile of work: (m, l, o).
+    """Lines 6 to 12 of Algorithm 1 for 64 rows of a work tile: (m, l, o).
 
-    Keys from the last to the first, `done` tiles of them in the turns before.
+    `worked` work tiles with any keys, and `done` key blocks, came before it.
     """
     CONSUMERS: gl.constexpr = C.CONSUMERS
     D: gl.constexpr = C.D
@@ -82,28 +141,8 @@ def mainloop(
     EXP_BEFORE_PV: gl.constexpr = BOUNDED and D > 128
     keys, values, sched, work_idx = shared.k, shared.v, rows.sched, rows.work_idx
     q = wait_q(shared, worked, which, modification.factor, C)
-    begin = scheduler.load_field(sched, work_idx, scheduler.BEGIN)
-    stop = done + scheduler.load_field(sched, work_idx, scheduler.NUM_BLOCKS)
-    first = scheduler.load_field(sched, work_idx, scheduler.FIRST_ROW) + 64 * which
-    rows_q = scheduler.load_field(sched, work_idx, scheduler.ROWS_Q)
-    length_k = scheduler.load_field(sched, work_idx, scheduler.LENGTH_K)
-    # These rows may see fewer tiles than all of the consumers' do. One is looked at in any case.
-    window = Window(length_k - rows_q // C.GROUP, rows.left, rows.right, None, length_k)
-    seen = work.n_block_range(first, rows_q, window, 64, BLOCK_N, C.GROUP)
-    full_begin, full_end = seen.full_begin, seen.full_end
-    own = gl.maximum(done, stop - gl.maximum((seen.end - begin) // BLOCK_N, 1))
-    for n in range(done, own):
-        pipeline.skip_block(which, keys, values, n, CONSUMERS)
-    done, start = own, begin + (stop - own - 1) * BLOCK_N
-    skip_from = stop
-    if C.SKIP_MAX and scheduler.load_field(sched, work_idx, scheduler.REDO + which) == 0:
-        # The first tile without maxima: the next one after that of the last key that all rows see.
-        visible = length_k
-        if rows.right is not None:
-            visible = gl.minimum(mask.last_visible(first // C.GROUP, window) + 1, length_k)
-        skip_from -= gl.maximum(gl.cdiv(visible - begin, BLOCK_N) - 1, 0)
-    # Where the first query stands, and whose it is: for what becomes of scores, else not read.
-    first += length_k - rows_q
+    mine = own_blocks(which, shared, rows, done, C)
+    done, stop, start = mine.done, mine.stop, mine.start
     b = scheduler.load_field(sched, work_idx, scheduler.BATCH)
     head = scheduler.load_field(sched, work_idx, scheduler.HEAD)
     scoring = Scoring(scale, b, head, modification)
@@ -118,12 +157,12 @@ def mainloop(
     m = gl.full(
         [64], 0.0 if BOUNDED else softmax.LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout)
     )
-    partial = (start >= full_end) | (start < full_begin if rows.left is not None else False)
+    partial = (start >= mine.full_end) | cut_at_left(start, mine, rows)
     exponent = softmax.Exponent(scale, m)
     m, alpha, scores, exponent = softmax.softmax_step(
-        m, s, exponent, start, partial, True, first, rows, scoring, C, SCORE_MOD
+        m, s, exponent, start, partial, True, mine.first, rows, scoring, C, SCORE_MOD
     )
-    p = softmax.exp2_scores(scores, exponent.factor, exponent.reference, C.SCORE_MODE, s)
+    p = softmax.exp2_scores(scores, exponent, C.SCORE_MODE, s)
     l = softmax.row_sums(p, BLOCK_N)
     o = gl.zeros([64, D], gl.float32, O)
     p = gl.convert_layout(softmax.convert_p(p, q), P)
@@ -137,16 +176,14 @@ def mainloop(
         pipeline.warp_scheduler_barrier_arrive(which, CONSUMERS)
         s = warpgroup_mma_wait(1, deps=[s])
         pipeline.consumer_release(keys, n, CONSUMERS)
-        partial = (start >= full_end) | (start < full_begin if rows.left is not None else False)
-        exact = (n < skip_from) | (start < full_begin if rows.left is not None else False)
+        partial = (start >= mine.full_end) | cut_at_left(start, mine, rows)
+        exact = (n < mine.skip_from) | cut_at_left(start, mine, rows)
         m, alpha, scores, exponent = softmax.softmax_step(
-            m, s, exponent, start, partial, exact if C.SKIP_MAX else True, first, rows, scoring, C,
-            SCORE_MOD,
+            m, s, exponent, start, partial, exact if C.SKIP_MAX else True, mine.first, rows,
+            scoring, C, SCORE_MOD,
         )  # fmt: skip
         if EXP_BEFORE_PV:
-            p_next = softmax.exp2_scores(
-                scores, exponent.factor, exponent.reference, C.SCORE_MODE, s
-            )
+            p_next = softmax.exp2_scores(scores, exponent, C.SCORE_MODE, s)
         # A branch: else ptxas moves the next wait to before the maxima.
         pipeline.consumer_wait(keys, n + 1, n + 1 < stop)
         o, p = warpgroup_mma_wait(0, deps=[o, p])
@@ -154,9 +191,7 @@ def mainloop(
         if not BOUNDED and (exact if C.SKIP_MAX else True):
             l, o = softmax.rescale_o(l, o, alpha, LAZY_RESCALE)
         if not EXP_BEFORE_PV:
-            p_next = softmax.exp2_scores(
-                scores, exponent.factor, exponent.reference, C.SCORE_MODE, s
-            )
+            p_next = softmax.exp2_scores(scores, exponent, C.SCORE_MODE, s)
         l += softmax.row_sums(p_next, BLOCK_N)
         p = gl.convert_layout(softmax.convert_p(p_next, q), P)
     if not C.TMA_EPILOGUE:

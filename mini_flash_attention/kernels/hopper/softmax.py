@@ -160,9 +160,10 @@ def rescale(m, s, bias, scale, LAZY_RESCALE: gl.constexpr):
 
 
 @gluon.jit
-def exp2_scores(s, factor, reference, SCORE_MODE: gl.constexpr, like):
-    """2^(s * factor - reference), laid out like `like`."""
-    p = exp2(s * factor) if SCORE_MODE == "bounded" else gl.exp2(s * factor - reference)
+def exp2_scores(s, exponent, SCORE_MODE: gl.constexpr, like):
+    """2^(s * factor - reference) by the `Exponent`, laid out like `like`."""
+    s = s * exponent.factor
+    p = exp2(s) if SCORE_MODE == "bounded" else gl.exp2(s - exponent.reference)
     return from_view(p, like) if len(p.shape) == 4 else p
 
 

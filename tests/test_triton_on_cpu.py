@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mini_flash_attention as mfa
-from mini_flash_attention import dispatch, language, reference
+from mini_flash_attention import reference, settings, triton_on_cpu
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -25,7 +25,7 @@ SEQLEN_Q, SEQLEN_K, NHEADS, HEAD_DIM = 9, 13, 2, 16
 HALF = tl.constexpr(0.5)
 NUMBER = 0.75  # functions may read it as a module's attribute only
 
-on_tensors = pytest.mark.skipif(dispatch.INTERPRETED, reason="runs in Triton's interpreter")
+on_tensors = pytest.mark.skipif(settings.INTERPRETED, reason="runs in Triton's interpreter")
 
 
 @triton.jit
@@ -213,7 +213,7 @@ FACTORIES = [
     attributes_of_modules, functions_of_math, decided_at_compile_time,
     functions_that_call_one_another, integers, assignments,
 ]  # fmt: skip
-if not dispatch.INTERPRETED:  # Triton's interpreter knows neither
+if not settings.INTERPRETED:  # Triton's interpreter knows neither
     FACTORIES += [imported_names, functions_of_libdevice]
 every_factory = pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
 
@@ -259,7 +259,7 @@ def test_defaults_of_torch_do_not_matter(factory, default):
     assert torch.equal(out, usual)
 
 
-@pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter broadcasts")
+@pytest.mark.skipif(settings.INTERPRETED, reason="the interpreter broadcasts")
 def test_a_result_has_the_shape_of_the_score():
     """A kernel would not compile."""
     with pytest.raises(ValueError, match=r"score_mod: result: expected the score's shape.*0 \* sc"):
@@ -314,6 +314,16 @@ def test_reads_tensors():
 
 
 SEQLENS = tl.constexpr(SEQLEN_K)
+
+
+def test_reads_nothing_where_the_mask_is_false():
+    """Not even of a tensor without elements."""
+
+    @triton.jit
+    def score_mod(score, batch, head, q_idx, kv_idx, args):
+        return score * tl.load(args[0] + kv_idx, mask=kv_idx < 0, other=2.0)
+
+    check(score_mod, lambda s, b, h, i, j: 2 * s, score_mod_args=(torch.empty(0),))
 
 
 @on_tensors
@@ -468,7 +478,7 @@ def test_compiles(factory):
 def test_a_function_is_rebuilt_once():
     """However often it is reached, and by itself too."""
     score_mod, _ = functions_that_call_one_another()
-    rebuilder = language.Rebuilder()
+    rebuilder = triton_on_cpu.Rebuilder()
     made = rebuilder.function(score_mod)
     assert rebuilder.function(score_mod) is made
     assert {f.__name__ for f in rebuilder.made.values()} == {"score_mod", "countdown", "count_on"}

@@ -11,7 +11,7 @@ from cases import ints
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mini_flash_attention as mfa
-from mini_flash_attention import checks
+from mini_flash_attention import device_checks, settings
 
 
 def tokens(*shape):
@@ -209,22 +209,22 @@ def test_tables_need_not_reach_past_what_is_rotated():
     """Queries that all stand at the first's place, and sequences that bring no tokens."""
     function, arguments = kvcache()
     tables = dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(8, 4))
-    checks.values(described(function, arguments | tables | {"q": tokens(2, 4)}))
+    device_checks.values(described(function, arguments | tables | {"q": tokens(2, 4)}))
     function, arguments = packed_kvcache()
     tables = dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(4, 4))
     nothing = {"cu_seqlens_q": ints(0, 0, 4), "max_seqlen_q": 4, "cache_leftpad": ints(6, 0)}
-    checks.values(described(function, arguments | tables | nothing))
+    device_checks.values(described(function, arguments | tables | nothing))
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
 def test_good_numbers_pass(call):
     function, arguments = call()
-    checks.values(described(function, arguments))
+    device_checks.values(described(function, arguments))
     if "cache_seqlens" in arguments:
         nothing = {"cache_seqlens": ints(0, 0)}
         if "cache_leftpad" in arguments:
             nothing["cache_leftpad"] = ints(0, 0)
-        checks.values(described(function, arguments | nothing))
+        device_checks.values(described(function, arguments | nothing))
 
 
 @pytest.mark.parametrize("empty", ["no queries", "no keys", "no sequences"])
@@ -237,12 +237,12 @@ def test_empty_calls_pass(empty):
         nothing |= {"q": tokens(0), "max_seqlen_q": 0, "max_seqlen_k": 0}
     else:
         nothing |= {"k": tokens(0), "v": tokens(0), "max_seqlen_k": 0}
-    checks.values(described(function, arguments | nothing))
+    device_checks.values(described(function, arguments | nothing))
 
 
 def test_dense_calls_have_no_numbers_to_check():
     q = tokens(2, 3)
-    checks.values(described(mfa.flash_attn_func, {"q": q, "k": q, "v": q}))
+    device_checks.values(described(mfa.flash_attn_func, {"q": q, "k": q, "v": q}))
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -251,7 +251,7 @@ def test_bad_numbers(name):
     function, arguments = call()
     p = described(function, arguments | changes)  # passes: the arguments alone are right
     with pytest.raises(ValueError, match=rf"^{function.__name__}: {message}"):
-        checks.values(p)
+        device_checks.values(p)
 
 
 def test_refused_during_capture(monkeypatch):
@@ -262,9 +262,9 @@ def test_refused_during_capture(monkeypatch):
         p = described(mfa.flash_attn_func, {"q": q, "k": q, "v": q})
     message = "^flash_attn_func: MINI_FLASH_ATTENTION_CHECK: expected 0 during .*capture, got 1"
     with pytest.raises(ValueError, match=message):
-        checks.values(p)
+        device_checks.values(p)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    checks.values(p)
+    device_checks.values(p)
 
 
 CALLED = """
@@ -290,7 +290,7 @@ for switch in (None, "0", "1"):
 def test_switch():
     """The environment decides, at import; without the switch the kernels clamp."""
     done = subprocess.run(
-        [sys.executable, "-c", CALLED, checks.SWITCH],
+        [sys.executable, "-c", CALLED, settings.CHECK],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -306,21 +306,21 @@ def test_switch():
 @pytest.fixture
 def unseen_triton():
     """require_triton looks again, in the test and after it."""
-    checks.require_triton.cache_clear()
+    settings.require_triton.cache_clear()
     yield
-    checks.require_triton.cache_clear()
+    settings.require_triton.cache_clear()
 
 
 def test_triton_of_this_environment_will_do(unseen_triton):
     pytest.importorskip("triton")
-    checks.require_triton()
+    settings.require_triton()
 
 
 def test_no_triton(monkeypatch, unseen_triton):
     monkeypatch.setitem(sys.modules, "triton", None)  # what makes `import triton` fail
     message = r"^mini_flash_attention: triton: expected 3\.6 or newer, got none \(pip install"
     with pytest.raises(ImportError, match=message):
-        checks.require_triton()
+        settings.require_triton()
 
 
 @pytest.mark.parametrize(
@@ -332,6 +332,6 @@ def test_version_of_triton(monkeypatch, unseen_triton, version, old):
     monkeypatch.setattr(triton, "__version__", version)
     if old:
         with pytest.raises(ImportError, match=rf"expected 3\.6 or newer, got {version} \(pip"):
-            checks.require_triton()
+            settings.require_triton()
     else:
-        checks.require_triton()
+        settings.require_triton()
