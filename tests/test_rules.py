@@ -873,8 +873,9 @@ def test_the_hopper_kernels_own_softmax(size, scale, widths, steps, sign, ones, 
     for s_tile, v_tile in zip(s.split(widths, 1), v.split(widths), strict=True):
         scores = s_tile.as_subclass(Words)
         arguments = m.as_subclass(Words), scores, None, torch.tensor(factor), lazy
-        m, alpha, *terms = (x.as_subclass(torch.Tensor) for x in hopper.rescale(*arguments))
-        p = hopper.exp2_scores(*terms, "", scores)
+        m, alpha, scores, *terms = hopper.rescale(*arguments)
+        p = hopper.exp2_scores(scores, hopper.Exponent(*terms), "", scores)
+        m, alpha, p = (x.as_subclass(torch.Tensor) for x in (m, alpha, p))
         assert ((p >= 0) & (p <= 2**14)).all(), "weights that fp16 holds"
         l, o = l * alpha + p.sum(1), o * alpha[:, None] + p @ v_tile  # noqa: E741
     out, lse = softmax.finish(m, l, o, torch.tensor(factor), None)
@@ -897,8 +898,8 @@ def test_the_hopper_kernels_softmax_of_biased_scores(steep, lazy):
     l, o, whole = torch.zeros(64), torch.zeros(64, 1), []  # noqa: E741
     for s_tile, v_tile, bias in zip(s.split(16, 1), v.split(16), biases, strict=True):
         arguments = (x.as_subclass(Words) for x in (m, s_tile, bias))
-        m, alpha, *terms = hopper.rescale(*arguments, scale, lazy)
-        p = hopper.exp2_scores(*terms, "", s_tile.as_subclass(Words))
+        m, alpha, scores, *terms = hopper.rescale(*arguments, scale, lazy)
+        p = hopper.exp2_scores(scores, hopper.Exponent(*terms), "", s_tile.as_subclass(Words))
         m, alpha, p = (x.as_subclass(torch.Tensor) for x in (m, alpha, p))
         assert ((p >= 0) & (p <= 2**14)).all(), "weights that fp16 holds"
         l, o = l * alpha + p.sum(1), o * alpha[:, None] + p @ v_tile  # noqa: E741

@@ -20,6 +20,14 @@ from .attend import attend
 from .loads import KeysValues, Strides, config, hint_divisibility, load_rows, sequence_start
 
 
+@triton.jit
+def store_rows(out, offset, o, row_ok, C: tl.constexpr):
+    """Write the rows of o [M, D] to out + offset [M, 1]."""
+    d_v = tl.arange(0, C.D_V)
+    wanted = row_ok[:, None] & (d_v < C.HEAD_DIM_V)[None, :]
+    tl.store(out + offset + d_v[None, :], o.to(out.dtype.element_ty), mask=wanted)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, out, lse,
@@ -106,12 +114,7 @@ def forward_kernel(
         o = tl.where((i < mine.rows_q)[:, None], o, 0.0)
         lse_tile = tl.where(i < mine.rows_q, lse_tile, float("-inf"))
     out += b * strides.o_b + head.to(tl.int64) * strides.o_h
-    d_v = tl.arange(0, D_V)
-    tl.store(
-        out + row_q[:, None] * strides.o_t + d_v[None, :],
-        o.to(out.dtype.element_ty),
-        mask=(i < mine.writable)[:, None] & (d_v < C.HEAD_DIM_V)[None, :],
-    )
+    store_rows(out, row_q[:, None] * strides.o_t, o, i < mine.writable, C)
     if lse is not None:
         lse += b * stride_lse_b + head.to(tl.int64) * stride_lse_h
         tl.store(lse + row_q, lse_tile, mask=i < mine.writable)
