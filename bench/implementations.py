@@ -95,12 +95,12 @@ def prepare_mini(workload: Workload, tensors: Tensors) -> Prepared | None:
 @contextmanager
 def portable() -> Iterator[None]:
     """Ours without the Hopper kernel."""
-    plan: Any = importlib.import_module("mini_flash_attention.plan")
-    before, plan.PORTABLE = plan.PORTABLE, True
+    settings: Any = importlib.import_module("mini_flash_attention.settings")
+    before, settings.PORTABLE = settings.PORTABLE, True
     try:
         yield
     finally:
-        plan.PORTABLE = before
+        settings.PORTABLE = before
 
 
 def prepare_portable(workload: Workload, tensors: Tensors) -> Prepared | None:
