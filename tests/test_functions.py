@@ -111,7 +111,7 @@ def test_equal_shares(multiprocessors, seqlen_q, window_size, monkeypatch):
     decode, planned = plan.decode.decode, []
     monkeypatch.setattr(plan.decode, "decode", lambda *a: planned.append(decode(*a)) or planned[-1])
     case.check(*case.run())
-    assert not settings.INTERPRETED or planned[0].shares
+    assert not settings.INTERPRETED or planned[0].stream_k
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 3])

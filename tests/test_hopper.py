@@ -154,7 +154,7 @@ def test_few_queries(meaning, parts, head_dim, chosen, programs, monkeypatch):
     crowded = head_dim == 256 and left >= 0  # nine queries are decoded then
     assert [x.group for x in chosen] == ([1, 1] if crowded else [4, 64, 1])
     split = parts and not crowded and (left < 0 or meaning is WIDE)
-    assert all(bool(x.parts) is split for x in chosen)
+    assert all(bool(x.partials) is split for x in chosen)
 
 
 def test_parts_repeat_and_do_without_alignment(head_dim, chosen, monkeypatch):
@@ -165,7 +165,7 @@ def test_parts_repeat_and_do_without_alignment(head_dim, chosen, monkeypatch):
     differ = torch.zeros((), device="cuda", dtype=torch.int64)
     for _ in range(1000):
         differ += (mfa.flash_attn_func(q, k, v, causal=True) != expected).any()
-    assert differ.item() == 0 and chosen.every() and chosen[0].parts
+    assert differ.item() == 0 and chosen.every() and chosen[0].partials
     moved = torch.zeros(q.numel() + 1, device="cuda", dtype=q.dtype)[1:].view(q.shape).copy_(q)
     close = mfa.flash_attn_func(moved, k, v, causal=True)
     assert len(chosen) == 1  # the first call's recipe

@@ -48,5 +48,5 @@ def choose_score_mode(p: Problem, *own: str) -> ScoreMode:
     elif slopes is not None:  # what is subtracted is scaled with the score
         factor = 1 / p.softmax_scale
         mode = "linear"
-    mode = mode if mode in own else "softcap" if softcap else ""
+    mode = mode if mode and mode in own else "softcap" if softcap else ""
     return ScoreMode(scale, (stride, factor, softcap), mode)

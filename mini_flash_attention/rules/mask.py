@@ -16,8 +16,8 @@ last_visible = triton.jit(FunctionType(windows.last_visible.__code__, globals())
 class KeyBlocks(NamedTuple):
     """Key tiles that some queries see, as four multiples of BLOCK.
 
-    begin..clear_begin and clear_end..end are cut by the mask or the sequence's end,
-    clear_begin..clear_end is seen by every query in full, the rest is seen by none.
+    begin..full_begin and full_end..end are cut by the mask or the sequence's end,
+    full_begin..full_end is seen by every query in full, the rest is seen by none.
     """
 
     begin: Any
