@@ -23,6 +23,7 @@ from cases import Case, dense, kvcache, margined, varlen
 
 import mini_flash_attention as mfa
 from mini_flash_attention import plan, recipes, settings
+from mini_flash_attention.kernels import workspace
 
 try:
     import triton
@@ -318,8 +319,8 @@ def check(seed: int, number: int, device: str) -> None:
                 stack.enter_context(patch.object(plan.hopper, "HOPPER_FLOPS", 0))
                 stack.enter_context(patch.object(plan.decode, "SPLIT_KEYS", 0))
             stack.enter_context(patch.object(recipes, "_recipes", {}))
-            stack.enter_context(patch.object(recipes, "MAX_KEPT", 1))  # margins around parts
-            stack.enter_context(patch.object(recipes, "_rooms", {}))
+            stack.enter_context(patch.object(workspace, "MAX_KEPT", 1))  # margins around parts
+            stack.enter_context(patch.object(workspace, "_rooms", {}))
             if device == "cpu":  # the interpreter's few keys, in many tiles
                 few = partial(narrowed, plan.decode.decode_tiles)
                 stack.enter_context(patch.object(plan.decode, "decode_tiles", few))

@@ -218,7 +218,7 @@ def test_each_stream_and_thread_keeps_a_workspace(monkeypatch):
     ]
     wanted = [case.run()[0] for case in cases]
     (kept,) = rooms.values()
-    place = kept["parts"].data_ptr()
+    place = kept["partials"].data_ptr()
     case, graph, stream = cases[0], torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.graph(graph):
         captured = case.run()[0]
@@ -236,12 +236,12 @@ def test_each_stream_and_thread_keeps_a_workspace(monkeypatch):
     torch.cuda.synchronize()
     assert torch.equal(captured, wanted[0])
     assert all(torch.equal(out, wanted[n]) for n, out in outs)
-    places = {room["parts"].data_ptr() for room in rooms.values()}
+    places = {room["partials"].data_ptr() for room in rooms.values()}
     assert place in places and len(places) == len(rooms) == 3
     monkeypatch.setattr(workspace, "MAX_ROOMS", 3)
     with torch.cuda.stream(torch.cuda.Stream()):
         assert torch.equal(case.run()[0], wanted[0])
-    assert len(rooms) == 3 and place not in {x["parts"].data_ptr() for x in rooms.values()}
+    assert len(rooms) == 3 and place not in {x["partials"].data_ptr() for x in rooms.values()}
 
 
 def test_no_call_synchronises():
