@@ -246,11 +246,11 @@ def test_what_is_named_exists(name):
 
 
 def files_in_the_tree():
+    """The paths in DESIGN.md's drawing: files follow their folder, and a folder is indented two
+    spaces more than the one that it is in.
+    """
     drawing = r"^```\nmini_flash_attention/\n(.*?)^```$"
     (tree,) = re.findall(drawing, text("DESIGN.md"), re.M | re.S)
-    than the one that it is in.
-    """
-    (tree,) = re.findall(r"^```\nmini_flash_attention/\n(.*?)^```$", text("DESIGN.md"), re.M | re.S)
     folders = []
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2 - 1
