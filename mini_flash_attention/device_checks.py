@@ -11,9 +11,9 @@ from typing import NoReturn
 
 import torch
 
-from .errors import wrong_value
 from .problem import Problem, Rotary
 from .settings import CHECK
+from .validate import wrong_value
 
 
 def values(p: Problem) -> None:

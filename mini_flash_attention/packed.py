@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .api import Window, flash_attn_func, flash_attn_varlen_func
-from .errors import wrong_value
+from .validate import wrong_value
 from .validate.tensors import shape, strided
 
 

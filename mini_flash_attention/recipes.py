@@ -7,10 +7,10 @@ import torch
 
 from . import settings, triton_on_cpu
 from .entries import Entry
-from .errors import wrong_type
 from .kernels import workspace
 from .plan import gpu as gpus
 from .problem import Problem, empty_out
+from .validate import wrong_type
 from .validate.tensors import transformed
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import os
 import warnings
 from functools import cache
 
-from .errors import invalid
+from .validate import invalid
 
 CHECK = "MINI_FLASH_ATTENTION_CHECK"
 # Read lengths, positions and page numbers back before every call (`device_checks.py`).

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .errors import invalid, kind_of
+from .validate import invalid, kind_of
 
 # Functions that PyTorch has under the same name: those of tl, and those of libdevice.
 SAME = "abs ceil cos erf exp exp2 floor log log2 rsqrt sigmoid sin sqrt zeros_like"

@@ -22,17 +22,17 @@ ARROWS = {
     "": {"api", "packed"},
     "__main__": {"", "plan.", "reference", "settings"},
     "integrations": set(),
-    "integrations.flash_attn": {"", "errors", "integrations.flash_attn."},
+    "integrations.flash_attn": {"", "validate", "integrations.flash_attn."},
     "integrations.flash_attn.": {
         "",
         "api",
-        "errors",
+        "validate",
         "integrations.flash_attn.",
         "validate.tensors",
     },
-    "integrations.torch": {"", "errors", "problem"},
-    "integrations.transformers": {"api", "errors"},
-    "packed": {"api", "errors", "validate.tensors"},
+    "integrations.torch": {"", "validate", "problem"},
+    "integrations.transformers": {"api", "validate"},
+    "packed": {"api", "validate", "validate.tensors"},
     "api": {"dispatch", "entries", "validate.options"},
     "dispatch": {"entries", "execution", "ops", "recipes", "validate.options"},
     "ops": {"entries", "execution", "problem", "recipes"},
@@ -48,7 +48,7 @@ ARROWS = {
     },
     "recipes": {
         "entries",
-        "errors",
+        "validate",
         "kernels.",
         "plan.gpu",
         "problem",
@@ -58,15 +58,14 @@ ARROWS = {
     },
     "entries": {"problem", "validate.calls"},
     "validate": set(),
-    "validate.": {"errors", "problem", "rules.window", "validate."},
-    "device_checks": {"errors", "problem", "settings"},
+    "validate.": {"problem", "rules.window", "validate", "validate."},
+    "device_checks": {"validate", "problem", "settings"},
     "cpu": {"problem", "rules.window", "triton_on_cpu", "validate.memory"},
-    "triton_on_cpu": {"errors"},
+    "triton_on_cpu": {"validate"},
     "plan": {"plan.", "problem"},
     "plan.": {"plan", "plan.", "problem", "rules.window", "settings"},
     "problem": {"rules.window"},
-    "settings": {"errors"},
-    "errors": set(),
+    "settings": {"validate"},
     "reference": set(),
     "kernels": set(),
     "kernels.attention": {
@@ -179,13 +178,13 @@ from . import stream_k, nothing
 from ...rules import grid, mask as m
 from ...problem import Problem
 from ... import plan
-from mini_flash_attention.errors import invalid
+from mini_flash_attention.validate import invalid
 def late():
     import triton
 """
     found = dict(imports(source, "kernels.decode.decode", is_package=False))
     ours = ["kernels.decode.stream_k", "kernels.decode", "rules.grid", "rules.mask", "problem"]
-    expected = {f"{PACKAGE}.{name}": True for name in [*ours, "plan", "errors"]}
+    expected = {f"{PACKAGE}.{name}": True for name in [*ours, "plan", "validate"]}
     assert found == expected | {"torch.nn.functional": True, "triton": False}
     found = dict(imports("from . import api\nfrom .plan import x", "", is_package=True))
     assert found == {f"{PACKAGE}.api": True, f"{PACKAGE}.plan": True}

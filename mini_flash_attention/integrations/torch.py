@@ -26,8 +26,8 @@ from torch.library import Library
 from torch.nn import attention
 
 from .. import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from ..errors import invalid, not_implemented, wrong_value
 from ..problem import empty_out
+from ..validate import invalid, not_implemented, wrong_value
 
 _names: set[str] = set()
 

@@ -38,7 +38,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from ..errors import invalid, kind_of, wrong_type, wrong_value
+from ..validate import invalid, kind_of, wrong_type, wrong_value
 
 # What some models pass beside the usual arguments and we would have to ignore.
 FOREIGN = ("position_bias", "sinks", "block_indices")

@@ -16,8 +16,8 @@ from .portable import forward
 
 
 def launches_of(p: Problem, gpu: Gpu) -> tuple[list[Launch], dict[str, int], bool]:
-    """The launches in their order; the elements of their workspace; whether the results have to be
-    cleared before, for rows that no program writes.
+    """The launches in order, the elements of their workspace, and whether the results have to be
+    cleared first, for rows that no program writes.
     """
     out = p.out if p.out is not None else empty_out(p.q, p.v.shape[-1], "meta")
     launches = append.launches(p)

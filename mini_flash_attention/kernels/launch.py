@@ -34,7 +34,7 @@ def output_strides(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> t
 class Launch:
     """A kernel with everything decided but where its tensors lie.
 
-    The first call goes the way of any Triton launch: it inspects all arguments, about 40 of them,
+    The first call is an ordinary Triton launch: it inspects all arguments, about 40 of them,
     and compiles. What Triton inspects is then fixed, except for the alignment of the addresses,
     so later calls hand the compiled kernel bare addresses, at a fraction of the cost.
     """
@@ -84,7 +84,7 @@ class Launch:
         return addresses, bits % ALIGNMENT == 0
 
     def first(self, tensors: Tensors, keep: bool) -> None:
-        """The way of any Triton launch; `keep` what it compiled."""
+        """An ordinary Triton launch; `keep` what it compiled."""
         compiled = self.kernel[(self.programs,)](*self.arguments(tensors), **self.options)
         if keep and compiled is not None:  # the interpreter compiles nothing
             self.runner = compiled[(self.programs, 1, 1)]

@@ -45,7 +45,7 @@ class RawDescriptor:
 class TmaLaunch(Launch):
     """A launch whose first arguments are descriptors; `fallback` where an address fits none.
 
-    fold: None, or the launch that makes a whole of what this one leaves.
+    combine_launch: None, or the launch that combines the partials that this one leaves.
     """
 
     __slots__ = ("boxes", "combine_launch", "fallback")

@@ -1,6 +1,6 @@
 """Which kernel, with which tiles: pure functions of a call's shapes and of the GPU.
 
-Every heuristic of the package stands here, and none looks at a length on the device.
+Every decision of the package is made here. None reads a length on the device.
 """
 
 import torch

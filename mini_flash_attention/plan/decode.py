@@ -19,21 +19,21 @@ class Decode(NamedTuple):
     """A launch of the decode kernel."""
 
     tiles: Tiles
-    stream_k: bool  # whether `splits` equal shares of the batch's keys, or parts of each sequence
+    stream_k: bool  # `splits` equal shares of the batch's keys; else splits of each sequence
     splits: int
-    split_tiles: int  # key tiles of a part; 0 for a sequence's tiles / splits
+    split_tiles: int  # key blocks of a split; 0 for a sequence's blocks / splits
     programs: int
     rows: int  # of a program's tile that are in use
-    overlapped: bool  # the fold's launch begins before this one ends (SM 90)
+    overlapped: bool  # the combine begins before this launch ends (SM 90)
 
     @property
     def slots(self) -> int:
-        """Places for what is not a whole: two for a share, which may begin and end with such."""
+        """Slots for partial results: two for a share, which may begin and end inside a sequence."""
         return 2 * self.programs if self.stream_k else self.programs if self.splits > 1 else 0
 
 
 def decodes(p: Problem, gpu: Gpu) -> bool:
-    """Whether a call is the decode kernel's: few queries or parts asked for.
+    """Whether a call goes to the decode kernel: it has few queries, or asks for splits.
 
     Packed queries can be few by chance: with num_splits=1, which promises the same bits in any
     batch, they stay with the forward kernel, and so do packed keys, which are of a prefill.
@@ -115,7 +115,7 @@ def stream_k(batch_heads: int, resident: int) -> int:
 MAX_STREAM_K_BATCH = 4096  # in shares every program counts the key tiles of all sequences
 # Bytes of keys and values for each multiprocessor to read. From the first on equal shares pay for
 # the counting, and from the second where whole sequences would fill a last wave in part. Below the
-# third folding more parts costs more than more programs gain.
+# third combining more splits costs more than more programs gain.
 STREAM_K_WORK = 8 << 20
 WAVES_WORK = 2 << 20
 SMALL_WORK = 512 << 10
@@ -133,11 +133,11 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     # Asked for: the same tiles in every batch, and so the same bits.
     if p.split_size:
         size = -(-p.split_size // narrow.block_n)
-        # A window's first key may lie inside a tile: that makes one more. At least two parts, so
-        # that a result always takes the same way, whatever the cache's capacity.
+        # A window's first key may lie inside a block: that makes one more. At least two splits, so
+        # that a result is always combined, whatever the cache's capacity.
         n = max(2, -(-(n_block_range + (p.left is not None)) // size))
         return split_sequences(narrow, rows, batch_heads, n, gpu)._replace(split_tiles=size)
-    if p.num_splits:  # parts beyond a tile each would take memory for nothing
+    if p.num_splits:  # more splits than blocks would take memory for nothing
         most = max(2, n_block_range + (p.left is not None))
         return split_sequences(narrow, rows, batch_heads, min(p.num_splits, most), gpu)
     work = batch_heads * visible * 2 * head_dim * p.k.element_size() // gpu.multiprocessors
@@ -192,11 +192,11 @@ class Combine(NamedTuple):
 
     programs: int
     num_warps: int
-    at_once: int  # parts
+    at_once: int  # splits that a step of its loop merges
 
 
 def combine(p: Problem, plan: Decode) -> Combine:
-    """The launch that folds the parts of `plan`."""
+    """The launch that combines the splits of `plan`."""
     head_dim = p.v.shape[-1]
     programs = plan.rows * (plan.programs if plan.stream_k else plan.programs // plan.splits)
     warps, at_once = 8 if head_dim > 64 else 4 if head_dim > 32 else 1, 32

@@ -12,9 +12,9 @@ class Forward(NamedTuple):
     """A launch of the forward kernel."""
 
     tiles: Tiles
-    num_m_blocks: int  # query tiles per unit
+    num_m_blocks: int  # blocks of query rows, for each head
     batch_heads: int  # (batch, head) pairs; heads alone when q is packed
-    l2_group: int  # units whose keys share the L2 cache
+    l2_group: int  # heads whose keys share the L2 cache
 
 
 def forward_tiles(arch: int, head_dim: int, window: bool, page_size: int, packed: bool) -> Tiles:
@@ -43,7 +43,7 @@ def forward(p: Problem, gpu: Gpu) -> Forward:
 
 
 def work(p: Problem, gpu: Gpu, block_m: int, packed: int = 1) -> tuple[int, int, int]:
-    """Tiles of query rows of a unit, units, and units per group; `packed` heads in the rows."""
+    """(num_m_blocks, batch_heads, l2_group), with `packed` heads in the rows."""
     nheads, head_dim = p.q.shape[-2] // packed, p.q.shape[-1]
     if p.cu_seqlens_q is None:
         num_m_blocks, batch_heads = -(-p.seqlen_q * packed // block_m), p.batch * nheads

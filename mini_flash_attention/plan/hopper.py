@@ -23,16 +23,16 @@ class Hopper(NamedTuple):
     """A launch of the Hopper kernel."""
 
     tiles: HopperTiles
-    num_m_blocks: int  # query tiles per unit
-    batch_heads: int  # as in Forward; of `group` heads each
+    num_m_blocks: int  # blocks of query rows, for each head
+    batch_heads: int  # as in Forward; each stands for `group` heads
     l2_group: int
     programs: int
     group: int  # heads of a KV head packed into the rows of a tile
-    partials: Decode | None  # what is to be folded where keys are split
+    partials: Decode | None  # what is to be combined where keys are split
     score_mode: ScoreMode
-    skip_max: bool  # most tiles of keys can do without maxima (`kernels/hopper/mma.py`)
-    lazy_rescale: bool  # sums move to a new maximum only where it has grown by much
-    tma_epilogue: bool  # rows are written by TMA, through the place of their queries
+    skip_max: bool  # most full blocks go without maxima (`kernels/hopper/mma.py`)
+    lazy_rescale: bool  # o and l are rescaled only where the maximum has grown by much
+    tma_epilogue: bool  # TMA writes the rows, from their queries' shared memory
     zero_v_tail: bool  # values outside of a sequence are replaced by zeros
 
 
@@ -71,7 +71,7 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     score_mode = choose_score_mode(p, "bounded", "folded", *own)
     unmodified = score_mode.mode == "" and not p.scores.changed
     # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was never
-    # written; and what lies before every window may be someone else's by now.
+    # written; and the page of a key before every window may belong to another sequence by now.
     inside = any(x is not None for x in (p.cu_seqlens_k, p.seqused_k, p.block_table))
     return Hopper(
         tiles, num_m_blocks, batch_heads, l2_group, programs, group, partials, score_mode,
@@ -111,8 +111,8 @@ def _no_registers(p: Problem, gpu: Gpu) -> bool:
 
 
 def _packing(p: Problem, gpu: Gpu, block_n: int) -> tuple[int, int]:
-    """Heads to pack into the Hopper kernel's tiles, where that leaves a quarter of them out, and
-    parts to split keys into, where tiles are few and keys many.
+    """(heads packed into a work tile, where that saves a quarter of the tiles; splits of the keys,
+    where tiles are few and keys many).
     """
     group, free = p.group, p.cu_seqlens_q is None and not p.num_splits and not p.split_size
     tight = p.windowed and p.q.shape[-1] > 128  # packed rows have no registers for its mask

@@ -1,4 +1,4 @@
-"""In which way a kernel changes scores, and with which numbers (`rules/scores.py`)."""
+"""The score mode: how a kernel modifies scores, and with which numbers (`rules/scores.py`)."""
 
 import math
 from typing import NamedTuple
@@ -13,7 +13,7 @@ LOG2E = math.log2(math.e)
 class ScoreMode(NamedTuple):
     """How `rules/scores.py` is told what becomes of scores.
 
-    SCORE_MODE is "", "softcap", or what a kernel does in a way of its own:
+    SCORE_MODE is "", "softcap", or one of the modes that only some kernels have:
     "bounded", a soft cap that keeps weights within 2^-75 and 2^75, so that m = 0 serves all along;
     "linear", ALiBi as what it is on either side of a query; "folded", beside a score_mod, a scale
     that is a power of two, multiplied into Q.

@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def m_block_and_head(program, num_m_blocks, batch_heads, l2_group):
-    """Program number -> (tile, unit): groups of units, in a group the last tile of each first."""
+    """Program number -> (block of rows, head): in groups of heads; the last block of each first."""
     first_head = program // (num_m_blocks * l2_group) * l2_group
     inside = program - first_head * num_m_blocks
     width = tl.minimum(l2_group, batch_heads - first_head)

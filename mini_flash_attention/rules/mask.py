@@ -1,4 +1,4 @@
-"""Who sees whom, and which key tiles are empty, cut or clear, by the rule of `window.py`."""
+"""Which query sees which key, and which key blocks are full, partial or empty (`window.py`)."""
 
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -14,10 +14,10 @@ last_visible = triton.jit(FunctionType(windows.last_visible.__code__, globals())
 
 
 class KeyBlocks(NamedTuple):
-    """Key tiles that some queries see, as four multiples of BLOCK.
+    """The key blocks that some queries see, as four multiples of BLOCK.
 
-    begin..full_begin and full_end..end are cut by the mask or the sequence's end,
-    full_begin..full_end is seen by every query in full, the rest is seen by none.
+    Blocks in full_begin..full_end are full: every query sees every key. Those in begin..full_begin
+    and full_end..end are partial, by the mask or the sequence's end. No query sees the rest.
     """
 
     begin: Any

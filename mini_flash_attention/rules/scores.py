@@ -64,7 +64,7 @@ def modify(
 ):
     """Scores s of batch entry b: queries i of `head` against the keys start + n.
 
-    SCORE_MODE: what else is asked for, and what the kernel does itself (`launch.ScoreMode`).
+    SCORE_MODE: what else is asked for, and what the kernel does itself (`plan.scores.ScoreMode`).
     Without anything to do, s stays as it is and the softmax scales it. With a soft cap alone, the
     softmax multiplies by it. With ALiBi alone scores are not scaled either, but the slope is by
     their factor's inverse: one multiplication less a score.

@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def rescale(m, s, scale):
-    """Fold a tile of scores: new maximum, the factor for what was summed before, the weights p.
+    """Take a block of scores in: new maximum, the factor for what was summed before, the weights p.
 
     A row that has seen nothing has m = -inf; 0 then stands in for it in the subtraction, which
     makes every weight 0, but is not stored: a later tile may hold any score, however small.
@@ -59,7 +59,7 @@ def finish(m, l, o, scale, sink):
 
 @triton.jit
 def merge(m, l, o, part_m, part_l, part_o, scale):
-    """Fold S parts of the keys into a state: part_m, part_l [S], part_o [S, D], each normalised.
+    """Merge S partial results into a state: part_m, part_l [S], part_o [S, D], each normalised.
 
     m [1], l [1] and o [1, D] are the state before and after, not normalised, as `finish` takes it.
     A part that saw no key has l = 0, and its o is not read: it may hold NaN. Weights come from m

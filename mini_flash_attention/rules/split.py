@@ -1,8 +1,8 @@
-"""Which slice of the keys is mine. Everything is counted in key tiles.
+"""Which keys a program reads, counted in key blocks.
 
-Two ways to share out the keys of a batch: `part` cuts every sequence by itself, so that a
-sequence's result does not change with its neighbours; `share` cuts the whole batch into equal
-shares wherever sequences begin and end, so that programs finish together.
+There are two ways. `part` splits every sequence by itself, so that a sequence's result does not
+change with its neighbours. `share` divides the blocks of the whole batch equally, wherever
+sequences begin and end, so that programs finish together (stream-K).
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def part(tiles, size, split):
-    """Tiles of part `split` of a sequence cut every `size` tiles; the last parts may be empty."""
+    """Blocks of split number `split`, of `size` blocks; the last splits may be empty."""
     low = tl.minimum(split * size, tiles)
     return low, tl.minimum(low + size, tiles)
 

@@ -1,4 +1,4 @@
-"""What a number stands for in the forward kernels: a tile of query rows, and the keys it sees."""
+"""Work tiles of the forward kernels: from a number to query rows, and to the keys they see."""
 
 from typing import Any, NamedTuple
 
@@ -9,11 +9,11 @@ from . import grid, mask, sequence
 
 
 class Grid(NamedTuple):
-    """The table of a launch's tiles of work: tiles of query rows by heads of the batch."""
+    """All work tiles of a launch: blocks of query rows by heads of the batch."""
 
     batch: Any
     nheads: Any
-    num_m_blocks: Any  # of query rows of a head
+    num_m_blocks: Any  # blocks of query rows, for each head
     l2_group: Any  # heads whose keys share the L2 cache
 
 
@@ -30,7 +30,7 @@ class WorkTile(NamedTuple):
 
 @triton.jit
 def work_tile(number, lengths, table, BLOCK_M: tl.constexpr):
-    """The `number`-th tile of work of a `Grid`.
+    """The `number`-th work tile of a `Grid`.
 
     The last entry also writes the rows after it, which belong to no sequence. Rows that are not in
     use are written too.

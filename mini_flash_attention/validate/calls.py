@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 
-from ..errors import kind_of, wrong_type, wrong_value
 from ..problem import NARROW, Problem, Rotary, Scores
-from . import memory, options, tensors
+from . import kind_of, memory, options, tensors, wrong_type, wrong_value
 
 
 def dense(

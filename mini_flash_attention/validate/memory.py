@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..errors import kind_of, wrong_type, wrong_value
+from . import kind_of, wrong_type, wrong_value
 from .tensors import shape, tensor
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..errors import kind_of, not_implemented, wrong_type, wrong_value
 from ..problem import MAX_SPLITS, NARROW
 from ..rules.window import Window, first_visible, last_visible
+from . import kind_of, not_implemented, wrong_type, wrong_value
 from .tensors import strided
 
 MAX_LENGTH = 2**31 - 2**16

@@ -9,7 +9,7 @@ import torch
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from ..errors import kind_of, wrong_type, wrong_value
+from . import kind_of, wrong_type, wrong_value
 
 MAX_HEAD_DIM = 256
 HALVES = (torch.float16, torch.bfloat16)

@@ -39,7 +39,7 @@ from ... import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from ...errors import invalid
+from ...validate import invalid
 from . import bert_padding, interface2, interface3, losses, rotary, rotary_embedding
 from .stand_in import Contents, Finder
 

@@ -6,7 +6,7 @@ Programs also import einops' `rearrange` and `repeat` from that module: they are
 
 import torch
 
-from ...errors import wrong_value
+from ...validate import wrong_value
 
 
 def unpad_input(

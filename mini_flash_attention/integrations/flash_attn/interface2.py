@@ -16,7 +16,7 @@ from ... import (
 )
 from ... import flash_attn_with_kvcache as kvcache
 from ...api import Window
-from ...errors import invalid
+from ...validate import invalid
 
 
 def flash_attn_with_kvcache(

@@ -20,7 +20,7 @@ from ... import flash_attn_func as dense
 from ... import flash_attn_varlen_func as varlen
 from ... import flash_attn_with_kvcache as kvcache
 from ...api import Window
-from ...errors import not_implemented, wrong_type, wrong_value
+from ...validate import not_implemented, wrong_type, wrong_value
 from ...validate.tensors import shape, strided
 
 MAX_SPLITS = 128  # of this package; FlashAttention-3 has 256

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...errors import not_implemented, wrong_value
+from ...validate import not_implemented, wrong_value
 
 
 def cross_entropy_loss(

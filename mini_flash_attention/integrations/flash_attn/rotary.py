@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...errors import wrong_value
+from ...validate import wrong_value
 
 Offsets = int | torch.Tensor
 

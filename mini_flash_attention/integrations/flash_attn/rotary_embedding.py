@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ...errors import not_implemented, wrong_value
+from ...validate import not_implemented, wrong_value
 from .rotary import Offsets, apply_rotary_emb, apply_rotary_emb_kv_, apply_rotary_emb_qkv_
 
 

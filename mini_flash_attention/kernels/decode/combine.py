@@ -1,4 +1,4 @@
-"""Fold the parts that split keys left: one program for each row of a sequence's KV head."""
+"""Combine the partials of split keys: one program for each row of a sequence's KV head."""
 
 import torch
 import triton
@@ -22,7 +22,7 @@ def combine_kernel(
 ):  # fmt: skip
     if PDL:
         gdc_wait()  # until `decode` is done
-    # Whose parts? `owner` counts (share, KV head, block) or (sequence, KV head, block).
+    # Whose partials? `owner` numbers (share, KV head, block) or (sequence, KV head, block).
     local = tl.program_id(0) % partial_rows
     owner = tl.program_id(0) // partial_rows
     blocks = tl.cdiv(seqlen_q * group, BLOCK_M)
@@ -31,7 +31,7 @@ def combine_kernel(
     if STREAM_K:
         b = tl.load(fixup + 2 * owner)
         count = tl.load(fixup + 2 * owner + 1)
-        b = tl.where(count > 0, b, 0)  # else nobody wrote it
+        b = tl.where(count > 0, b, 0)  # else it was never written
         first, step = 2 * owner + 1, 2 * blocks * nheads_k
     else:
         b = owner // blocks // nheads_k
@@ -86,7 +86,7 @@ POINTERS = ("partials", "fixup", "out", "lse", "cu_seqlens_q", "seqused_q", "s_a
 def launch(
     p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode, group: int
 ) -> Launch:
-    """The launch that folds what parts of keys left to out and lse; `group` heads lie in rows."""
+    """The launch that combines partials into out and lse; `group` heads are packed into rows."""
     head_dim, chosen = p.v.shape[-1], combine(p, plan)
     constants = (
         *output_strides(p, out, lse)[:5], p.q.shape[-2] // group, group, plan.splits, plan.slots,

@@ -1,12 +1,12 @@
 """Attention of few queries to a long cache: the keys are read once, at the speed of memory.
 
 All query heads that share a KV head, and all query tokens, are packed into the rows of one tile,
-so a key is loaded once for all of them. Keys are split among programs, and `combine.py` folds what
-they found. There are two ways to split, told apart by STREAM_K:
+so a key is loaded once for all of them. Keys are split among programs, and `combine.py` merges
+their partial results. STREAM_K tells how they are split:
 
-- equal shares of the whole batch's keys (`stream_k.py`), one for each program that the GPU can run
-  at a time: it stays full to the end, whatever the lengths;
-- a number of parts for each sequence, where a caller asks for that.
+- stream-K (`stream_k.py`): equal shares of the whole batch's keys, one for each program that the
+  GPU can run at a time, so that all end together, whatever the lengths;
+- splits: each sequence by itself, into a number of splits.
 
 Source: Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023); equal shares as in Stream-K
 (arXiv:2301.03598).
@@ -52,7 +52,7 @@ class Tensors(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """Where results go that are no whole, for `combine.py` to fold."""
+    """Where results of splits go, for `combine.py` to merge."""
 
     numbers: Any  # fp32: outputs [slots, rows, D], maxima, sums; None where there are none
     slots: Any
@@ -67,8 +67,8 @@ class DecodeTile(NamedTuple):
     block: Any
     low: Any  # its key tiles
     high: Any
-    whole: Any  # whether they are all
-    slot: Any  # of `Partials`, else
+    whole: Any  # whether these are all of them
+    slot: Any  # of `Partials`, if not
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def slope_of(b, head, row_ok, inputs):
 
 @triton.jit
 def sink_of(head, row_ok, whole, inputs):
-    """The sinks of rows' heads, -inf for parts, to which `combine` adds them."""
+    """The sinks of rows' heads; -inf for a split, because `combine` adds them at the end."""
     sink = tl.load(inputs.s_aux + head, mask=row_ok, other=0.0).to(tl.float32)
     return tl.where(whole, sink, float("-inf"))
 
@@ -155,8 +155,8 @@ def decode_tiles(
         block_table += row_k * tensors.stride_table
     at = KeysValues(k, v, s.k_t, s.v_t, s.k_b, s.v_b, block_table, at.num_pages)
 
-    # One loop with a mask: what the mask costs is hidden behind the loads, and between two loops
-    # no load would be on its way.
+    # One loop with a mask: its cost is hidden behind the loads, and between two loops no load would
+    # be in flight.
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M] if BLOCK_M * BLOCK_N >= 4096 else [BLOCK_M, BLOCK_N], tl.float32)
     o = tl.zeros([BLOCK_M, D_V], tl.float32)
@@ -194,7 +194,7 @@ def decode_kernel(
     stride_slopes, factor, softcap,
     C: tl.constexpr, SCORE_MOD: tl.constexpr, STREAM_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:  # `combine` may take its place as soon as there is room, and waits there
+    if PDL:  # `combine` may be scheduled as soon as there is room, and waits in gdc_wait
         gdc_launch_dependents()
     strides = hint_divisibility(
         Strides(
@@ -217,7 +217,7 @@ def decode_kernel(
     program = tl.program_id(0)
     blocks = tl.cdiv(seqlen_q * group, C.BLOCK_M)
     if STREAM_K:
-        # Programs of one share stand side by side, so that all heads of a key are read together.
+        # Programs of one share are neighbours, so that all heads of a key are read together.
         block = program % blocks
         head_k = program // blocks % nheads_k
         share = program // blocks // nheads_k
@@ -225,14 +225,14 @@ def decode_kernel(
         cuts = tl.minimum(splits, total)
         tile, stop = split.share(total, share, cuts)
         b, before = stream_k.find(tile, sequences, C.BLOCK_N)
-        crossed = 0  # shares that the sequence which goes on after this one lies in
+        crossed = 0  # shares spanned by the sequence that continues after this one
         # Lengths that another stream changes meanwhile may spoil results, but lead nowhere else.
         while (tile < stop) & (b < batch):
             tiles = stream_k.key_range(b, sequences, C.BLOCK_N).tiles
             low = tile - before
             high = tl.minimum(tiles, low + stop - tile)
             begins = low == 0
-            if begins & (high < tiles):  # goes on in the next shares
+            if begins & (high < tiles):  # continues in the next shares
                 crossed = split.share_of(before + tiles - 1, total, cuts) - share + 1
                 crossed = tl.minimum(crossed, cuts - share)
                 tl.store(fixup + 2 * program, b)
@@ -266,8 +266,8 @@ POINTERS = (
 def workspace(p: Problem, plan: Decode) -> dict[str, int]:
     """Elements of `partials` (fp32: outputs [slots, rows, D], maxima, sums) and `fixup` (int32).
 
-    owners says for each program which sequence begins in its share and goes on in the next, and
-    how many shares that lies in; 0 if there is none.
+    fixup holds a record for each program: which sequence begins in its share and continues in the
+    next one, and how many shares that sequence spans; 0 if there is none.
     """
     elements = {"fixup": 2 * plan.programs} if plan.stream_k else {}
     elements["partials"] = plan.slots * plan.rows * (p.v.shape[-1] + 2)
@@ -275,7 +275,7 @@ def workspace(p: Problem, plan: Decode) -> dict[str, int]:
 
 
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode) -> Launch:
-    """The launch that writes attention of p to out and lse, or to parts where keys are split."""
+    """The launch that writes attention of p to out and lse, or to partials where keys are split."""
     tiles, score_mode = plan.tiles, choose_score_mode(p)
     total_k = MAX_INT if p.page_size else p.k.shape[0]
     constants = (

@@ -1,8 +1,8 @@
-"""The key tiles of a whole batch as one line that programs cut into equal shares.
+"""Stream-K: the key blocks of a whole batch in one line, cut into equal shares for the programs.
 
-Lengths are known on the device only, so every program walks them: it counts the tiles of all
-sequences, cuts out its share and finds the sequence where that begins. A sequence without keys
-counts one tile, so that somebody writes its rows.
+Lengths are known on the device only, so every program reads them: it counts the blocks of all
+sequences, computes its share, and finds the sequence where that begins. A sequence without keys
+counts one block, so that one program writes its rows.
 """
 
 from typing import Any, NamedTuple
@@ -26,14 +26,14 @@ class Batch(NamedTuple):
 
 
 class KeyRange(NamedTuple):
-    """Of a sequence, or of several: query rows, keys, and the key tiles that any query sees."""
+    """Of a sequence, or of several: query rows, keys, and the key blocks that any query sees."""
 
     first_q: Any
     rows_q: Any
     first_k: Any
     length_k: Any
-    begin: Any  # of the first tile, in keys
-    tiles: Any
+    begin: Any  # the first block's first key
+    tiles: Any  # blocks
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""A consumer of the Hopper kernel: 64 rows of each tile of work, four warps."""
+"""A consumer of the Hopper kernel: four warps, which compute 64 rows of each work tile."""
 
 from ...rules import scores
 from ...rules import softmax as rule
@@ -9,14 +9,14 @@ from .mma import mainloop
 
 @gluon.jit
 def slope_of(sched, work_idx, inputs):
-    """ALiBi's slope of a tile of work's head."""
+    """ALiBi's slope of the work tile's head."""
     at = scheduler.load_field(sched, work_idx, scheduler.BATCH).to(gl.int64) * inputs.stride_slopes
     return gl.load(inputs.alibi_slopes + at + scheduler.load_field(sched, work_idx, scheduler.HEAD))
 
 
 @gluon.jit
 def sink_of(sched, work_idx, inputs):
-    """The sink of a tile of work's head."""
+    """The sink of the work tile's head."""
     return gl.load(inputs.s_aux + scheduler.load_field(sched, work_idx, scheduler.HEAD)).to(
         gl.float32
     )
@@ -24,9 +24,10 @@ def sink_of(sched, work_idx, inputs):
 
 @gluon.jit
 def needs_redo(m, l, o, tile, rows, scale):
-    """Whether sums have outgrown their reference, unless they are the second; the producer is told.
+    """Whether the work tile has to be done again, with maxima, because its sums overflowed. The
+    producer reads it in the REDO field. A tile is done again once at most.
 
-    Rows after a sequence's end are someone else's, and have no say.
+    Rows after a sequence's end belong to the next one, and don't count.
     """
     sched, work_idx, field = rows.sched, rows.work_idx, scheduler.REDO + rows.which
     redo = softmax.sums_overflow(m, l, o, tile.rows_q - tile.first, scale, rows.left is not None)
@@ -40,13 +41,15 @@ def consume(
     which: gl.constexpr, shared, stores, inputs, left, right, C: gl.constexpr,
     SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
-    """64 rows of each tile of work: attention to their keys, and the rows written out."""
+    """Compute and write 64 rows of each work tile, until the producer says there are no more."""
     D: gl.constexpr = C.D
     O: gl.constexpr = pipeline.accumulator(D)
     sched = shared.sched
     if which == C.CONSUMERS - 1:
-        pipeline.warp_scheduler_barrier_arrive(which, C.CONSUMERS)  # the first one's first
-    # Tiles of keys in the turns before, and turns that had any.
+        pipeline.warp_scheduler_barrier_arrive(
+            which, C.CONSUMERS
+        )  # the first consumer issues first
+    # Key blocks in the work tiles before (done), and how many of those had any (worked).
     work_idx, done, worked = 0, 0, 0
     scheduler.consumer_wait(sched, work_idx)
     while scheduler.load_field(sched, work_idx, scheduler.FIRST_ROW) >= 0:

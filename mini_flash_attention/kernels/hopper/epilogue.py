@@ -1,4 +1,4 @@
-"""How a Hopper consumer writes its 64 rows: through TMA, or by itself where TMA would not stop."""
+"""The epilogue of a Hopper consumer: 64 rows of O by TMA, or by stores where a sequence ends."""
 
 from typing import Any, NamedTuple
 
@@ -13,33 +13,33 @@ class Stores(NamedTuple):
     """What the consumers write."""
 
     o_desc: Any
-    out: Any  # or parts
+    out: Any  # or partials
     lse: Any
     stride_o_b: Any
     stride_o_t: Any
     stride_o_h: Any
     stride_lse_b: Any
     stride_lse_h: Any
-    # Of parts.
+    # Of partials.
     total: Any
     partial_rows: Any
 
 
 class Tile(NamedTuple):
-    """What a consumer has to know of a tile of work once its rows are done."""
+    """What the epilogue has to know of a work tile."""
 
     num_blocks: Any  # of keys
     first: Any  # the consumer's first row in the sequence
     rows_q: Any
     b: Any
     head: Any
-    row_offset: Any  # of a part, or the sequence's first row
-    first_q: Any  # the consumer's first row in all of q, or in the sequence if it is a part
+    row_offset: Any  # of the partial result, or the sequence's first row in q
+    first_q: Any  # the consumer's first row in q; in the sequence, if it is a split
 
 
 @gluon.jit
 def tile_of(sched, work_idx, which: gl.constexpr, C: gl.constexpr):
-    """Read where it is needed, instead of held in registers all along."""
+    """Read here, because the fields would take registers all along the mainloop."""
     num_blocks = scheduler.load_field(sched, work_idx, scheduler.NUM_BLOCKS)
     first = scheduler.load_field(sched, work_idx, scheduler.FIRST_ROW) + 64 * which
     rows_q = scheduler.load_field(sched, work_idx, scheduler.ROWS_Q)
@@ -82,7 +82,7 @@ def fits_tma(tile, C: gl.constexpr):
 
 @gluon.jit
 def store_tma(o, shared, worked, which: gl.constexpr, tile, stores, C: gl.constexpr):
-    """Write 64 rows through the place of their queries, which nobody reads any more."""
+    """Write 64 rows by TMA, from the shared memory of their queries, which have been read."""
     buffer = shared.q.tiles.index(pipeline.q_stage(shared.q, worked, which, C.CONSUMERS))
     buffer.reshape([64, C.D]).store(o.to(stores.o_desc.dtype))
     fence_async_shared()
@@ -92,8 +92,8 @@ def store_tma(o, shared, worked, which: gl.constexpr, tile, stores, C: gl.conste
 
 @gluon.jit
 def store(o, m, l, lse_tile, which: gl.constexpr, done, redo, tile, rows, stores, C: gl.constexpr):
-    """Write 64 rows, unless they are `done`, and their LSE; or a part for `combine.py` to fold.
-    Nothing if the tile is to be done again (`redo`).
+    """Write 64 rows, unless TMA writes them (`done`), and their LSE; or partials, which
+    `combine.py` merges. Write nothing if the work tile has to be done again (`redo`).
     """
     HEAD_DIM: gl.constexpr = C.HEAD_DIM
     GROUP: gl.constexpr = C.GROUP

@@ -1,8 +1,8 @@
-"""The Hopper kernel: its arguments, what its parts share, and its launch.
+"""The Hopper kernel: its arguments, its shared memory, its warp roles, and its launch.
 
-One program stays on each multiprocessor and draws tiles of work, the longest first. Its producer,
-a warp, only loads: it runs ahead as far as there is room. Its consumers, 64 query rows and four
-warps each, only compute.
+One program stays on each multiprocessor and takes work tiles from a counter, the longest first. Its
+producer, one warp, only loads, and runs ahead as far as there are free stages. Its consumers, four
+warps and 64 query rows each, only compute.
 
 Source: FlashAttention-3 (arXiv:2407.08608), sections 3.1 and 3.2.
 """
@@ -31,11 +31,11 @@ class Config(NamedTuple):
     D: Any  # columns of a tile that holds HEAD_DIM
     BLOCK_N: Any
     CONSUMERS: Any
-    Q_TILES: Any  # places for 64 rows of Q
+    Q_TILES: Any  # buffers for 64 rows of Q
     GROUP: Any  # heads packed into the rows of a tile
     PACKED: Any  # whether queries are
-    SPLIT: Any  # whether a tile of work is a part of its keys, and its result one
-    SKIP_MAX: Any  # most tiles of keys can do without maxima (`mma.mainloop`)
+    SPLIT: Any  # whether a work tile is a split of its keys, and its result partial
+    SKIP_MAX: Any  # most full blocks go without maxima (`mma.mainloop`)
     # the producer
     PAGE_SIZE: Any  # 0 unless paged
     ZERO_V_TAIL: Any  # whether values outside of a sequence are replaced by zeros
@@ -43,7 +43,7 @@ class Config(NamedTuple):
     HEAD_DIM: Any
     SCORE_MODE: Any  # `scores.modify`
     LAZY_RESCALE: Any  # `softmax.rescale`
-    TMA_EPILOGUE: Any  # rows are written through the place of their queries, by TMA, unless SPLIT
+    TMA_EPILOGUE: Any  # TMA writes the rows from their queries' buffer, unless SPLIT
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -96,7 +96,7 @@ def forward_hopper_kernel(
         partial_rows,
     )  # fmt: skip
     inputs = scores.Inputs(scale, factor, softcap, aux, alibi_slopes, stride_slopes, s_aux)
-    # A copy brings a whole tile of keys; of pages smaller than it the producer has more to hold.
+    # One copy brings a whole block of keys; for smaller pages the producer needs more registers.
     WHOLE: gl.constexpr = k_desc.block_shape[1] == BLOCK_N
     if CONSUMERS == 2:
         gl.warp_specialize([

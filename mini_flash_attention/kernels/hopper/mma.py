@@ -42,11 +42,11 @@ def issue_pv(p, values, n, o, BLOCK_N: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def wait_q(shared, worked, which: gl.constexpr, factor, C: gl.constexpr):
-    """Wait for this consumer's 64 rows of Q, [64, D]; multiply them by the factor if "folded"."""
+    """Wait for this consumer's 64 rows of Q, [64, D]; fold the scale into them if "folded"."""
     slot = pipeline.q_stage(shared.q, worked, which, C.CONSUMERS)
     mbarrier.wait(pipeline.q_full(shared.q, worked, which, C.CONSUMERS), worked // 2 & 1)
     q = shared.q.tiles.index(slot).reshape([64, C.D])
-    if C.SCORE_MODE == "folded":  # the scale
+    if C.SCORE_MODE == "folded":
         x = q.load(pipeline.FOUR_WARPS_2D)
         q.store((x.to(gl.float32) * factor).to(q.dtype))
         fence_async_shared()
@@ -55,7 +55,7 @@ def wait_q(shared, worked, which: gl.constexpr, factor, C: gl.constexpr):
 
 @gluon.jit
 def release_stored_q(shared, worked, which: gl.constexpr, C: gl.constexpr):
-    """Free the rows of the tile of work before, which are written out by now."""
+    """Release the Q buffer of the work tile before: TMA has read its rows of O by now."""
     if C.TMA_EPILOGUE and worked > 0:
         tma.store_wait(0)
         slot = pipeline.q_stage(shared.q, worked - 1, which, C.CONSUMERS)
@@ -64,7 +64,7 @@ def release_stored_q(shared, worked, which: gl.constexpr, C: gl.constexpr):
 
 @gluon.jit
 def unround_single_keys(o, l, q, rows, C: gl.constexpr):
-    """o without the rounding of its weight where a row sees one key; for rows without maxima."""
+    """o without the rounding of its only weight, where a row sees one key (no maxima)."""
     gl.static_assert(C.GROUP == 1)  # no heads are packed beside a soft cap
     length_k = scheduler.load_field(rows.sched, rows.work_idx, scheduler.LENGTH_K)
     diagonal = length_k - scheduler.load_field(rows.sched, rows.work_idx, scheduler.ROWS_Q)
@@ -184,7 +184,7 @@ def mainloop(
         )  # fmt: skip
         if EXP_BEFORE_PV:
             p_next = softmax.exp2_scores(scores, exponent, C.SCORE_MODE, s)
-        # A branch: else ptxas moves the next wait to before the maxima.
+        # Behind a branch, because ptxas would move the next wait ahead of the maxima.
         pipeline.consumer_wait(keys, n + 1, n + 1 < stop)
         o, p = warpgroup_mma_wait(0, deps=[o, p])
         pipeline.consumer_release(values, n - 1, CONSUMERS)

@@ -1,14 +1,14 @@
-"""How a producer and its consumers hand each other tiles: stages, barriers, turns to issue."""
+"""Stages of K, V and Q in shared memory, the barriers that guard them, and the order of issue."""
 
 from typing import Any, NamedTuple
 
 from ...rules import paging
 from ..gluon import fence_async_shared, gl, gluon, mbarrier, tma_load
 
-STAGES = gl.constexpr(2)  # tiles in a ring
+STAGES = gl.constexpr(2)  # of a pipeline
 # The hardware has 16 named barriers. Triton takes the first few itself, 8 to 15 are free.
-K_EMPTY, V_EMPTY = gl.constexpr(8), gl.constexpr(10)  # and the next: a place in a ring is free
-WARP_SCHEDULER_BARRIER = gl.constexpr(12)  # and those after: a consumer's turn to issue
+K_EMPTY, V_EMPTY = gl.constexpr(8), gl.constexpr(10)  # and the next: a stage is empty
+WARP_SCHEDULER_BARRIER = gl.constexpr(12)  # and those after: a consumer may issue
 ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 FOUR_WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 FOUR_WARPS_2D = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
@@ -22,7 +22,7 @@ def accumulator(columns):
 
 
 class QBuffers(NamedTuple):
-    """Q tiles, which consumers take in turn, a barrier for each that it is free, and `q_full`s."""
+    """Buffers of 64 rows of Q, which consumers take in turn; a barrier says that one is empty."""
 
     tiles: Any
     full: Any
@@ -31,23 +31,23 @@ class QBuffers(NamedTuple):
 
 @gluon.jit
 def q_stage(queries, worked, which, CONSUMERS: gl.constexpr):
-    """Where a consumer's queries lie: consumers take places in turn."""
+    """The buffer of a consumer's queries: consumers take them in turn."""
     return (worked * CONSUMERS + which) % queries.tiles.shape[0]
 
 
 @gluon.jit
 def q_full(queries, worked, which, CONSUMERS: gl.constexpr):
-    """What says that a consumer's queries are there. Its own, in every second turn with any work:
-    where two share one, the first to wait could take the other's turn for its own.
+    """The barrier that says that a consumer's queries are there. Each consumer has two of its own:
+    at a shared one, the first to wait could take the other's phase for its own (NOTES 111).
     """
     return queries.full.index(worked % 2 * CONSUMERS + which)
 
 
 class Pipeline(NamedTuple):
-    """Tiles that the producer fills in turn. The n-th lies in place n % STAGES.
+    """A ring of stages: the n-th block lies in stage n % STAGES.
 
-    `full` says that a tile is there; that a place is free again, the named barriers from `empty`
-    on: to arrive at one costs a consumer less than an mbarrier, for which its warps have to meet.
+    full: mbarriers, which the loads complete. empty: the number of the first of the named barriers
+    at which consumers arrive; for an mbarrier the four warps would have to synchronise first.
     """
 
     tiles: Any
@@ -56,7 +56,7 @@ class Pipeline(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What producer and consumers hand each other in shared memory."""
+    """What producer and consumers share."""
 
     q: Any  # `QBuffers`
     k: Any  # `Pipeline`
@@ -95,14 +95,14 @@ def warp_scheduler_barrier_arrive(which: gl.constexpr, CONSUMERS: gl.constexpr):
 
 @gluon.jit
 def no_hoist(x):
-    """The integer x, of which nothing is worked out before: that would take registers all along."""
+    """The integer x; what depends on it is not hoisted, which would take registers all along."""
     x = gl.to_tensor(x)
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
 
 
 @gluon.jit
 def stage_of(n):
-    """Where in a ring the n-th tile lies. Products wait for this: n % STAGES takes longer."""
+    """n % STAGES, for which products wait, and which would take longer."""
     return n & STAGES - 1
 
 
@@ -133,7 +133,7 @@ def load_tile(desc, source, start, tile, barrier, wanted, C: gl.constexpr):
             desc, [source.batch, source.first + start, source.head, 0], barrier, tile, pred=wanted
         )
     else:  # pages that are none read as zeros, as all does that lies outside the descriptor
-        for group in gl.static_range(0, WHOLE, 4 * N):  # four look-ups on their way at a time
+        for group in gl.static_range(0, WHOLE, 4 * N):  # four look-ups in flight
             pages = ()
             for n in gl.static_range(group, min(group + 4 * N, WHOLE), N):
                 entry = source.block_table + (start + n) // PAGE_SIZE
@@ -146,7 +146,7 @@ def load_tile(desc, source, start, tile, barrier, wanted, C: gl.constexpr):
 
 @gluon.jit
 def load_stage(pipe, n, desc, source, start, wanted, C: gl.constexpr):
-    """Load the n-th tile of a ring, once its place is free."""
+    """Acquire the stage of the n-th block, and load it."""
     stage = n % STAGES
     if wanted and n >= STAGES:
         named_barrier("sync", pipe.empty + stage, 128 * C.CONSUMERS + 32)
@@ -157,7 +157,7 @@ def load_stage(pipe, n, desc, source, start, wanted, C: gl.constexpr):
 def load_stage_zero_tail(pipe, n, desc, source, start, low, times, C: gl.constexpr):
     """`load_stage` for V, with zeros outside the keys low..seqlen_k: 0 times NaN is NaN.
 
-    The producer waits for the load at the ring's last barrier, which it has used `times` times.
+    The producer waits for the load at the pipeline's last barrier, which it has used `times` times.
     """
     stage = n % STAGES
     if n >= STAGES:
@@ -182,19 +182,19 @@ def load_stage_zero_tail(pipe, n, desc, source, start, low, times, C: gl.constex
 
 @gluon.jit
 def consumer_wait(pipe, n, wanted):
-    """Wait until the n-th tile is there, if it is wanted."""
+    """Wait until the n-th block is there, if it is wanted."""
     mbarrier.wait(pipe.full.index(stage_of(n)), n // STAGES & 1, pred=wanted)
 
 
 @gluon.jit
 def consumer_release(pipe, n, CONSUMERS: gl.constexpr):
-    """A consumer has read the n-th tile."""
+    """A consumer has read the n-th block."""
     named_barrier("arrive", pipe.empty + stage_of(n), 128 * CONSUMERS + 32)
 
 
 @gluon.jit
 def skip_block(which: gl.constexpr, keys, values, n, CONSUMERS: gl.constexpr):
-    """A consumer frees the n-th tile without a look, when it is there: the place is one before."""
+    """Release the n-th block unread, once it is there: before that its stage holds another."""
     consumer_wait(keys, n, True)
     warp_scheduler_barrier_sync(which, CONSUMERS)
     warp_scheduler_barrier_arrive(which, CONSUMERS)

@@ -1,4 +1,4 @@
-"""The producer warp of the Hopper kernel: it draws tiles of work and loads all that they need."""
+"""The producer warp of the Hopper kernel: it takes work tiles and issues all their loads."""
 
 from typing import Any, NamedTuple
 
@@ -19,23 +19,23 @@ class Loads(NamedTuple):
     group: Any  # query heads, or packed groups of them, of a KV head
     left: Any  # of the window
     right: Any
-    # Which tile of work is next.
-    counter: Any
-    total: Any
-    splits: Any  # parts of each tile's keys
+    # Dynamic scheduling.
+    counter: Any  # of work tiles taken
+    total: Any  # work tiles
+    splits: Any  # of each tile's keys
 
 
-class Part(NamedTuple):
-    """The keys of a tile of work, from a multiple of BLOCK_N to another."""
+class Keys(NamedTuple):
+    """The keys of a work tile, between two multiples of BLOCK_N."""
 
     begin: Any
     end: Any
-    row_offset: Any  # where the result of a part lies; else the sequence's first row
+    row_offset: Any  # where a split's partial result lies; else the sequence's first row in q
 
 
 @gluon.jit
 def load_queries(desc, shared, worked, mine, C: gl.constexpr, PACKED: gl.constexpr):
-    """Load the consumers' rows of Q, each into a place that is free."""
+    """Load each consumer's 64 rows of Q, once a buffer is free."""
     Q_TILES: gl.constexpr = C.Q_TILES
     for c in gl.static_range(C.CONSUMERS):
         slot = pipeline.q_stage(shared.q, worked, c, C.CONSUMERS)
@@ -48,7 +48,10 @@ def load_queries(desc, shared, worked, mine, C: gl.constexpr, PACKED: gl.constex
 
 @gluon.jit
 def draw(loads):
-    """The number that comes next, less those that programs began with. The last draw resets."""
+    """How many work tiles have been taken, beside those that programs began with.
+
+    The last draw of a launch sets the counter to zero for the next one.
+    """
     drawn = gl.atomic_add(loads.counter, 1, sem="relaxed")
     # A program draws once for each tile it works on, so there is a last draw.
     if drawn == loads.total - 1:
@@ -57,9 +60,9 @@ def draw(loads):
 
 
 @gluon.jit
-def tile_of_work(number, loads, lengths, table, C: gl.constexpr):
-    """The `number`-th tile of work, the `Part` of keys to load, the sequence's first key and how
-    many it has.
+def work_tile(number, loads, lengths, table, C: gl.constexpr):
+    """The `number`-th work tile, the `Keys` to load for it, the sequence's first key and how many
+    keys it has.
     """
     tile = number
     if C.SPLIT:
@@ -80,26 +83,26 @@ def tile_of_work(number, loads, lengths, table, C: gl.constexpr):
             (mine.b * table.nheads + mine.head) * table.num_m_blocks + block
         ) * loads.splits
         row_offset += number % loads.splits
-    return mine, Part(begin, end, row_offset), first_k, length_k
+    return mine, Keys(begin, end, row_offset), first_k, length_k
 
 
 @gluon.jit
 def produce(loads, lengths, table, shared, C: gl.constexpr):
-    """Draw tiles of work; load their queries, and keys and values from the last to the first."""
+    """Take work tiles; load their queries, and keys and values from the last block to the first."""
     PACKED: gl.constexpr = lengths.cu_seqlens_q is not None
     SKIP_MAX: gl.constexpr = C.SKIP_MAX
     sched = shared.sched
-    # Tiles of keys in the turns before, turns that had any, and tiles of values that are someone
-    # else's, or nobody's, in part.
+    # Key blocks in the work tiles before (done), how many of those had any (worked), and blocks of
+    # values that were zeroed in part.
     work_idx, done, worked, zeroed = 0, 0, 0, 0
     number = gl.program_id(0)
     current, redo = scheduler.next_work_tile(sched, work_idx, number, loads.total, C)
     while current < loads.total:
-        mine, part, first_k, length_k = tile_of_work(current, loads, lengths, table, C)
-        n = (part.end - part.begin) // C.BLOCK_N
+        mine, keys, first_k, length_k = work_tile(current, loads, lengths, table, C)
+        n = (keys.end - keys.begin) // C.BLOCK_N
         fields = (
-            mine.b, mine.head, part.row_offset, mine.rows_q, mine.writable, mine.first, length_k,
-            part.begin, n, current,
+            mine.b, mine.head, keys.row_offset, mine.rows_q, mine.writable, mine.first, length_k,
+            keys.begin, n, current,
         )  # fmt: skip
         scheduler.producer_commit(sched, work_idx, fields)
         block_table = loads.block_table
@@ -116,12 +119,13 @@ def produce(loads, lengths, table, shared, C: gl.constexpr):
         if n > 0:
             load_queries(loads.q_desc, shared, worked, mine, C, PACKED)
             worked += 1
-        drawn, start = 0, part.end
-        for j in range(n + 1):  # keys are a tile ahead of values
+        drawn, start = 0, keys.end
+        for j in range(n + 1):  # keys are a block ahead of values
             start_v = start
             start -= C.BLOCK_N
             pipeline.load_stage(shared.k, done + j, loads.k_desc, source, start, j < n, C)
-            # Late, which balances; in time for the next queries. For a tile again there was one.
+            # Take the next work tile late, for balance, but in time for its queries; a tile that is
+            # done again takes none.
             if ((j + 1 == n) | (n == 0)) & (not redo if SKIP_MAX else True):
                 drawn = draw(loads)
             m = gl.maximum(done + j - 1, 0)

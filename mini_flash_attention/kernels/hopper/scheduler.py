@@ -1,4 +1,4 @@
-"""Tiles of work on their way from the Hopper kernel's producer to its consumers, and back.
+"""The tile scheduler of the Hopper kernel: the producer broadcasts work tiles to the consumers.
 
 The producer writes what the consumers need to know of a work tile to shared memory, into one of two
 slots. A consumer whose sums overflow (`softmax.sums_overflow`) asks for the tile again by a REDO
@@ -19,7 +19,7 @@ class TileScheduler(NamedTuple):
     empty: Any
 
 
-# What the words are, and, said by each consumer, whether it wants the tile of work again.
+# The fields of a slot; from REDO on one for each consumer, which asks for the tile again there.
 (
     BATCH, HEAD, ROW_OFFSET, ROWS_Q, WRITABLE, FIRST_ROW, LENGTH_K, BEGIN, NUM_BLOCKS, TILE_IDX,
     REDO,
@@ -41,7 +41,7 @@ def load_field(sched, work_idx, n, LAYOUT: gl.constexpr = FOUR_WARPS):
 
 @gluon.jit
 def producer_acquire(sched, work_idx, C: gl.constexpr):
-    """Wait until the consumers are through with the turn two before; whether one wants it again."""
+    """Wait until the consumers have released the slot; whether one asks for its tile again."""
     mbarrier.wait(sched.empty.index(work_idx % 2), (work_idx // 2 & 1) ^ 1)
     redo = work_idx < 0
     for c in gl.static_range(C.CONSUMERS if C.SKIP_MAX else 0):
@@ -51,7 +51,7 @@ def producer_acquire(sched, work_idx, C: gl.constexpr):
 
 @gluon.jit
 def next_work_tile(sched, work_idx, number, total, C: gl.constexpr):
-    """The tile of work for this turn, and whether it is one again and not the `number`-th.
+    """The next work tile, the `number`-th or one that has to be done again, and which it is.
 
     Only with C.SKIP_MAX is one done again. At the end of all work the last tile may be, too.
     """
@@ -71,7 +71,7 @@ def next_work_tile(sched, work_idx, number, total, C: gl.constexpr):
 
 @gluon.jit
 def producer_commit(sched, work_idx, fields):
-    """The producer, who has taken the turn, hands its words to the consumers."""
+    """Write the fields of a slot and tell the consumers; after `next_work_tile`."""
     for n in gl.static_range(REDO):
         store_field(sched, work_idx, n, fields[n], ONE_WARP)
     mbarrier.arrive(sched.full.index(work_idx % 2))
@@ -79,7 +79,7 @@ def producer_commit(sched, work_idx, fields):
 
 @gluon.jit
 def consumer_wait(sched, work_idx):
-    """A consumer waits for them; it may read them until it says that it has heard."""
+    """Wait for the fields of a slot, which may be read until `consumer_release`."""
     mbarrier.wait(sched.full.index(work_idx % 2), work_idx // 2 & 1)
 
 

@@ -9,15 +9,15 @@ from ..gluon import gl, gluon
 from . import scheduler
 
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # of fp32: no score lies below
-SLACK = gl.constexpr(8.0)  # powers of 2 by which a weight may exceed 1 where sums are moved lazily
+SLACK = gl.constexpr(8.0)  # powers of 2 by which a weight may exceed 1 under LAZY_RESCALE
 LARGE = gl.constexpr(2.0**27)  # from here on rounding m * scale is off by more than 2^4
-# Of sums of weights where maxima are not followed: up to SAFE products have about as much room as
+# Row sums under SKIP_MAX: up to SAFE products have about as much room as
 # ever, up to LIMIT an LSE is right.
 SAFE, LIMIT = gl.constexpr(2.0**12), gl.constexpr(2.0**32)
 
 
 class Rows(NamedTuple):
-    """Where a consumer reads what its rows are: again wherever it is needed, instead of held in
+    """Where a consumer reads what its rows are, wherever it needs that: the fields would take
     registers all along.
     """
 
@@ -37,7 +37,7 @@ class Exponent(NamedTuple):
 
 # 2^t for |t| < 127 and -inf: 1.5 * 2^23 + 127 rounds t to a whole number n, and leaves n + 127, the
 # exponent of 2^n, in the last bits of r. Of the rest, within 1/2, 2^f is a polynomial with a
-# relative error of 3e-6. What is no number stays none.
+# relative error of 3e-6. NaN stays NaN.
 EXP2 = gl.constexpr("""{ .reg .f32 t, r, f, p; .reg .b32 i;
 max.NaN.f32 t, $4, 0fC2FE0000; add.rn.f32 r, t, 0f4B40007F; sub.rn.f32 f, r, 0f4B40007F;
 sub.rn.f32 f, t, f; fma.rn.f32 p, f, 0f3C1D0166, 0f3D64FE23; fma.rn.f32 p, p, f, 0f3E7601BC;
@@ -48,7 +48,7 @@ mov.b32 i, r; shl.b32 i, i, 23; mov.b32 r, i; mul.rn.f32 $0, p, r;
 
 @gluon.jit
 def exp2(x):
-    """2^x, one of four by the units of products: where those of functions have tanh to do too."""
+    """2^x, one in four by a polynomial: the special function units have tanh to do as well."""
     return gl.inline_asm_elementwise(EXP2, "=f,=f,=f,=f,f,f,f,f", [x], gl.float32, True, 4)
 
 
@@ -103,7 +103,7 @@ def accumulator_view(s, start, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def from_view(view, s):
-    """What `accumulator_view` cut apart, laid out like s."""
+    """The inverse of `accumulator_view`: laid out like s."""
     return gl.convert_layout(gl.reshape(view, s.shape), s.type.layout, assert_trivial=True)
 
 
@@ -125,11 +125,11 @@ def mask_scores(s, start, rows, C: gl.constexpr):
 def rescale(m, s, bias, scale, LAZY_RESCALE: gl.constexpr):
     """`softmax.rescale` with one instruction an element fewer: scale and subtract in one.
 
-    Returns m, alpha, and what `exp2_scores` makes weights of: scores, factor, reference.
+    Returns m, alpha, the scores, and the factor and reference of their `Exponent`.
 
     LAZY_RESCALE: m follows a row's maximum only where that has grown by more than SLACK, so that
     most tiles leave o and l as they are (FlashAttention-4's conditional rescale).
-    tilt: None, or what `alibi_bias` says is still to be added to the scores.
+    bias: None, or what `alibi_bias` leaves to be added to the scores.
 
     A row begins with m = LOWEST, so that m is a number. What is subtracted, m times a factor, is
     rounded. Inside a tile all weights share that, and it cancels; between tiles with different

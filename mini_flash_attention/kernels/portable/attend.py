@@ -9,8 +9,8 @@ from .loads import find_pages, load_rows, rows, slots
 
 @triton.jit
 def in_any_window(real, j, i, window):
-    """Which of the real keys j may be read: what lies before every window of the queries i may be
-    someone else's by now.
+    """Which of the real keys j may be read. The page of a key before every window may belong to
+    another sequence by now.
     """
     real = real & (j >= mask.first_visible(tl.min(i, 0), window))
     if window.first_key is not None:

@@ -1,8 +1,7 @@
 """Algorithm 1 of FlashAttention-2 (arXiv:2307.08691) in Triton, for every NVIDIA GPU from SM 80.
 
-One program owns BLOCK_M query rows of one head. It asks the rules which keys they see, walks the
-key tiles that the mask cuts with a mask and the clear ones without, and writes its rows of the
-output once.
+One program owns BLOCK_M query rows of one head. It asks the rules which keys they see, visits the
+full key blocks without a mask and the partial ones with it, and writes its rows of the output once.
 """
 
 import torch
@@ -98,12 +97,12 @@ def forward_kernel(
         C.SCORE_MODE == "bounded"
     ):  # here, for counting after the loop made ptxas serialise the products
         count = mask.num_visible(i, window)
-    # With cut tiles on both sides one loop, or three would drain the pipeline three times.
+    # One loop if blocks are partial on both sides: three would drain the pipeline of loads thrice.
     if left is not None:
         m, l, o = attend(m, l, o, q_tile, i, seen, True, at, window, scoring, C, SCORE_MOD)
     else:
-        clear = mask.KeyBlocks(seen.begin, seen.full_begin, seen.full_end, seen.full_end)
-        m, l, o = attend(m, l, o, q_tile, i, clear, False, at, window, scoring, C, SCORE_MOD)
+        full = mask.KeyBlocks(seen.begin, seen.full_begin, seen.full_end, seen.full_end)
+        m, l, o = attend(m, l, o, q_tile, i, full, False, at, window, scoring, C, SCORE_MOD)
         partial = mask.KeyBlocks(seen.full_end, 0, 0, seen.end)
         m, l, o = attend(m, l, o, q_tile, i, partial, True, at, window, scoring, C, SCORE_MOD)
 

@@ -31,12 +31,12 @@ class Config(NamedTuple):
 
     @classmethod
     def of(cls, *facts: Any) -> "Config":
-        """As constants of the compiler's; the interpreter, which runs Python, wants them plain."""
+        """The facts as compile-time constants; plain for the interpreter, which runs Python."""
         return cls(*(facts if scores.INTERPRETED.value else map(tl.constexpr, facts)))
 
 
 def config(p: Problem, out: torch.Tensor, tiles: Tiles, mode: str) -> Config:
-    """What a kernel for p is compiled for; `mode` is that of `launch.ScoreMode`."""
+    """What a kernel for p is compiled for; `mode` is that of `plan.scores.ScoreMode`."""
     head_dim, head_dim_v = p.q.shape[-1], p.v.shape[-1]
     return Config.of(
         p.page_size, head_dim, padded(head_dim, head_dim_v), head_dim_v,
@@ -135,7 +135,7 @@ def find_pages(start, seqlen_k, at, C: tl.constexpr):
 
 @triton.jit
 def slots(start, C: tl.constexpr):
-    """Places of the same keys inside their pages; the same for every tile of whole pages."""
+    """Slots of the same keys inside their pages; the same for every block of whole pages."""
     n = tl.arange(0, C.BLOCK_N)
     if C.PAGE_SIZE % C.BLOCK_N == 0:
         slot = start % C.PAGE_SIZE + n
