@@ -1,4 +1,4 @@
-"""The way of a call: straight to its execution, or through an operator for whoever looks at it."""
+"""Run a call directly, or as an operator under torch.compile, torch.export and dispatch modes."""
 
 import torch
 
@@ -11,7 +11,7 @@ from .validate.options import pair
 def run(entry: Entry, arguments: Arguments) -> Result:
     """(out, softmax_lse or None) of a call; its new keys are in the cache afterwards.
 
-    Whoever traces the call, or looks at operators, is shown one.
+    A compiler that traces the call, or a mode that looks at operators, sees one.
     """
     if type(arguments["window_size"]) is not tuple:
         arguments["window_size"] = pair(arguments["window_size"])

@@ -15,7 +15,7 @@ from .plan import gpu as gpus
 from .problem import Problem
 from .recipes import Arguments, Result
 from .validate import memory
-from .validate.tensors import traced
+from .validate.tensors import refuse_tracing
 
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
@@ -36,7 +36,7 @@ def run(entry: Entry, arguments: Arguments, keep: bool = True) -> Result:
         device_checks.values(p)
     if p.softmax_scale < FLOAT32_TINY:
         p = _positive_scale(p)
-        arguments, key = {**arguments, "q": p.q}, None
+        arguments, key = {**arguments, "q": p.q}, None  # a recipe would need the new q
     settings.warn_of_late_switch()
     if not (p.q.is_cuda or settings.INTERPRETED):
         return cpu.run(p)
@@ -57,7 +57,7 @@ def _positive_scale(p: Problem) -> Problem:
 
 def validate(entry: Entry, arguments: Arguments) -> Problem:
     """The call as a `Problem`, if nothing about it is wrong."""
-    traced()
+    refuse_tracing()
     p = entry.parse(**arguments)
     if arguments["out"] is not None:
         _keep_apart(p.function, arguments)

@@ -1,4 +1,4 @@
-"""The functions as operators of torch.library, for whoever looks at a call before it is made.
+"""The functions as operators of torch.library, for what looks at a call before it is made.
 
 torch.compile, torch.export and modes such as the FLOP counter see `torch.ops.mini_flash_attention`.
 A plain eager call does without them, which saves the CPU some microseconds. They exist once this

@@ -30,7 +30,7 @@ class Recipe(NamedTuple):
     function: str
     launches: "list[Launch]"
     lse_shape: tuple[int, ...] | None
-    workspace: dict[str, int]  # elements: a counter, what split keys leave in parts and owners
+    workspace: dict[str, int]  # elements: a counter, partials and fixup of split keys
     head_dim: int = 0  # of the result, 0 where it is q's
     rotates: bool = False  # the queries, to a tensor of their own
     clears: bool = False  # rows that no program writes
@@ -53,7 +53,7 @@ def look_up(entry: Entry, arguments: Arguments) -> tuple[Any, Recipe | None]:
     None where each call must be looked at afresh.
     """
     if settings.CHECKED or transformed() or type(arguments.get("cache_seqlens")) is int:
-        return None, None  # the last, because it grows with every token
+        return None, None  # an int cache_seqlens grows with every token
     grad = torch.is_grad_enabled()
     # 1 and True and 1.0 are equal, but not alike.
     key: list[Any] = [entry.name, settings.PORTABLE, *map(type, arguments.values())]

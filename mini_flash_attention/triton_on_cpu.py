@@ -121,7 +121,7 @@ def load(pointer: Pointer, mask: Any = None, other: Any = None, **hints: Any) ->
 
     def read(index: torch.Tensor, there: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         index = torch.where(there.bool(), index, 0).long()
-        if not there.any():  # nor need there be any memory
+        if not index.numel() or not there.any():  # nor need there be any memory
             return torch.broadcast_tensors(other.to(x.dtype), index)[0]
         ends = [int(n) for n in index.aminmax()]
         if any(not -first <= n < size - first for n in ends):

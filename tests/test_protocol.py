@@ -484,7 +484,7 @@ class Kernel:
     def __init__(self, edits=None):
         self.scopes, self.edits = {}, dict(edits or {})
         self.forward = self.scope(forward)["forward_hopper_kernel"]
-        self.tile_of_work = self.scopes[forward.produce.fn.__module__]["tile_of_work"]
+        self.work_tile = self.scopes[forward.produce.fn.__module__]["work_tile"]
         assert not self.edits, "there are no such functions"
 
     def scope(self, module):
@@ -534,7 +534,7 @@ class Kernel:
 
 
 class Work(NamedTuple):
-    """A tile of work, as `producer.tile_of_work` says."""
+    """A tile of work, as `producer.work_tile` says."""
 
     mine: Any
     part: Any
@@ -558,7 +558,7 @@ class Call:
         columns, packed = 64 if through else 256, draw.random() < 0.3
         self.C = forward.Config(
             D=columns, BLOCK_N=BLOCK_N, CONSUMERS=consumers, Q_TILES=q_tiles, GROUP=1,
-            PACKED=packed, SPLIT=not packed and draw.random() < 0.3, SKIP_MAX=skip_max,
+            VARLEN=packed, SPLIT=not packed and draw.random() < 0.3, SKIP_MAX=skip_max,
             PAGE_SIZE=draw.choice((0, 0, BLOCK_N // 2, 2 * BLOCK_N)),
             ZERO_V_TAIL=draw.random() < 0.5, HEAD_DIM=columns,
             SCORE_MODE="" if skip_max else draw.choice(("", "folded", "bounded")),
@@ -583,7 +583,7 @@ class Call:
         self.memory = [*used_k, *starts_q, *self.table]
         self.seqlen_q, self.total_q = max(lengths_q), starts_q[-1]
         self.num_m_blocks, units = -(-self.seqlen_q // block_m), self.batch * self.nheads
-        if self.C.PACKED:
+        if self.C.VARLEN:
             self.num_m_blocks, units = self.total_q // block_m + self.batch, self.nheads
         self.l2_group = draw.randint(1, units)
         self.splits = draw.randint(2, 3) if self.C.SPLIT else 1
@@ -597,7 +597,7 @@ class Call:
         }
         addresses = {
             "seqused_k": 0,
-            "cu_seqlens_q": self.batch if self.C.PACKED else None,
+            "cu_seqlens_q": self.batch if self.C.VARLEN else None,
             "block_table": 2 * self.batch + 1 if self.C.PAGE_SIZE else None,
         }
         names = inspect.signature(kernel).parameters
@@ -608,7 +608,7 @@ class Call:
     def queries(self, work, which):
         mine = work.mine
         first = mine.first_q + mine.first + 64 * which
-        return Tile([(0, "q", 0 if self.C.PACKED else mine.b, first, mine.head, 0)])
+        return Tile([(0, "q", 0 if self.C.VARLEN else mine.b, first, mine.head, 0)])
 
     def keys(self, work, start, name="k"):
         """The tile of keys, or values, from `start`."""
@@ -688,7 +688,7 @@ class Launch:
             return
         share = self.random.choice((0, 0, 0.3, 1)) if C.SKIP_MAX else 0
         for number in range(self.call.total):
-            work = Work(*self.kernel.tile_of_work(number, loads, lengths, table, C))
+            work = Work(*self.kernel.work_tile(number, loads, lengths, table, C))
             mine, key = work.mine, self.key(work.mine, work.part.row_offset)
             self.works[key] = work
             for which in self.consumers:
@@ -722,7 +722,7 @@ class Launch:
         if attempts and attempts[-1]:
             assert all(exact for (_, _, exact), _ in terms), "sums will overflow again"
         if whole:
-            at = 0 if C.PACKED else tile.b, work.mine.first_q + tile.first, tile.head, 0
+            at = 0 if C.VARLEN else tile.b, work.mine.first_q + tile.first, tile.head, 0
             assert self.stored.pop(at) is o, "another result was written"
         attempts.append(bool(redo))
 
@@ -839,11 +839,11 @@ WRONG = {
     ),
     "queries are freed one tile of work early": (
         TWICE,
-        {"mma.release_stored_q": {"worked - 1": "worked"}},
+        {"mma.release_previous_q": {"worked - 1": "worked"}},
     ),
     "queries are freed before the rows in their place are written out": (
         TWICE,
-        {"mma.release_stored_q": {"tma.store_wait(0)": "pass"}},
+        {"mma.release_previous_q": {"tma.store_wait(0)": "pass"}},
     ),
     "a tile that is done again does without maxima again": (
         CASES,

@@ -324,6 +324,8 @@ def test_reads_nothing_where_the_mask_is_false():
         return score * tl.load(args[0] + kv_idx, mask=kv_idx < 0, other=2.0)
 
     check(score_mod, lambda s, b, h, i, j: 2 * s, score_mod_args=(torch.empty(0),))
+    nothing = triton_on_cpu.load(triton_on_cpu.Pointer(torch.ones(3), torch.empty(0).int()))
+    assert nothing.shape == (0,)  # without a mask, for a sequence without keys
 
 
 @on_tensors

@@ -1,1 +1,1 @@
-"""When it is computed: one schedule a file. Imported when first needed, because Triton is."""
+"""When it is computed: a schedule in each folder. Imported when first needed, because Triton is."""

@@ -51,8 +51,8 @@ class Launch:
         self.pointers = pointers  # names of the tensors, in the kernel's order
         self.constants = constants  # all the other arguments, constexprs last
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
-        # Programmatic dependent launch: it may start before the launch before ends. Registers of a
-        # thread, where ptxas would rather spill than lose occupancy.
+        # Programmatic dependent launch lets it start before the previous launch ends. maxnreg
+        # limits a thread's registers, where ptxas would rather spill than lose occupancy.
         more = {"launch_pdl": launch_pdl, "maxnreg": maxnreg}
         self.options |= {name: x for name, x in more.items() if x}
         self.runner: Any = None

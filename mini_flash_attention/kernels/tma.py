@@ -38,8 +38,8 @@ class RawDescriptor:
     padding = "zero"
     round_f32_to_tf32 = False
 
-    def __init__(self, base: torch.Tensor, tma_box: TmaBox) -> None:
-        self.base, self.shape, self.strides = base, tma_box.shape, tma_box.strides
+    def __init__(self, base: torch.Tensor, box: TmaBox) -> None:
+        self.base, self.shape, self.strides = base, box.shape, box.strides
 
 
 class TmaLaunch(Launch):
@@ -58,23 +58,21 @@ class TmaLaunch(Launch):
 
     def bind(self, known: Mapping[str, str]) -> None:
         super().bind(known)
-        self.boxes = [tma_box._replace(name=known[tma_box.name]) for tma_box in self.boxes]
+        self.boxes = [box._replace(name=known[box.name]) for box in self.boxes]
         for launch in filter(None, (self.fallback, self.combine_launch)):
             launch.bind(known)
 
     def arguments(self, tensors: Tensors) -> tuple[Any, ...]:
         descriptors = []
-        for tma_box in self.boxes:
-            x: Any = tensors[tma_box.name]
+        for box in self.boxes:
+            x: Any = tensors[box.name]
             dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x.dtype]
-            layout = gl.NVMMASharedLayout.get_default_for(tma_box.box, dtype)
-            descriptors.append(
-                TensorDescriptor(x, tma_box.shape, tma_box.strides, tma_box.box, layout)
-            )
+            layout = gl.NVMMASharedLayout.get_default_for(box.box, dtype)
+            descriptors.append(TensorDescriptor(x, box.shape, box.strides, box.box, layout))
         return (*descriptors, *super().arguments(tensors))
 
     def __call__(self, tensors: Tensors, stream: int | None = None) -> None:
-        bases: list[Any] = [tensors[tma_box.name] for tma_box in self.boxes]
+        bases: list[Any] = [tensors[box.name] for box in self.boxes]
         if any(not at or at % ALIGNMENT for at in map(torch.Tensor.data_ptr, bases)):
             self.fallback(tensors, stream)
             return

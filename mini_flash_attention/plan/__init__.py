@@ -18,7 +18,7 @@ from .hopper import Hopper
 def attention(
     p: Problem, out: torch.Tensor, gpu: Gpu, gluon: bool = True
 ) -> Forward | Hopper | Decode:
-    """The launch that computes a call. gluon: whether kernels in Gluon can run."""
+    """The plan of the kernel that computes a call. gluon: whether kernels in Gluon can run."""
     hopper = hoppers.hopper(p, out, gpu) if gluon else None
     if hopper:
         return hopper

@@ -6,7 +6,7 @@ from ..problem import Problem
 
 
 class Append(NamedTuple):
-    """A launch of the append kernel."""
+    """The plan of a launch of the append kernel."""
 
     tokens: int  # that a sequence brings, at most
     block: int  # of a program
@@ -14,7 +14,7 @@ class Append(NamedTuple):
 
 
 def append(p: Problem, rotated: bool, queries: bool = False) -> Append:
-    """The launch that writes p's new keys or values, or its rotated queries."""
+    """How p's new keys or values are written, or its rotated queries."""
     tokens = p.seqlen_q if queries or p.appended < 0 else p.appended
     block = 1 if tokens == 1 else 8 if rotated else 16
     tiles = p.batch * -(-tokens // block)

@@ -82,9 +82,11 @@ class HopperTiles(NamedTuple):
 
     consumers: int  # of 64 query rows each
     block_n: int
-    q_tiles: int  # of 64 rows in shared memory; twice as many as consumers, results go through them
+    q_tiles: (
+        int  # of 64 rows in shared memory; with twice as many as consumers, TMA stores O from them
+    )
 
 
 # By head_dim, measured (bench/NOTES.md). Three consumers hide one another's waiting best, but have
-# registers for head_dim 64 alone (`hopper.MANY_KEYS`).
+# registers for head_dim 64 alone (`MANY_KEYS` in plan/hopper.py).
 HOPPER_TILES = {64: HopperTiles(2, 128, 4), 128: HopperTiles(2, 128, 4), 256: HopperTiles(2, 64, 3)}

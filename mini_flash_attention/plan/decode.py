@@ -16,7 +16,7 @@ SPLIT_KEYS = 1500
 
 
 class Decode(NamedTuple):
-    """A launch of the decode kernel."""
+    """The plan of a launch of the decode kernel."""
 
     tiles: Tiles
     stream_k: bool  # `splits` equal shares of the batch's keys; else splits of each sequence
@@ -122,7 +122,7 @@ SMALL_WORK = 512 << 10
 
 
 def decode(p: Problem, gpu: Gpu) -> Decode:
-    """The launch of the decode kernel for a call."""
+    """The plan of the decode kernel for a call."""
     nheads_k, head_dim = p.k.shape[-2], max(p.q.shape[-1], p.v.shape[-1])
     rows = p.seqlen_q * p.group
     wide, narrow = decode_tiles(gpu.arch, head_dim, rows, p.scores.changed)
@@ -188,7 +188,7 @@ MANY_ROWS = 1024  # as many fill the GPU with a warp each, and fewer with more o
 
 
 class Combine(NamedTuple):
-    """A launch of the combine kernel: a program for each row."""
+    """The plan of a launch of the combine kernel: a program for each row."""
 
     programs: int
     num_warps: int
@@ -196,7 +196,7 @@ class Combine(NamedTuple):
 
 
 def combine(p: Problem, plan: Decode) -> Combine:
-    """The launch that combines the splits of `plan`."""
+    """How the splits of `plan` are combined."""
     head_dim = p.v.shape[-1]
     programs = plan.rows * (plan.programs if plan.stream_k else plan.programs // plan.splits)
     warps, at_once = 8 if head_dim > 64 else 4 if head_dim > 32 else 1, 32

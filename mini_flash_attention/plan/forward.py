@@ -9,7 +9,7 @@ from .layout import size_class
 
 
 class Forward(NamedTuple):
-    """A launch of the forward kernel."""
+    """The plan of a launch of the portable forward kernel."""
 
     tiles: Tiles
     num_m_blocks: int  # blocks of query rows, for each head
@@ -34,7 +34,7 @@ L2_BYTES = 32 << 20
 
 
 def forward(p: Problem, gpu: Gpu) -> Forward:
-    """The launch of the forward kernel for a call."""
+    """The plan of the portable forward kernel for a call."""
     head_dim = max(p.q.shape[-1], p.v.shape[-1])
     tight = head_dim <= 64 or gpu.arch in (100, 103)  # for a score_mod's registers
     more = p.windowed or (p.scores.score_mod is not None and tight)

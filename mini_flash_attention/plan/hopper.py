@@ -20,7 +20,7 @@ HOPPER_FLOPS = 4 << 30  # some 10 µs; below, descriptors cost the CPU more than
 
 
 class Hopper(NamedTuple):
-    """A launch of the Hopper kernel."""
+    """The plan of a launch of the Hopper kernel."""
 
     tiles: HopperTiles
     num_m_blocks: int  # blocks of query rows, for each head
@@ -37,7 +37,7 @@ class Hopper(NamedTuple):
 
 
 def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
-    """The launch of the Hopper kernel for a call, or None where the forward kernel has to do it.
+    """The plan of the Hopper kernel for a call, or None where the portable kernel has to do it.
 
     out: its strides are looked at, its memory is not.
     """
@@ -73,11 +73,13 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     # Past a dense tensor's end TMA finds zeros. Elsewhere there are others' keys, or what was never
     # written; and the page of a key before every window may belong to another sequence by now.
     inside = any(x is not None for x in (p.cu_seqlens_k, p.seqused_k, p.block_table))
+    # TMA stores O from the buffer of its queries, which is released only after the next work tile's
+    # first product. So the buffers of two have to fit, or the producer would wait for ever.
     return Hopper(
         tiles, num_m_blocks, batch_heads, l2_group, programs, group, partials, score_mode,
         skip_max=unmodified and head_dim <= 128 and p.q.dtype is torch.bfloat16,  # for its range
         lazy_rescale=head_dim > 64,  # fewer columns are as soon moved as asked for
-        tma_epilogue=tiles.q_tiles >= 2 * tiles.consumers,  # at 256 one tile's way out is no faster
+        tma_epilogue=tiles.q_tiles >= 2 * tiles.consumers,
         zero_v_tail=inside or p.left is not None,
     )  # fmt: skip
 

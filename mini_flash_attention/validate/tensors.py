@@ -166,7 +166,7 @@ def differentiable(function: str, *tensors: torch.Tensor | None) -> None:
         )
 
 
-def traced() -> None:
+def refuse_tracing() -> None:
     """Refuse torch.jit.trace, which hands over sizes as tensors and records none of our kernels."""
     if torch._C._get_tracing_state() is not None:
         raise NotImplementedError(

@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     rows_q: Any
     b: Any
     head: Any
-    row_offset: Any  # of the partial result, or the sequence's first row in q
+    row_offset: Any  # of the sequence in q; SPLIT: the number of the partial result
     first_q: Any  # the consumer's first row in q; in the sequence, if it is a split
 
 
@@ -73,10 +73,12 @@ def store_rows(rows, o, wanted, HEAD_DIM: gl.constexpr):
 
 @gluon.jit
 def fits_tma(tile, C: gl.constexpr):
-    """Whether TMA may write all 64 rows: it stops at a tensor's end, not a sequence's."""
+    """Whether TMA may write all 64 rows. It stops at a tensor's end, not at a sequence's, and a
+    work tile without keys has no buffer of queries to write from.
+    """
     TMA_EPILOGUE: gl.constexpr = C.TMA_EPILOGUE and not C.SPLIT
     return (
-        TMA_EPILOGUE & (tile.num_blocks > 0) & ((not C.PACKED) | (tile.first + 64 <= tile.rows_q))
+        TMA_EPILOGUE & (tile.num_blocks > 0) & ((not C.VARLEN) | (tile.first + 64 <= tile.rows_q))
     )
 
 
@@ -86,7 +88,7 @@ def store_tma(o, shared, worked, which: gl.constexpr, tile, stores, C: gl.conste
     buffer = shared.q.tiles.index(pipeline.q_stage(shared.q, worked, which, C.CONSUMERS))
     buffer.reshape([64, C.D]).store(o.to(stores.o_desc.dtype))
     fence_async_shared()
-    b = 0 if C.PACKED else tile.b
+    b = 0 if C.VARLEN else tile.b
     tma_store(stores.o_desc, [b, tile.first_q // C.GROUP, tile.head * C.GROUP, 0], buffer)
 
 

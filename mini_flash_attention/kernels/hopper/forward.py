@@ -32,8 +32,8 @@ class Config(NamedTuple):
     BLOCK_N: Any
     CONSUMERS: Any
     Q_TILES: Any  # buffers for 64 rows of Q
-    GROUP: Any  # heads packed into the rows of a tile
-    PACKED: Any  # whether queries are
+    GROUP: Any  # heads packed into the rows of a tile (PackGQA)
+    VARLEN: Any  # whether queries are packed sequences
     SPLIT: Any  # whether a work tile is a split of its keys, and its result partial
     SKIP_MAX: Any  # most full blocks go without maxima (`mma.mainloop`)
     # the producer
@@ -55,6 +55,7 @@ def forward_hopper_kernel(
     scale, left, right, appended, stride_slopes, factor, softcap, splits, partial_rows,
     C: gl.constexpr, SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
+    # With packed heads nheads and group count packs of C.GROUP heads, and seqlen_q counts rows.
     BLOCK_N: gl.constexpr = C.BLOCK_N
     CONSUMERS: gl.constexpr = C.CONSUMERS
     D: gl.constexpr = C.D
@@ -71,7 +72,7 @@ def forward_hopper_kernel(
     )
     keys = pipeline.Pipeline(k_tiles, pipeline.barriers(pipeline.STAGES, 1), pipeline.K_EMPTY)
     # One barrier more, for ZERO_V_TAIL. It belongs to this array because Triton would reuse the
-    # memory of an unused one for the producer's draws, and a number in a barrier's place did not
+    # memory of an unused one as scratch of `draw`, and a number in a barrier's place did not
     # survive a context switch (NOTES 97).
     values = pipeline.Pipeline(v_tiles, pipeline.barriers(pipeline.STAGES + 1, 1), pipeline.V_EMPTY)
     sched = scheduler.TileScheduler(
@@ -98,6 +99,8 @@ def forward_hopper_kernel(
     inputs = scores.Inputs(scale, factor, softcap, aux, alibi_slopes, stride_slopes, s_aux)
     # One copy brings a whole block of keys; for smaller pages the producer needs more registers.
     WHOLE: gl.constexpr = k_desc.block_shape[1] == BLOCK_N
+    # The first partition runs on the kernel's own 4 warps; the lists of warps and registers are for
+    # the others.
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (0, shared, stores, inputs, left, right, C, SCORE_MOD)),

@@ -1,4 +1,4 @@
-"""The mainloop of a Hopper consumer: Algorithm 1 for 64 query rows, key blocks from last to first.
+"""The mainloop of a Hopper consumer, for 64 query rows: key blocks from the last to the first.
 
 The timeline of two consumers at head_dim 128 in key blocks of 128, 32 cycles a character
 (docs/hopper.md says where the numbers come from):
@@ -54,8 +54,10 @@ def wait_q(shared, worked, which: gl.constexpr, factor, C: gl.constexpr):
 
 
 @gluon.jit
-def release_stored_q(shared, worked, which: gl.constexpr, C: gl.constexpr):
-    """Release the Q buffer of the work tile before: TMA has read its rows of O by now."""
+def release_previous_q(shared, worked, which: gl.constexpr, C: gl.constexpr):
+    """Wait until TMA has read O from the previous work tile's Q buffer, and release that. The first
+    product, issued before, hides the wait.
+    """
     if C.TMA_EPILOGUE and worked > 0:
         tma.store_wait(0)
         slot = pipeline.q_stage(shared.q, worked - 1, which, C.CONSUMERS)
@@ -85,7 +87,7 @@ class OwnBlocks(NamedTuple):
     full_begin: Any  # keys between which no block needs a mask
     full_end: Any
     skip_from: Any  # number of the first block that may go without maxima
-    first: Any  # where the first of the queries stands
+    first: Any  # the first query's position among the keys; read only where GROUP is 1
 
 
 @gluon.jit
@@ -127,7 +129,7 @@ def mainloop(
     which: gl.constexpr, shared, rows, worked, done, scale, modification, C: gl.constexpr,
     SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
-    """Lines 6 to 12 of Algorithm 1 for 64 rows of a work tile: (m, l, o).
+    """FlashAttention-3's Algorithm 2 for 64 rows of a work tile: (m, l, o), not normalised.
 
     `worked` work tiles with any keys, and `done` key blocks, came before it.
     """
@@ -151,7 +153,7 @@ def mainloop(
     pipeline.warp_scheduler_barrier_sync(which, CONSUMERS)
     s = issue_qk(q, keys, done, BLOCK_N, D)
     pipeline.warp_scheduler_barrier_arrive(which, CONSUMERS)
-    release_stored_q(shared, worked, which, C)
+    release_previous_q(shared, worked, which, C)
     s = warpgroup_mma_wait(0, deps=[s])
     pipeline.consumer_release(keys, done, CONSUMERS)
     m = gl.full(
@@ -194,7 +196,7 @@ def mainloop(
             p_next = softmax.exp2_scores(scores, exponent, C.SCORE_MODE, s)
         l += softmax.row_sums(p_next, BLOCK_N)
         p = gl.convert_layout(softmax.convert_p(p_next, q), P)
-    if not C.TMA_EPILOGUE:
+    if not C.TMA_EPILOGUE:  # else the next work tile does it (`release_previous_q`)
         slot = pipeline.q_stage(shared.q, worked, which, CONSUMERS)
         mbarrier.arrive(shared.q.empty.index(slot))
     pipeline.consumer_wait(values, stop - 1, True)

@@ -22,7 +22,11 @@ def accumulator(columns):
 
 
 class QBuffers(NamedTuple):
-    """Buffers of 64 rows of Q, which consumers take in turn; a barrier says that one is empty."""
+    """Buffers of 64 rows of Q, which consumers take in turn.
+
+    full: two mbarriers for each consumer (`q_full`), which the loads complete. empty: one mbarrier
+    for each buffer, at which the consumer that has read it arrives.
+    """
 
     tiles: Any
     full: Any
@@ -102,7 +106,7 @@ def no_hoist(x):
 
 @gluon.jit
 def stage_of(n):
-    """n % STAGES, for which products wait, and which would take longer."""
+    """n % STAGES, cheaper: products wait for it."""
     return n & STAGES - 1
 
 
@@ -132,7 +136,7 @@ def load_tile(desc, source, start, tile, barrier, wanted, C: gl.constexpr):
         tma_load(
             desc, [source.batch, source.first + start, source.head, 0], barrier, tile, pred=wanted
         )
-    else:  # pages that are none read as zeros, as all does that lies outside the descriptor
+    else:  # invalid pages read as zeros, like everything outside the descriptor
         for group in gl.static_range(0, WHOLE, 4 * N):  # four look-ups in flight
             pages = ()
             for n in gl.static_range(group, min(group + 4 * N, WHOLE), N):

@@ -30,11 +30,11 @@ class Keys(NamedTuple):
 
     begin: Any
     end: Any
-    row_offset: Any  # where a split's partial result lies; else the sequence's first row in q
+    row_offset: Any  # of the sequence in q; SPLIT: the number of the partial result
 
 
 @gluon.jit
-def load_queries(desc, shared, worked, mine, C: gl.constexpr, PACKED: gl.constexpr):
+def load_queries(desc, shared, worked, mine, C: gl.constexpr):
     """Load each consumer's 64 rows of Q, once a buffer is free."""
     Q_TILES: gl.constexpr = C.Q_TILES
     for c in gl.static_range(C.CONSUMERS):
@@ -43,7 +43,7 @@ def load_queries(desc, shared, worked, mine, C: gl.constexpr, PACKED: gl.constex
         mbarrier.wait(shared.q.empty.index(slot), ((worked * C.CONSUMERS + c) // Q_TILES & 1) ^ 1)
         mbarrier.expect(full, desc.block_type.nbytes)
         first = (mine.first_q + mine.first + 64 * c) // C.GROUP
-        tma_load(desc, [0 if PACKED else mine.b, first, mine.head * C.GROUP, 0], full, q)
+        tma_load(desc, [0 if C.VARLEN else mine.b, first, mine.head * C.GROUP, 0], full, q)
 
 
 @gluon.jit
@@ -89,7 +89,6 @@ def work_tile(number, loads, lengths, table, C: gl.constexpr):
 @gluon.jit
 def produce(loads, lengths, table, shared, C: gl.constexpr):
     """Take work tiles; load their queries, and keys and values from the last block to the first."""
-    PACKED: gl.constexpr = lengths.cu_seqlens_q is not None
     SKIP_MAX: gl.constexpr = C.SKIP_MAX
     sched = shared.sched
     # Key blocks in the work tiles before (done), how many of those had any (worked), and blocks of
@@ -117,7 +116,7 @@ def produce(loads, lengths, table, shared, C: gl.constexpr):
             window = Window(length_k - seqlen_q, loads.left, loads.right, None, length_k)
             low = mask.first_visible(mine.first // C.GROUP, window)
         if n > 0:
-            load_queries(loads.q_desc, shared, worked, mine, C, PACKED)
+            load_queries(loads.q_desc, shared, worked, mine, C)
             worked += 1
         drawn, start = 0, keys.end
         for j in range(n + 1):  # keys are a block ahead of values

@@ -36,6 +36,7 @@ def store_field(sched, work_idx, n, value, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def load_field(sched, work_idx, n, LAYOUT: gl.constexpr = FOUR_WARPS):
+    """A field as a scalar: the maximum of one element, over axis 0."""
     return gl.max(sched.fields.index(work_idx % 2 * NUM_FIELDS + n).load(LAYOUT), 0)
 
 
@@ -43,7 +44,7 @@ def load_field(sched, work_idx, n, LAYOUT: gl.constexpr = FOUR_WARPS):
 def producer_acquire(sched, work_idx, C: gl.constexpr):
     """Wait until the consumers have released the slot; whether one asks for its tile again."""
     mbarrier.wait(sched.empty.index(work_idx % 2), (work_idx // 2 & 1) ^ 1)
-    redo = work_idx < 0
+    redo = work_idx < 0  # False, as a tensor
     for c in gl.static_range(C.CONSUMERS if C.SKIP_MAX else 0):
         redo |= load_field(sched, work_idx, REDO + c, ONE_WARP) > 0
     return redo
@@ -51,9 +52,9 @@ def producer_acquire(sched, work_idx, C: gl.constexpr):
 
 @gluon.jit
 def next_work_tile(sched, work_idx, number, total, C: gl.constexpr):
-    """The next work tile, the `number`-th or one that has to be done again, and which it is.
+    """(the next work tile, whether it is one to be done again instead of the `number`-th).
 
-    Only with C.SKIP_MAX is one done again. At the end of all work the last tile may be, too.
+    Only C.SKIP_MAX does tiles again. When no work is left, the other slot's tile may be next.
     """
     redo = producer_acquire(sched, work_idx, C)
     mine = number

@@ -123,7 +123,7 @@ def mask_scores(s, start, rows, C: gl.constexpr):
 
 @gluon.jit
 def rescale(m, s, bias, scale, LAZY_RESCALE: gl.constexpr):
-    """`softmax.rescale` with one instruction an element fewer: scale and subtract in one.
+    """`rescale` of rules/softmax.py, scale and subtraction fused: an instruction an element less.
 
     Returns m, alpha, the scores, and the factor and reference of their `Exponent`.
 
