@@ -73,9 +73,8 @@ def run(entry: Entry, arguments: Mapping[str, Any]) -> Result:
         tensors = [x for x in others if isinstance(x, torch.Tensor)]
         tensors += given["score_mod_args"]
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            raise NotImplementedError(
-                f"{NAMESPACE}: backward: not implemented yet; call it under torch.no_grad()"
-            )
+            message = "backward: not implemented yet; call it under torch.no_grad()"
+            raise NotImplementedError(f"{NAMESPACE}: {message}")
         if given.get("dropout_p"):
             raise NotImplementedError(f"{NAMESPACE}: dropout_p: not implemented yet; pass 0.0")
         if given["out"] is not None:

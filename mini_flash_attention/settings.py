@@ -19,10 +19,10 @@ OLDEST_TRITON = (3, 6)
 @cache
 def triton_version() -> tuple[int, int]:
     """(major, minor), once `require_triton` has found one."""
-    import triton
+    from triton import __version__
 
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
+    major, minor = map(int, __version__.split(".")[:2])
+    return major, minor
 
 
 @cache
