@@ -124,12 +124,13 @@ def _seen(window: Window, seqlen_q: int, skipped: int) -> torch.Tensor | None:
     """(seqlen_q, keys from `skipped` on) bool: whether a query sees a key; None if all see all."""
     i = torch.arange(seqlen_q, device="cpu")[:, None]
     j = torch.arange(skipped, window.seqlen_k, device="cpu")
-    bounds = []
+    seen = None
     if window.left is not None:
-        bounds.append(j >= first_visible(i, window))
+        seen = j >= first_visible(i, window)
     if window.right is not None:
-        bounds.append(j <= last_visible(i, window))
-    return torch.stack(bounds).all(0) if bounds else None
+        before = j <= last_visible(i, window)
+        seen = before if seen is None else seen & before
+    return seen
 
 
 def _queries(p: Problem, b: int) -> int | slice:

@@ -96,7 +96,7 @@ def run(entry: Entry, arguments: Mapping[str, Any]) -> Result:
         if isinstance(given.get(name), torch.Tensor):  # read when the operator runs
             given |= {name: None, f"{name}_tensor": given[name]}
     name = entry.name
-    if entry is KVCACHE:
+    if name == "kvcache":  # no `is`: Dynamo of torch 2.9 copies a NamedTuple
         given["cache_seqlen"] = None
         if not isinstance(given["cache_seqlens"], torch.Tensor):
             given |= {"cache_seqlens": None, "cache_seqlen": given["cache_seqlens"]}

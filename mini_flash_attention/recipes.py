@@ -94,7 +94,8 @@ def make(entry: Entry, p: Problem, arguments: Arguments) -> Recipe:
         raise wrong_type(p.function, "q", wanted, p.q.dtype, hint)
     from .kernels.attention import launches_of
 
-    launches, needed, clears = launches_of(p, gpus.gpu_of(p.q.device))
+    gpu = gpus.gpu_of(p.q.device)._replace(triton=settings.triton_version())
+    launches, needed, clears = launches_of(p, gpu)
     head_dim = 0 if p.v.shape[-1] == p.q.shape[-1] else p.v.shape[-1]
     given = [name for name, x in arguments.items() if isinstance(x, torch.Tensor)]
     classes = {type(x) for x in (*map(arguments.get, given), *arguments["score_mod_args"])}

@@ -58,11 +58,11 @@ class Variant(NamedTuple):
 
 
 MASKS = {"none": {}, "causal": {"causal": True}, "window": {"window_size": (5000, 0)}}
-# plan.py has tiles for head_dim up to 64, 128 and 256. 96 stands for what is no power of two: part
-# of its tile is masked away.
+# plan/configs.py has tiles for head_dim up to 64, 128 and 256. 96 stands for what is no power of
+# two: part of its tile is masked away.
 POWERS, ALL = (64, 128, 256), (64, 128, 256, 96)
 
-# The most registers and shared memory that the tiles of plan.py come to. For every architecture,
+# The most registers and shared memory that those tiles come to. For every architecture,
 TIGHT = [  # with both Tritons:
     ("forward", ALL, "window", "pages 16", "lse"),  # three loops that look pages up
     ("forward", (128, 256), "none", "packed", "lse"),  # the widest tiles

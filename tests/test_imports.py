@@ -80,7 +80,7 @@ ARROWS = {
         "settings",
     },
     "kernels.gluon": set(),
-    "kernels.launch": {"plan.layout", "problem", "validate.memory"},
+    "kernels.launch": {"plan.layout", "problem", "settings", "validate.memory"},
     "kernels.tma": {"kernels.gluon", "kernels.launch", "plan.layout"},
     "kernels.workspace": set(),
     "kernels.portable": set(),

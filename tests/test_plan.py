@@ -1,11 +1,12 @@
 """Which launch is chosen: tables of cases, on GPUs that need not be there."""
 
 import itertools
+import json
 
 import pytest
 import torch
 
-from mini_flash_attention import plan, problem
+from mini_flash_attention import plan, problem, settings
 from mini_flash_attention.plan import layout
 from mini_flash_attention.plan.scores import choose_score_mode
 from mini_flash_attention.problem import Problem
@@ -247,6 +248,16 @@ def test_parts_of_a_fixed_size_take_one_way():
     """A result is folded whether or not the cache could hold more than a part: the same bits."""
     for seqlen_k in (0, 1, 512, 513, 8192):
         assert plan.decode.decode(call(1, 8, 2, seqlen_k, split_size=512), H200).splits >= 2
+
+
+def test_facts_are_plain_inside_and_constants_to_kernels():
+    """Triton's hooks write them as JSON, and its keys hash them at every unaligned launch."""
+    loads = pytest.importorskip("mini_flash_attention.kernels.portable.loads")
+    p = call(1, 8, 8, 256)
+    facts = loads.config(p, p.q, plan.forward.forward(p, H200).tiles, "softcap")
+    assert json.loads(json.dumps(facts)) == list(facts)
+    mode = facts.SCORE_MODE
+    assert (mode if settings.INTERPRETED else mode.value) == "softcap"
 
 
 def test_offsets_of_pages_count_what_lies_inside_them():

@@ -1,7 +1,7 @@
 """Every input that is refused: the error, its text, and that nothing was written before it.
 
 A row's name starts with what is wrong, or with the argument that is. What takes reading numbers
-back from the device is in `test_checks.py`.
+back from the device is in `test_device_checks.py`.
 """
 
 import inspect
@@ -974,6 +974,13 @@ def test_compute_capability(call, gpu_of):
         with pytest.raises(NotImplementedError, match=message):
             function(**arguments)
     gpu_of("A100", 8, 0)
+    assert plan.gpu.gpu_of(torch.device("cuda", 0)).arch == 80
+
+
+def test_a_gpu_without_triton(gpu_of, monkeypatch):
+    """The GPU is known before Triton is: what is missing is said by `require_triton`."""
+    gpu_of("A100", 8, 0)
+    monkeypatch.setitem(sys.modules, "triton", None)
     assert plan.gpu.gpu_of(torch.device("cuda", 0)).arch == 80
 
 

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from ..plan.layout import strides
 from ..problem import Problem
+from ..settings import INTERPRETED
 from ..validate.memory import without_memory
 
 Tensors = Mapping[str, torch.Tensor | None]
@@ -29,6 +31,20 @@ def output_strides(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> t
         lse_strides = (lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-2))
     row = p.block_table.stride(0) if p.block_table is not None else 0
     return (*strides(out), *lse_strides, row)
+
+
+class CompileTime:
+    """For a NamedTuple of compile-time facts, with upper-case fields: kernels read constants.
+
+    They are plain inside, so that Triton's hooks can write them as JSON and its keys are cheap to
+    hash; and plain for the interpreter, which runs Python.
+    """
+
+    __slots__ = ()
+
+    def __getattribute__(self, name: str) -> Any:
+        x = super().__getattribute__(name)
+        return tl.constexpr(x) if name.isupper() and not INTERPRETED else x
 
 
 class Launch:

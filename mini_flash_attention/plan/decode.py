@@ -163,9 +163,8 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     elif small_pages and rows <= 16 and visible > tiles.block_n:  # less to look up first
         tiles = tiles._replace(block_n=max(16, tiles.block_n // 2))
     most = min(MAX_SPLITS, -(-visible // tiles.block_n))
-    if (
-        not 0 < p.page_size <= tiles.block_n and most * batch_heads <= resident
-    ):  # none to load ahead
+    one_each = most * batch_heads <= resident  # then there is none to load ahead
+    if one_each and not 0 < p.page_size <= tiles.block_n:
         tiles = tiles._replace(num_stages=2)
     return split_sequences(
         tiles, rows, batch_heads, max(1, min(most, resident // max(1, batch_heads))), gpu

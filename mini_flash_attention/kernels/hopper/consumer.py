@@ -46,9 +46,8 @@ def consume(
     O: gl.constexpr = pipeline.accumulator(D)
     sched = shared.sched
     if which == C.CONSUMERS - 1:
-        pipeline.warp_scheduler_barrier_arrive(
-            which, C.CONSUMERS
-        )  # the first consumer issues first
+        # The first consumer issues first.
+        pipeline.warp_scheduler_barrier_arrive(which, C.CONSUMERS)
     # Key blocks in the work tiles before (done), and how many of those had any (worked).
     work_idx, done, worked = 0, 0, 0
     scheduler.consumer_wait(sched, work_idx)

@@ -16,7 +16,7 @@ from ...plan.layout import size_class
 from ...problem import Problem
 from ...rules import scores, sequence, work
 from ..gluon import fence_async_shared, gl, gluon
-from ..launch import MAX_INT, SIZES, Launch, output_strides
+from ..launch import MAX_INT, SIZES, CompileTime, Launch, output_strides
 from ..tma import TmaLaunch, tma_box
 from . import pipeline, scheduler
 from .consumer import consume
@@ -24,7 +24,7 @@ from .epilogue import Stores
 from .producer import Loads, produce
 
 
-class Config(NamedTuple):
+class Facts(NamedTuple):
     """What the kernel is compiled for."""
 
     # all roles
@@ -44,6 +44,12 @@ class Config(NamedTuple):
     SCORE_MODE: Any  # `scores.modify`
     LAZY_RESCALE: Any  # `softmax.rescale`
     TMA_EPILOGUE: Any  # TMA writes the rows from their queries' buffer, unless SPLIT
+
+
+class Config(CompileTime, Facts):
+    """`Facts`, as the kernel takes them."""
+
+    __slots__ = ()
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -158,7 +164,7 @@ def launch(
         plan.num_m_blocks, plan.l2_group, total * splits, p.seqlen_q * group, p.seqlen_k, total_q,
         MAX_INT if p.page_size else total_k,
         score_mode.scale, p.left, p.right, p.appended, *score_mode.numbers, splits, partial_rows,
-        Config._make(map(gl.constexpr, config)), p.scores.score_mod,
+        config, p.scores.score_mod,
     )  # fmt: skip
     return TmaLaunch(
         forward_hopper_kernel, plan.programs, pointers, constants, 4,

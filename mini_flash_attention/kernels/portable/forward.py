@@ -93,9 +93,7 @@ def forward_kernel(
     window = Window(length_k - mine.rows_q, left, right, first_key, length_k)
     seen = work.n_block_range(mine.first, mine.rows_q, window, BLOCK_M, C.BLOCK_N)
     count = i
-    if (
-        C.SCORE_MODE == "bounded"
-    ):  # here, for counting after the loop made ptxas serialise the products
+    if C.SCORE_MODE == "bounded":  # counting after the loop made ptxas serialise the products
         count = mask.num_visible(i, window)
     # One loop if blocks are partial on both sides: three would drain the pipeline of loads thrice.
     if left is not None:
@@ -127,7 +125,7 @@ POINTERS = (
 
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forward) -> Launch:
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
-    num_m_blocks = plan.tiles
+    tiles = plan.tiles
     paged = p.block_table is not None
     score_mode = choose_score_mode(p, "bounded")
     constants = (
@@ -136,8 +134,8 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forwar
         p.seqlen_q, p.seqlen_k, p.q.shape[0], MAX_INT if paged else p.k.shape[0], p.k.shape[0],
         p.cache_rows,
         score_mode.scale, p.left, p.right, p.appended, *score_mode.numbers,
-        config(p, out, num_m_blocks, score_mode.mode), p.scores.score_mod,
+        config(p, out, tiles, score_mode.mode), p.scores.score_mod,
     )  # fmt: skip
     return Launch(
-        forward_kernel, plan.num_m_blocks * plan.batch_heads, POINTERS, constants, *num_m_blocks[2:]
+        forward_kernel, plan.num_m_blocks * plan.batch_heads, POINTERS, constants, *tiles[2:]
     )

@@ -9,10 +9,11 @@ import triton.language as tl
 from ...plan.configs import Tiles
 from ...plan.layout import divisible_by_8, int64_offsets, padded, shared_kv_offsets
 from ...problem import Problem
-from ...rules import paging, scores
+from ...rules import paging
+from ..launch import CompileTime
 
 
-class Config(NamedTuple):
+class Facts(NamedTuple):
     """What a kernel is compiled for."""
 
     # loads
@@ -29,16 +30,17 @@ class Config(NamedTuple):
     BLOCK_N: Any
     SCORE_MODE: Any  # `scores.modify`
 
-    @classmethod
-    def of(cls, *facts: Any) -> "Config":
-        """The facts as compile-time constants; plain for the interpreter, which runs Python."""
-        return cls(*(facts if scores.INTERPRETED.value else map(tl.constexpr, facts)))
+
+class Config(CompileTime, Facts):
+    """`Facts`, as kernels take them."""
+
+    __slots__ = ()
 
 
 def config(p: Problem, out: torch.Tensor, tiles: Tiles, mode: str) -> Config:
     """What a kernel for p is compiled for; `mode` is that of `plan.scores.ScoreMode`."""
     head_dim, head_dim_v = p.q.shape[-1], p.v.shape[-1]
-    return Config.of(
+    return Config(
         p.page_size, head_dim, padded(head_dim, head_dim_v), head_dim_v,
         padded(head_dim_v, head_dim), int64_offsets(p, tiles.block_n),
         shared_kv_offsets(p, tiles.block_n),
