@@ -141,9 +141,8 @@ CHECKS = [
     Check("paged decode", "append, decode", paged, [(1, 70), (1, 300), (1, 17)]),
     Check("splits", "decode, combine", split, [(1, 500), (1, 500)]),
 ]
-HOPPER = Check(
-    "causal", "Hopper", dense, [(1024, 1024)], nheads=8, head_dim=128
-)  # as plan/hopper.py asks
+# As large as plan/hopper.py asks.
+HOPPER = Check("causal", "Hopper", dense, [(1024, 1024)], nheads=8, head_dim=128)
 
 
 def largest(x: torch.Tensor) -> float:
