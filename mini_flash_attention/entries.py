@@ -18,11 +18,8 @@ class Entry(NamedTuple):
     tensors: Mapping[str, str]  # a kernel's name of a tensor -> the argument, where they differ
 
 
+# flash_attn_with_kvcache has other names for the cache and for what is appended.
+CACHE = {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_k": "cache_seqlens"}
 DENSE = Entry("dense", calls.dense, "return_attn_probs", {})
 VARLEN = Entry("varlen", calls.varlen, "return_attn_probs", {})
-KVCACHE = Entry(
-    "kvcache",
-    calls.kvcache,
-    "return_softmax_lse",
-    {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_k": "cache_seqlens"},
-)
+KVCACHE = Entry("kvcache", calls.kvcache, "return_softmax_lse", CACHE)

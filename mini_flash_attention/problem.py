@@ -35,36 +35,39 @@ class Rotary(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A checked call. Lengths in tokens; `left` and `right` are None where the window is open."""
+    """A validated call. Lengths in tokens; `left` and `right` are None where the window is open."""
 
     function: str
     q: torch.Tensor  # (batch, seqlen_q, nheads, head_dim), packed (total_q, nheads, head_dim)
     k: torch.Tensor  # like q with nheads_k; paged (num_blocks, page_size, nheads_k, head_dim)
     v: torch.Tensor  # like k, with a head_dim of its own
     out: torch.Tensor | None  # the caller's
-    cu_seqlens_q: torch.Tensor | None  # (batch + 1,): q is packed
-    cu_seqlens_k: torch.Tensor | None  # (batch + 1,): k is packed, or key lengths if paged
-    seqused_k: torch.Tensor | None  # (batch,): keys in use before any are appended
-    block_table: torch.Tensor | None  # (batch, max_blocks): k and v are paged
-    k_new: torch.Tensor | None  # (batch, appended, nheads_k, head_dim), or packed like q
-    v_new: torch.Tensor | None
     batch: int
     seqlen_q: int  # upper bound of the query lengths
     seqlen_k: int  # upper bound of the key lengths, what is appended included
-    appended: int  # -1: as many tokens as a sequence has queries
-    page_size: int  # 0 unless paged
+    # Options.
     softmax_scale: float
     left: int | None
     right: int | None
-    num_splits: int
-    split_size: int  # keys of a part, 0 where num_splits decides
-    need_lse: bool
     windowed: bool  # a left bound was asked for, whether or not it can cut
+    need_lse: bool
+    num_splits: int = 0
+    split_size: int = 0  # keys of a split, 0 where num_splits decides
     scores: Scores = Scores()
+    # Lengths that lie on the device.
+    cu_seqlens_q: torch.Tensor | None = None  # (batch + 1,): q is packed
+    cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,): k is packed, or key lengths if paged
+    seqused_q: torch.Tensor | None = None  # (batch,): query rows in use
+    seqused_k: torch.Tensor | None = None  # (batch,): keys in use before any are appended
+    # The cache.
+    block_table: torch.Tensor | None = None  # (batch, max_blocks): k and v are paged
+    page_size: int = 0  # 0 unless paged
     cache_batch_idx: torch.Tensor | None = None  # (batch,): rows of a dense cache or block table
     cache_leftpad: torch.Tensor | None = None  # (batch,): the first key in use
+    k_new: torch.Tensor | None = None  # (batch, appended, nheads_k, head_dim), or packed like q
+    v_new: torch.Tensor | None = None
+    appended: int = 0  # -1: as many tokens as a sequence has queries
     rotary: Rotary | None = None
-    seqused_q: torch.Tensor | None = None  # (batch,): query rows in use
 
     @property
     def window(self) -> Window:

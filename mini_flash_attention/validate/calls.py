@@ -26,8 +26,8 @@ def dense(
     left, right, asked = options.window(function, causal, window_size, seqlen_q, seqlen_k)
     scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
     p = Problem(
-        function, q, k, v, out, None, None, None, None, None, None, batch, seqlen_q, seqlen_k, 0, 0,
-        softmax_scale, left, right, 0, 0, return_attn_probs, asked, scores,
+        function, q, k, v, out, batch, seqlen_q, seqlen_k, softmax_scale=softmax_scale, left=left,
+        right=right, windowed=asked, need_lse=return_attn_probs, scores=scores,
     )  # fmt: skip
     return _validated(p)
 
@@ -59,9 +59,10 @@ def varlen(
     left, right, asked = options.window(function, causal, window_size, seqlen_q, seqlen_k)
     scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
     p = Problem(
-        function, q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, None, None,
-        batch, seqlen_q, seqlen_k, 0, page_size, softmax_scale, left, right, splits, 0,
-        return_attn_probs, asked, scores, seqused_q=seqused_q,
+        function, q, k, v, out, batch, seqlen_q, seqlen_k, softmax_scale=softmax_scale, left=left,
+        right=right, windowed=asked, need_lse=return_attn_probs, num_splits=splits, scores=scores,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q,
+        seqused_k=seqused_k, block_table=block_table, page_size=page_size,
     )  # fmt: skip
     return _validated(p)
 
@@ -130,9 +131,11 @@ def kvcache(
         left, asked = max(seqlen_k, NARROW) if left is None else left, True
     scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
     p = Problem(
-        function, q, k_cache, v_cache, out, cu_seqlens_q, None, seqused, block_table, k, v, batch,
-        seqlen_q, seqlen_k, appended, page_size, softmax_scale, left, right, splits, split_size,
-        return_softmax_lse, asked, scores, cache_batch_idx, cache_leftpad, rotary,
+        function, q, k_cache, v_cache, out, batch, seqlen_q, seqlen_k, softmax_scale=softmax_scale,
+        left=left, right=right, windowed=asked, need_lse=return_softmax_lse, num_splits=splits,
+        split_size=split_size, scores=scores, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused,
+        block_table=block_table, page_size=page_size, cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad, k_new=k, v_new=v, appended=appended, rotary=rotary,
     )  # fmt: skip
     return _validated(p)
 
