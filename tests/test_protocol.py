@@ -556,7 +556,7 @@ class Call:
         consumers, q_tiles = case
         through, skip_max = q_tiles >= 2 * consumers, draw.random() < 0.6
         columns, packed = 64 if through else 256, draw.random() < 0.3
-        self.C = forward.Config(
+        self.C = forward.Facts(
             D=columns, BLOCK_N=BLOCK_N, CONSUMERS=consumers, Q_TILES=q_tiles, GROUP=1,
             VARLEN=packed, SPLIT=not packed and draw.random() < 0.3, SKIP_MAX=skip_max,
             PAGE_SIZE=draw.choice((0, 0, BLOCK_N // 2, 2 * BLOCK_N)),
