@@ -42,7 +42,7 @@ quick: env ## rules, plan, functions, refusals and a dozen calls in the interpre
 	OMP_NUM_THREADS=1 $(in_venv) -m pytest -n $(JOBS) --dist worksteal -q $(quick)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(in_venv) -m pytest -q -W ignore -m quick tests/test_features.py
 
-test: ## lint, format, types and every test this machine can run; twelve minutes
+test: ## lint, format, types and every test this machine can run; fifteen minutes
 	@$(make_env) $(TRITONS:%=--triton %)
 	$(in_venv) -m ruff check .
 	$(in_venv) -m ruff format --check .
