@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY ?= passive
 interpreted := tests/test_functions.py tests/test_features.py tests/test_triton_on_cpu.py
 
 # What one change in one place is likely to break, without processes that take long to start.
-quick := $(patsubst %,tests/test_%.py,rules plan functions checks imports protocol refusals)
+quick := $(patsubst %,tests/test_%.py,rules plan functions device_checks imports protocol refusals)
 
 # mypy reads a stub file instead of the module beside it, unless the module is named.
 stubbed := $(patsubst %.pyi,%.py,$(wildcard mini_flash_attention/*.pyi))
