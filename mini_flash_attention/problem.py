@@ -107,7 +107,8 @@ def empty_out(q: torch.Tensor, head_dim: int = 0, device: str | None = None) -> 
     """
     if head_dim and head_dim != q.shape[-1]:
         return q.new_empty((*q.shape[:-1], head_dim), device=device)
-    out = torch.empty_like(q, device=device)
+    # Without an argument where it can be: this is paid in every call.
+    out = torch.empty_like(q) if device is None else torch.empty_like(q, device=device)
     if out.stride(-1) != 1:
         out = torch.empty_like(q, memory_format=torch.contiguous_format, device=device)
     return out

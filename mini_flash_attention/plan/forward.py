@@ -50,8 +50,8 @@ def work(p: Problem, gpu: Gpu, block_m: int, packed: int = 1) -> tuple[int, int,
     else:
         # rules/sequence.py counts tiles through all sequences; each may leave one unused.
         num_m_blocks, batch_heads = p.q.shape[0] // block_m + p.batch, nheads
-    bytes_of_unit = 2 * p.seqlen_k * head_dim * p.k.element_size() * packed // p.group
-    l2_group = min(batch_heads, L2_BYTES // max(1, bytes_of_unit))
+    bytes_of_head = 2 * p.seqlen_k * head_dim * p.k.element_size() * packed // p.group
+    l2_group = min(batch_heads, L2_BYTES // max(1, bytes_of_head))
     if p.right is None and p.cu_seqlens_q is None:  # no tile is the longest: side by side in time
         l2_group = min(l2_group, -(-gpu.multiprocessors // max(1, num_m_blocks)))
     return num_m_blocks, batch_heads, max(1, l2_group)

@@ -146,7 +146,7 @@ def splits(function: str, num_splits: Any) -> int:
 
 
 def split_size(function: str, size: Any, num_splits: int) -> int:
-    """Keys of a part, 0 if nobody asked for parts of a fixed size."""
+    """Keys of a split, 0 unless the caller asks for splits of a fixed size."""
     if size is None:
         return 0
     name = "fixed_split_size"

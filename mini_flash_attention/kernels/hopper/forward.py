@@ -79,7 +79,7 @@ def forward_hopper_kernel(
     keys = pipeline.Pipeline(k_tiles, pipeline.barriers(pipeline.STAGES, 1), pipeline.K_EMPTY)
     # One barrier more, for ZERO_V_TAIL. It belongs to this array because Triton would reuse the
     # memory of an unused one as scratch of `draw`, and a number in a barrier's place did not
-    # survive a context switch (NOTES 97).
+    # survive a context switch (NOTES 78).
     values = pipeline.Pipeline(v_tiles, pipeline.barriers(pipeline.STAGES + 1, 1), pipeline.V_EMPTY)
     sched = scheduler.TileScheduler(
         fields, pipeline.barriers(2, 1), pipeline.barriers(2, CONSUMERS)
