@@ -19,9 +19,10 @@ def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
     lse = None
     if p.lse_shape is not None:
         lse = torch.full(p.lse_shape, float("-inf"), dtype=torch.float32, device="cpu")
-    if p.k_new is not None:
+    if p.cache.k_new is not None:
         p = _append(p)
-    own = (p.cu_seqlens_q, p.seqused_k, p.block_table, p.cache_batch_idx, p.cache_leftpad)
+    cache, leftpad, packed = p.cache, p.cache.cache_leftpad, p.lengths.cu_seqlens_q is not None
+    own = (*p.lengths, cache.block_table, cache.cache_batch_idx, leftpad)
     if all(x is None for x in own):  # nothing that is a sequence's own
         k, v = p.k[:, : p.seqlen_k], p.v[:, : p.seqlen_k]
         result, result_lse = _attention(p, p.q, k, v, 0)
@@ -33,11 +34,11 @@ def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
     for b in range(p.batch):
         at = _queries(p, b)
         k, v = _keys(p, b)
-        pad = 0 if p.cache_leftpad is None else min(max(int(p.cache_leftpad[b]), 0), k.shape[0])
+        pad = 0 if leftpad is None else min(max(int(leftpad[b]), 0), k.shape[0])
         result, result_lse = _attention(p, p.q[at][None], k[None], v[None], b, pad)
         out[at] = result[0]
         if lse is not None:
-            lse[at if p.cu_seqlens_q is None else (..., at)] = result_lse[0]
+            lse[(..., at) if packed else at] = result_lse[0]
     return out, lse
 
 
@@ -48,12 +49,12 @@ def _attention(
 
     b is the number of the first sequence; keys before `pad` are not there.
     """
-    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    seqlen_q, seqlen_k, options = q.shape[1], k.shape[1], p.options
     if overlaps_itself(q):  # SDPA lays its output out like q, which then overwrites itself
         q = q.contiguous()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    window = Window(seqlen_k - seqlen_q, p.left, p.right, pad, seqlen_k)
-    skipped = 0 if p.left is None else max(pad, first_visible(0, window))
+    window = Window(seqlen_k - seqlen_q, options.left, options.right, pad, seqlen_k)
+    skipped = 0 if options.left is None else max(pad, first_visible(0, window))
     k, v = k[:, :, skipped:], v[:, :, skipped:]  # what lies before every window
     if not k.shape[2] or not q.numel():
         empty = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device="cpu")
@@ -61,20 +62,20 @@ def _attention(
     plain = not p.scores.changed and p.scores.s_aux is None
     # PyTorch's causal mask is aligned top left, which is the same for equal lengths, and is not
     # materialised: 2.4 times as fast at 8k tokens.
-    causal = plain and p.left is None and p.right == 0 and seqlen_q == seqlen_k
+    causal = plain and options.left is None and options.right == 0 and seqlen_q == seqlen_k
     seen = None
-    if p.need_lse or not causal:
+    if options.need_lse or not causal:
         seen = _seen(window, seqlen_q, skipped)
     if plain:
         result = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if causal else seen, is_causal=causal, scale=p.softmax_scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            q, k, v, attn_mask=None if causal else seen, is_causal=causal,
+            scale=options.softmax_scale, enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         if seen is not None:
             result = result.masked_fill(~seen.any(-1, keepdim=True), 0.0)
-        if not p.need_lse:
+        if not options.need_lse:
             return result.transpose(1, 2), q.new_empty(0)
-    scores = q.float() @ _to_heads(k, q).float().mT * p.softmax_scale
+    scores = q.float() @ _to_heads(k, q).float().mT * options.softmax_scale
     scores = _changed(p, scores, b, skipped)
     if seen is not None:
         scores = scores.masked_fill(~seen, float("-inf"))
@@ -95,16 +96,11 @@ def _to_heads(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
-def _stands(seqlen_q: int, seqlen_k: int, skipped: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(seqlen_q, 1) and (seqlen_k - skipped,): where queries and keys stand."""
-    i = torch.arange(seqlen_k - seqlen_q, seqlen_k, device="cpu")[:, None]
-    return i, torch.arange(skipped, seqlen_k, device="cpu")
-
-
 def _changed(p: Problem, s: torch.Tensor, b: int, skipped: int) -> torch.Tensor:
     """Scores (B, H, Sq, Sk) after soft cap, ALiBi and score_mod."""
     batch, nheads, seqlen_q, keys = s.shape
-    i, j = _stands(seqlen_q, skipped + keys, skipped)
+    j = torch.arange(skipped, skipped + keys, device="cpu")
+    i = torch.arange(skipped + keys - seqlen_q, skipped + keys, device="cpu")[:, None]
     numbers = torch.arange(b, b + batch, device="cpu")[:, None, None, None]
     heads = torch.arange(nheads, device="cpu")[:, None, None]
     softcap, slopes, score_mod, aux, _ = p.scores
@@ -135,10 +131,12 @@ def _seen(window: Window, seqlen_q: int, skipped: int) -> torch.Tensor | None:
 
 def _queries(p: Problem, b: int) -> int | slice:
     """Where in q the query rows in use of sequence b lie."""
-    if p.cu_seqlens_q is None:
+    lengths, most = p.lengths, p.seqlen_q
+    if lengths.cu_seqlens_q is None:
         return b
-    most = p.seqlen_q if p.seqused_q is None else min(max(int(p.seqused_q[b]), 0), p.seqlen_q)
-    return _rows(b, p.cu_seqlens_q, p.q, most)
+    if lengths.seqused_q is not None:
+        most = min(max(int(lengths.seqused_q[b]), 0), most)
+    return _rows(b, lengths.cu_seqlens_q, p.q, most)
 
 
 def _rows(b: int, cu_seqlens: torch.Tensor, x: torch.Tensor, most: int) -> slice:
@@ -152,23 +150,23 @@ def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     """k, v (length, nheads_k, head_dim) of sequence b, from the first of its cache; zeros on a page
     that isn't there.
     """
-    length = p.seqlen_k
-    if p.cu_seqlens_k is not None:
-        start, end = p.cu_seqlens_k[b : b + 2].tolist()
+    length, lengths, cache = p.seqlen_k, p.lengths, p.cache
+    if lengths.cu_seqlens_k is not None:
+        start, end = lengths.cu_seqlens_k[b : b + 2].tolist()
         length = min(max(end - start, 0), length)
-    if p.seqused_k is not None:
-        appended = p.q[_queries(p, b)].shape[0] if p.appended < 0 else p.appended
-        length = min(min(max(int(p.seqused_k[b]), 0), length) + appended, length)
+    if lengths.seqused_k is not None:
+        appended = p.q[_queries(p, b)].shape[0] if cache.appended < 0 else cache.appended
+        length = min(min(max(int(lengths.seqused_k[b]), 0), length) + appended, length)
     row = _row(p, b)
     length = length if row >= 0 else 0
-    if p.page_size:
+    if cache.page_size:
         if not p.k.shape[0]:  # no page at all
             return p.k.new_zeros(length, *p.k.shape[2:]), p.v.new_zeros(length, *p.v.shape[2:])
         page, slot, real = _locate(p, b, torch.arange(length, device="cpu"))
         missing = ~real[:, None, None]
         return p.k[page, slot].masked_fill(missing, 0.0), p.v[page, slot].masked_fill(missing, 0.0)
-    if p.cu_seqlens_k is not None:
-        rows = _rows(b, p.cu_seqlens_k, p.k, length)
+    if lengths.cu_seqlens_k is not None:
+        rows = _rows(b, lengths.cu_seqlens_k, p.k, length)
         return p.k[rows], p.v[rows]
     k, v = (x[row : row + 1, :length].flatten(0, 1) for x in (p.k, p.v))
     return k, v
@@ -176,9 +174,9 @@ def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _row(p: Problem, b: int) -> int:
     """The row of the caches, or of the block table, that sequence b uses; -1 if there is none."""
-    if p.cache_batch_idx is None:
+    if p.cache.cache_batch_idx is None:
         return b
-    row = int(p.cache_batch_idx[b])
+    row = int(p.cache.cache_batch_idx[b])
     return row if 0 <= row < p.cache_rows else -1
 
 
@@ -186,29 +184,30 @@ def _locate(p: Problem, b: int, j: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     """Pages, or rows of the cache, and slots of keys j of sequence b; whether they exist: one that
     does not becomes 0.
     """
-    row = _row(p, b)
+    row, table, page_size = _row(p, b), p.cache.block_table, p.cache.page_size
     page, slot = torch.full_like(j, row), j
-    if p.block_table is not None and row >= 0:
-        page, slot = p.block_table[row, j // p.page_size].long(), j % p.page_size
+    if table is not None and row >= 0:
+        page, slot = table[row, j // page_size].long(), j % page_size
     real = (page >= 0) & (page < p.k.shape[0])
     return page.where(real, 0), slot, real
 
 
 def _append(p: Problem) -> Problem:
     """Write k_new and v_new into the caches, where they fit; p, with its queries rotated too."""
-    assert p.k_new is not None and p.v_new is not None
-    q = p.q if p.rotary is None else p.q.clone()
-    starts = [p.seqlen_k - p.appended] * p.batch  # where the new keys of each sequence go
-    if p.seqused_k is not None:
-        starts = p.seqused_k.clamp(0, p.seqlen_k).tolist()
+    *_, k_new, v_new, appended, rotary = p.cache
+    assert k_new is not None and v_new is not None
+    q = p.q if rotary is None else p.q.clone()
+    starts = [p.seqlen_k - appended] * p.batch  # where the new keys of each sequence go
+    if p.lengths.seqused_k is not None:
+        starts = p.lengths.seqused_k.clamp(0, p.seqlen_k).tolist()
     for b, start in enumerate(starts):
         at = _queries(p, b)
-        k, v = (x[at][: p.seqlen_k - start] for x in (p.k_new, p.v_new))
+        k, v = (x[at][: p.seqlen_k - start] for x in (k_new, v_new))
         j = torch.arange(start, start + k.shape[0], device="cpu")
-        if p.rotary is not None:
-            k = _rotated(p.rotary, k, j)
-            t = torch.arange(q[at].shape[0], device="cpu") * p.rotary.moving
-            q[at] = _rotated(p.rotary, q[at], start + t)
+        if rotary is not None:
+            k = _rotated(rotary, k, j)
+            t = torch.arange(q[at].shape[0], device="cpu") * rotary.moving
+            q[at] = _rotated(rotary, q[at], start + t)
         page, slot, real = _locate(p, b, j)
         p.k[page[real], slot[real]] = k[real]
         p.v[page[real], slot[real]] = v[real]

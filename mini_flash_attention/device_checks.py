@@ -21,35 +21,37 @@ def values(p: Problem) -> None:
     if p.q.is_cuda and torch.cuda.is_current_stream_capturing():
         hint = "the checks read lengths back, which a graph can't"
         _wrong(p, CHECK, "0 during CUDA-graph capture", 1, hint)
-    queries = [p.seqlen_q] * p.batch
-    if p.cu_seqlens_q is not None:
-        queries = _differences(p, "cu_seqlens_q", p.cu_seqlens_q, p.q.shape[0])
-        if p.seqused_q is not None:
+    queries, lengths, cache = [p.seqlen_q] * p.batch, p.lengths, p.cache
+    if lengths.cu_seqlens_q is not None:
+        queries = _differences(p, "cu_seqlens_q", lengths.cu_seqlens_q, p.q.shape[0])
+        if lengths.seqused_q is not None:
             wanted = "0 to the {end} queries of sequence {b}"
-            _up_to(p, "seqused_q", p.seqused_q, queries, wanted)
-            queries = p.seqused_q.tolist()
+            _up_to(p, "seqused_q", lengths.seqused_q, queries, wanted)
+            queries = lengths.seqused_q.tolist()
         if max(queries, default=0) > p.seqlen_q:
             _wrong(p, "max_seqlen_q", f"at least {max(queries)}", p.seqlen_q)
-    new = queries if p.appended < 0 else [p.appended] * p.batch
+    new = queries if cache.appended < 0 else [cache.appended] * p.batch
     keys = _key_lengths(p, new)
     longest = max(keys, default=0)
-    hint = "the keys to append count too" if p.appended else ""
-    if p.cache_batch_idx is not None:
+    hint = "the keys to append count too" if cache.appended else ""
+    if cache.cache_batch_idx is not None:
         last = p.cache_rows - 1
-        _up_to(p, "cache_batch_idx", p.cache_batch_idx, [last] * p.batch, "rows from 0 to {end}")
-    if p.block_table is not None:
-        room = p.block_table.shape[1] * p.page_size
+        _up_to(
+            p, "cache_batch_idx", cache.cache_batch_idx, [last] * p.batch, "rows from 0 to {end}"
+        )
+    if cache.block_table is not None:
+        room = cache.block_table.shape[1] * cache.page_size
         if longest > room:
             _wrong(p, "block_table", f"columns for {longest} tokens", f"room for {room}", hint)
-        _pages(p, p.block_table, keys)
+        _pages(p, cache.block_table, keys)
     if longest > p.seqlen_k:
         if _used(p) == "cache_seqlens":
             _wrong(p, "cache_seqlens", f"at most the cache's {p.seqlen_k} tokens", longest, hint)
         _wrong(p, "max_seqlen_k", f"at least {longest}", p.seqlen_k)
-    if p.cache_leftpad is not None:
-        _up_to(p, "cache_leftpad", p.cache_leftpad, keys, "0 to the {end} keys of sequence {b}")
-    if p.rotary is not None:
-        _positions(p, p.rotary, queries, new, keys)
+    if cache.cache_leftpad is not None:
+        _up_to(p, "cache_leftpad", cache.cache_leftpad, keys, "0 to the {end} keys of sequence {b}")
+    if cache.rotary is not None:
+        _positions(p, cache.rotary, queries, new, keys)
 
 
 def _wrong(p: Problem, argument: str, expected: str, got: object, hint: str = "") -> NoReturn:
@@ -57,7 +59,7 @@ def _wrong(p: Problem, argument: str, expected: str, got: object, hint: str = ""
 
 
 def _used(p: Problem) -> str:
-    """What the caller knows `p.seqused_k` as."""
+    """What the caller knows `p.lengths.seqused_k` as."""
     return "cache_seqlens" if p.function == "flash_attn_with_kvcache" else "seqused_k"
 
 
@@ -76,30 +78,30 @@ def _differences(p: Problem, name: str, cu_seqlens: torch.Tensor, total: int | N
 
 def _key_lengths(p: Problem, new: list[int]) -> list[int]:
     """Keys of each sequence, the new ones to append included."""
-    lengths = [p.seqlen_k] * p.batch
-    if p.cu_seqlens_k is not None:
-        total = None if p.page_size else p.k.shape[0]
-        lengths = _differences(p, "cu_seqlens_k", p.cu_seqlens_k, total)
-    if p.seqused_k is None:
+    lengths, cu_seqlens_k = [p.seqlen_k] * p.batch, p.lengths.cu_seqlens_k
+    if cu_seqlens_k is not None:
+        total = None if p.cache.page_size else p.k.shape[0]
+        lengths = _differences(p, "cu_seqlens_k", cu_seqlens_k, total)
+    if p.lengths.seqused_k is None:
         return lengths
-    used = p.seqused_k.tolist()
+    used = p.lengths.seqused_k.tolist()
     for b, (n, length) in enumerate(zip(used, lengths, strict=True)):
         if n < 0:
             _wrong(p, _used(p), "0 or more", f"{n} in entry {b}")
-        if p.cu_seqlens_k is not None and n > length:
+        if cu_seqlens_k is not None and n > length:
             _wrong(p, _used(p), f"at most the {length} of cu_seqlens_k", f"{n} in entry {b}")
     return [n + more for n, more in zip(used, new, strict=True)]
 
 
 def _pages(p: Problem, block_table: torch.Tensor, lengths: list[int]) -> None:
-    num_pages = p.k.shape[0]
-    pads = [0] * p.batch if p.cache_leftpad is None else p.cache_leftpad.tolist()
+    num_pages, cache = p.k.shape[0], p.cache
+    pads = [0] * p.batch if cache.cache_leftpad is None else cache.cache_leftpad.tolist()
     rows = block_table.tolist()
-    if p.cache_batch_idx is not None:
-        rows = [rows[row] for row in p.cache_batch_idx.tolist()]
+    if cache.cache_batch_idx is not None:
+        rows = [rows[row] for row in cache.cache_batch_idx.tolist()]
     for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        unused = max(pads[b], 0) // p.page_size  # before the first key in use
-        for column, page in enumerate(row[: -(-length // p.page_size)]):
+        unused = max(pads[b], 0) // cache.page_size  # before the first key in use
+        for column, page in enumerate(row[: -(-length // cache.page_size)]):
             if column >= unused and not 0 <= page < num_pages:
                 wanted = f"pages from 0 to {num_pages - 1} for the {length} keys of sequence {b}"
                 _wrong(p, "block_table", wanted, f"{page} in column {column}")

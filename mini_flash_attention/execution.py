@@ -34,7 +34,7 @@ def run(entry: Entry, arguments: Arguments, keep: bool = True) -> Result:
     arguments["score_mod_args"] = p.scores.aux or ()
     if settings.CHECKED:
         device_checks.values(p)
-    if p.softmax_scale < FLOAT32_TINY:
+    if p.options.softmax_scale < FLOAT32_TINY:
         p = _positive_scale(p)
         arguments, key = {**arguments, "q": p.q}, None  # a recipe would need the new q
     settings.warn_of_late_switch()
@@ -50,9 +50,9 @@ def _positive_scale(p: Problem) -> Problem:
     """p with the scale's sign in q: the online softmax follows the largest raw score, which is the
     largest scaled one only for a positive scale.
     """
-    zero = p.softmax_scale > -FLOAT32_TINY
-    q = torch.zeros_like(p.q) if zero else -p.q
-    return p._replace(q=q, softmax_scale=1.0 if zero else -p.softmax_scale)
+    scale = p.options.softmax_scale
+    q, scale = (-p.q, -scale) if scale <= -FLOAT32_TINY else (torch.zeros_like(p.q), 1.0)
+    return p._replace(q=q, options=p.options._replace(softmax_scale=scale))
 
 
 def validate(entry: Entry, arguments: Arguments) -> Problem:

@@ -162,13 +162,14 @@ def _define(entry: Entry, name: str, schema: str) -> None:
 def _flops(p: Problem) -> int:
     """2 q kᵀ and 2 p v for each pair of a query and a key in use, masks left out of account."""
     queries, keys = [p.seqlen_q] * p.batch, [p.seqlen_k] * p.batch
-    if p.cu_seqlens_q is not None:
-        queries = p.cu_seqlens_q.diff().tolist() if p.seqused_q is None else p.seqused_q.tolist()
-    if p.cu_seqlens_k is not None:
-        keys = p.cu_seqlens_k.diff().tolist()
-    if p.seqused_k is not None:
-        new = queries if p.appended < 0 else [p.appended] * p.batch
-        keys = [n + more for n, more in zip(p.seqused_k.tolist(), new, strict=True)]
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = p.lengths
+    if cu_seqlens_q is not None:
+        queries = cu_seqlens_q.diff().tolist() if seqused_q is None else seqused_q.tolist()
+    if cu_seqlens_k is not None:
+        keys = cu_seqlens_k.diff().tolist()
+    if seqused_k is not None:
+        new = queries if p.cache.appended < 0 else [p.cache.appended] * p.batch
+        keys = [n + more for n, more in zip(seqused_k.tolist(), new, strict=True)]
     pairs = sum(n * m for n, m in zip(queries, keys, strict=True))
     return int(2 * p.q.shape[-2] * pairs * (p.q.shape[-1] + p.v.shape[-1]))
 

@@ -34,18 +34,9 @@ class Rotary(NamedTuple):
     moving: bool  # query t stands t tokens after the first; else all stand there
 
 
-class Problem(NamedTuple):
-    """A validated call. Lengths in tokens; `left` and `right` are None where the window is open."""
+class Options(NamedTuple):
+    """What the caller chose. `left` and `right` are None where the window is open."""
 
-    function: str
-    q: torch.Tensor  # (batch, seqlen_q, nheads, head_dim), packed (total_q, nheads, head_dim)
-    k: torch.Tensor  # like q with nheads_k; paged (num_blocks, page_size, nheads_k, head_dim)
-    v: torch.Tensor  # like k, with a head_dim of its own
-    out: torch.Tensor | None  # the caller's
-    batch: int
-    seqlen_q: int  # upper bound of the query lengths
-    seqlen_k: int  # upper bound of the key lengths, what is appended included
-    # Options.
     softmax_scale: float
     left: int | None
     right: int | None
@@ -53,13 +44,20 @@ class Problem(NamedTuple):
     need_lse: bool
     num_splits: int = 0
     split_size: int = 0  # keys of a split, 0 where num_splits decides
-    scores: Scores = Scores()
-    # Lengths that lie on the device.
+
+
+class DeviceLengths(NamedTuple):
+    """Lengths that lie on the device."""
+
     cu_seqlens_q: torch.Tensor | None = None  # (batch + 1,): q is packed
     cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,): k is packed, or key lengths if paged
     seqused_q: torch.Tensor | None = None  # (batch,): query rows in use
     seqused_k: torch.Tensor | None = None  # (batch,): keys in use before any are appended
-    # The cache.
+
+
+class Cache(NamedTuple):
+    """Where keys lie in a cache, and what is appended to it."""
+
     block_table: torch.Tensor | None = None  # (batch, max_blocks): k and v are paged
     page_size: int = 0  # 0 unless paged
     cache_batch_idx: torch.Tensor | None = None  # (batch,): rows of a dense cache or block table
@@ -69,15 +67,34 @@ class Problem(NamedTuple):
     appended: int = 0  # -1: as many tokens as a sequence has queries
     rotary: Rotary | None = None
 
+
+class Problem(NamedTuple):
+    """A validated call. Lengths are in tokens."""
+
+    function: str
+    q: torch.Tensor  # (batch, seqlen_q, nheads, head_dim), packed (total_q, nheads, head_dim)
+    k: torch.Tensor  # like q with nheads_k; paged (num_blocks, page_size, nheads_k, head_dim)
+    v: torch.Tensor  # like k, with a head_dim of its own
+    out: torch.Tensor | None  # the caller's
+    batch: int
+    seqlen_q: int  # upper bound of the query lengths
+    seqlen_k: int  # upper bound of the key lengths, what is appended included
+    options: Options
+    scores: Scores = Scores()
+    lengths: DeviceLengths = DeviceLengths()
+    cache: Cache = Cache()
+
     @property
     def window(self) -> Window:
         """What the queries of the longest sequence see."""
-        return Window(self.seqlen_k - self.seqlen_q, self.left, self.right, None, self.seqlen_k)
+        left, right = self.options.left, self.options.right
+        return Window(self.seqlen_k - self.seqlen_q, left, right, None, self.seqlen_k)
 
     @property
     def cache_rows(self) -> int:
         """Rows that cache_batch_idx chooses from."""
-        return int((self.k if self.block_table is None else self.block_table).shape[0])
+        table = self.cache.block_table
+        return int((self.k if table is None else table).shape[0])
 
     @property
     def group(self) -> int:
@@ -91,7 +108,7 @@ class Problem(NamedTuple):
     @property
     def lse_shape(self) -> tuple[int, ...] | None:
         """Of softmax_lse, where it is wanted."""
-        return shape_of_lse(self.q) if self.need_lse else None
+        return shape_of_lse(self.q) if self.options.need_lse else None
 
 
 def shape_of_lse(q: torch.Tensor) -> tuple[int, ...]:

@@ -101,11 +101,11 @@ def make(entry: Entry, p: Problem, arguments: Arguments) -> Recipe:
     classes = {type(x) for x in (*map(arguments.get, given), *arguments["score_mod_args"])}
     known = {name: name for name in (*given, "out", "lse", "aux", *needed)}
     known |= {name: x if x in given else "nothing" for name, x in entry.tensors.items()}
-    known |= {"given_q": "q", "q": "rotated_q"} if p.rotary else {}
+    known |= {"given_q": "q", "q": "rotated_q"} if p.cache.rotary else {}
     for launch in launches:
         launch.bind(known)
     return Recipe(
-        p.function, launches, p.lse_shape, needed, head_dim, bool(p.rotary), clears,
+        p.function, launches, p.lse_shape, needed, head_dim, bool(p.cache.rotary), clears,
         not classes <= OWN_MEMORY,
     )  # fmt: skip
 

@@ -49,10 +49,8 @@ def require_triton() -> None:
     compiles = isinstance(triton.language.sigmoid, triton.JITFunction)
     if len({INTERPRETED, triton.knobs.runtime.interpret, not compiles}) > 1:
         expected = "the same value when Triton and this package are imported"
-        hint = "set it before Python starts"
-        raise invalid(
-            RuntimeError, package, "TRITON_INTERPRET", expected, "two different ones", hint
-        )
+        got, hint = "two different ones", "set it before Python starts"
+        raise invalid(RuntimeError, package, "TRITON_INTERPRET", expected, got, hint)
 
 
 def warn_of_late_switch() -> None:

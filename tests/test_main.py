@@ -118,7 +118,7 @@ def test_checks_reach_the_kernels_that_they_name(check):
     hopper = plan.hopper.hopper(p, p.new_out(), H200)
     decodes = hopper is None and plan.decode.decodes(p, H200)
     assert decodes == ("decode" in check.kernels)
-    assert (p.appended > 0) == ("append" in check.kernels)
+    assert (p.cache.appended > 0) == ("append" in check.kernels)
     if not decodes:
         assert (hopper is not None) == (check.kernels == "Hopper")
     elif "combine" in check.kernels:

@@ -9,7 +9,7 @@ import torch
 from mini_flash_attention import plan, problem, settings
 from mini_flash_attention.plan import layout
 from mini_flash_attention.plan.scores import choose_score_mode
-from mini_flash_attention.problem import Problem
+from mini_flash_attention.problem import Cache, Options, Problem
 from mini_flash_attention.validate import calls, options
 
 H200 = plan.gpu.Gpu("H200", 90, 132)
@@ -24,14 +24,19 @@ def call(
     q = torch.empty(batch, seqlen_q, nheads, head_dim, dtype=torch.bfloat16, device="meta")
     rows = (batch * seqlen_k // page_size, page_size) if page_size else (batch, seqlen_k)
     k = torch.empty(*rows, nheads_k, head_dim, dtype=torch.bfloat16, device="meta")
-    nothing = dict.fromkeys(
-        ("out", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table", "k_new", "v_new")
-    )
+    options = Options(1.0, left, None, left is not None, False, num_splits, split_size)
     return Problem(
-        "", q=q, k=k, v=k, **nothing, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k,
-        appended=0, page_size=page_size, softmax_scale=1.0, left=left, right=None,
-        num_splits=num_splits, split_size=split_size, need_lse=False, windowed=left is not None,
-    )  # fmt: skip
+        "", q, k, k, None, batch, seqlen_q, seqlen_k, options, cache=Cache(page_size=page_size)
+    )
+
+
+def replace(p, **changes):
+    """p with other values for its own fields and those of its groups."""
+    for name in ("options", "lengths", "cache"):
+        group = getattr(p, name)
+        own = {field: changes.pop(field) for field in group._fields if field in changes}
+        p = p._replace(**{name: group._replace(**own)})
+    return p._replace(**changes)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +128,9 @@ def test_the_larger_head_dim_decides():
             p.q[..., :1].expand(-1, -1, -1, d),
             *(p.k[..., :1].expand(-1, -1, -1, n) for n in (d, d_v)),
         )
-        chosen = plan.decode.decode(p._replace(q=q, k=k, v=v), H200)
+        chosen = plan.decode.decode(replace(p, q=q, k=k, v=v), H200)
         assert chosen == plan.decode.decode(call(24, 24, 24, 4096, head_dim=max(d, d_v)), H200)
-        tiles = plan.forward.forward(p._replace(q=q, k=k, v=v), H200).tiles
+        tiles = plan.forward.forward(replace(p, q=q, k=k, v=v), H200).tiles
         assert (
             tiles == plan.forward.forward(call(24, 24, 24, 4096, head_dim=max(d, d_v)), H200).tiles
         )
@@ -165,7 +170,7 @@ OFFSETS = torch.tensor([0, 1, 2]).int()
     ],
 )
 def test_what_decodes(changes, decodes):
-    assert plan.decode.decodes(call(2, 32, 8, 4096)._replace(**changes), H200) is decodes
+    assert plan.decode.decodes(replace(call(2, 32, 8, 4096), **changes), H200) is decodes
 
 
 @pytest.mark.parametrize(
@@ -201,7 +206,7 @@ def test_what_decodes(changes, decodes):
     ],
 )
 def test_what_decodes_with_many_queries(gpu, batch, seqlen_q, seqlen_k, more, decodes):
-    p = call(batch, 32, 8, seqlen_k, seqlen_q=seqlen_q)._replace(**more)
+    p = replace(call(batch, 32, 8, seqlen_k, seqlen_q=seqlen_q), **more)
     assert plan.decode.decodes(p, gpu) is decodes
 
 
@@ -266,8 +271,8 @@ def test_offsets_of_pages_count_what_lies_inside_them():
     strides = (1024, 2**25, 128, 1)
     far = torch.empty_strided(p.k.shape, strides, dtype=torch.bfloat16, device="meta")
     assert not layout.int64_offsets(p, 64)
-    assert layout.int64_offsets(p._replace(k=far), 64)
-    assert layout.int64_offsets(p._replace(v=far), 64)
+    assert layout.int64_offsets(replace(p, k=far), 64)
+    assert layout.int64_offsets(replace(p, v=far), 64)
 
 
 def test_strides_that_are_divisible_by_8():
@@ -302,7 +307,7 @@ def test_no_count_overflows():
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_programs_cover_every_row(head_dim, changes, batch, seqlen_q):
     """Whichever tiles are chosen along the way."""
-    p = call(batch, 32, 8, 8192, seqlen_q=seqlen_q, head_dim=head_dim)._replace(**changes)
+    p = replace(call(batch, 32, 8, 8192, seqlen_q=seqlen_q, head_dim=head_dim), **changes)
     chosen = plan.decode.decode(p, H200)
     blocks = 8 * -(-4 * seqlen_q // chosen.tiles.block_m)
     assert chosen.programs == chosen.splits * blocks * (1 if chosen.stream_k else batch)
@@ -321,7 +326,7 @@ def test_every_tile_of_work_fits():
 def prefill(batch=4, seqlen=2048, nheads=16, head_dim=128, page_size=0, **changes):
     """A call of many queries, as the kernels see it."""
     p = call(batch, nheads, nheads, seqlen, page_size, seqlen_q=seqlen, head_dim=head_dim)
-    return p._replace(**changes)
+    return replace(p, **changes)
 
 
 def on_hopper(p, out=None):
@@ -364,7 +369,7 @@ def test_what_hopper_packs_and_splits(
         assert chosen.partials.rows == min(128, seqlen_q * group)
         assert chosen.programs == min(132, chosen.partials.programs)
     if seqlen_q > 16:
-        whole = on_hopper(p._replace(num_splits=1))
+        whole = on_hopper(replace(p, num_splits=1))
         assert whole.group == 1 and whole.partials is None, "the same bits in every batch"
 
 
@@ -386,7 +391,7 @@ def test_what_hopper_leaves_to_decoding(changes):
     shape = {"nheads": 32, "seqlen_q": 8, "head_dim": 128, "seqlen_k": 65536} | changes
     words = ("nheads", "seqlen_k", "seqlen_q", "head_dim")
     p = call(1, nheads_k=8, **{name: shape.pop(name) for name in words})
-    assert on_hopper(p._replace(**shape)) is None
+    assert on_hopper(replace(p, **shape)) is None
 
 
 def test_an_empty_batch_needs_no_plan():
@@ -460,22 +465,22 @@ def test_what_hopper_leaves_to_the_portable_kernel():
     assert on_hopper(p) and on_hopper(wide)
     for values in (p.v[..., :64], p.v[..., :120], wide.v):
         out = torch.empty(*p.q.shape[:-1], values.shape[-1], dtype=torch.bfloat16, device="meta")
-        assert on_hopper(p._replace(v=values), out) is None
-    assert on_hopper(p._replace(cache_batch_idx=numbers)) is None
-    assert on_hopper(p._replace(cache_leftpad=numbers)) is None
+        assert on_hopper(replace(p, v=values), out) is None
+    assert on_hopper(replace(p, cache_batch_idx=numbers)) is None
+    assert on_hopper(replace(p, cache_leftpad=numbers)) is None
     paged = prefill(page_size=128)
-    assert on_hopper(paged) and on_hopper(paged._replace(cache_leftpad=numbers)) is None
+    assert on_hopper(paged) and on_hopper(replace(paged, cache_leftpad=numbers)) is None
     rotation = problem.Rotary(torch.ones(8, 64), torch.ones(8, 64), True, True)
-    assert on_hopper(p._replace(rotary=rotation)) == on_hopper(p), "done before"
+    assert on_hopper(replace(p, rotary=rotation)) == on_hopper(p), "done before"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("name", LESS)
 def test_what_hopper_knows_changes_no_plan(name, head_dim):
     p = prefill(head_dim=head_dim, seqlen=8192)
-    changed, whole = on_hopper(p._replace(scores=LESS[name])), on_hopper(p)
+    changed, whole = on_hopper(replace(p, scores=LESS[name])), on_hopper(p)
     assert changed == whole._replace(score_mode=changed.score_mode, skip_max=changed.skip_max)
-    forward = plan.forward.forward(p._replace(scores=LESS[name]), H200)
+    forward = plan.forward.forward(replace(p, scores=LESS[name]), H200)
     assert forward == plan.forward.forward(p, H200)
 
 
@@ -483,16 +488,16 @@ def test_a_score_mod_takes_registers():
     """No third consumer; else the plan is the same."""
     for head_dim, consumers in ((64, 3), (128, 2), (256, 2)):
         p = prefill(head_dim=head_dim, seqlen=8192)
-        plain, own = on_hopper(p), on_hopper(p._replace(scores=WITH_SCORE_MOD))
+        plain, own = on_hopper(p), on_hopper(replace(p, scores=WITH_SCORE_MOD))
         assert plain.tiles.consumers == consumers
         assert own.tiles == plan.configs.HOPPER_TILES[head_dim] and own.tiles.consumers == 2
         assert own.num_m_blocks == p.seqlen_q // 128
     for head_dim, smaller in ((40, True), (64, True), (128, False), (256, False)):
         p = prefill(head_dim=head_dim)
         tiles = [
-            plan.forward.forward(x, H200).tiles for x in (p, p._replace(scores=WITH_SCORE_MOD))
+            plan.forward.forward(x, H200).tiles for x in (p, replace(p, scores=WITH_SCORE_MOD))
         ]
-        windowed = plan.forward.forward(p._replace(windowed=True), H200).tiles
+        windowed = plan.forward.forward(replace(p, windowed=True), H200).tiles
         assert tiles[1] == (windowed if smaller else tiles[0])
 
 
@@ -509,7 +514,7 @@ def test_what_tma_can_step_over():
     ):
         assert plan.hopper.tma(x) is fits
         for name in "qkv":
-            assert bool(on_hopper(p._replace(**{name: x}))) is fits
+            assert bool(on_hopper(replace(p, **{name: x}))) is fits
         assert bool(on_hopper(p, x)) is fits
 
 
@@ -554,7 +559,7 @@ def test_programs_of_a_group_find_their_keys_in_the_cache(seqlen):
 def test_without_a_mask_heads_stand_side_by_side(seqlen, head_dim):
     """Tiles of a head are worked on at the same time, of no more heads than that takes."""
     p = prefill(batch=8, seqlen=seqlen, head_dim=head_dim, nheads=32)
-    chosen, masked = on_hopper(p), on_hopper(p._replace(right=0))
+    chosen, masked = on_hopper(p), on_hopper(replace(p, right=0))
     assert chosen.l2_group == min(-(-132 // chosen.num_m_blocks), masked.l2_group)
 
 
@@ -609,6 +614,6 @@ def test_the_score_mode_of_a_soft_cap_does_not_depend_on_the_batch(left, causal)
     for lengths in ((1, 1), (3, 4), (16, 16), (5, 17), (200, 15), (200, 1000)):
         bounds = options.window("flash_attn_varlen_func", causal, (left, 3), *lengths)
         p = prefill(scores=problem.Scores(softcap=50.0))
-        p = p._replace(seqlen_k=lengths[1], left=bounds[0], right=bounds[1])
+        p = replace(p, seqlen_k=lengths[1], left=bounds[0], right=bounds[1])
         modes.add(choose_score_mode(p, "bounded").mode)
     assert modes == {"softcap" if 0 <= left < 16 else "bounded"}

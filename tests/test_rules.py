@@ -670,7 +670,8 @@ def test_modify(softmax_scale, softcap, slope, score_mod, handed, first, start, 
     slopes = None if slope is None else torch.tensor([slope])
     asked = types.SimpleNamespace(softcap=softcap, alibi_slopes=slopes, score_mod=score_mod)
     q = torch.empty(0, dtype=torch.bfloat16)
-    call = types.SimpleNamespace(scores=asked, softmax_scale=softmax_scale, q=q, left=None)
+    options = types.SimpleNamespace(softmax_scale=softmax_scale, left=None)
+    call = types.SimpleNamespace(scores=asked, options=options, q=q)
     scale, (_, factor, cap), mode = choose_score_mode(call, *own)
 
     generator = torch.Generator().manual_seed(seed)
@@ -714,15 +715,15 @@ def test_modify(softmax_scale, softcap, slope, score_mod, handed, first, start, 
 )
 def test_modes_of_a_kernels_own(asked, dtype, mode):
     given = {"softcap": 0.0, "alibi_slopes": None, "score_mod": None} | asked
+    options = types.SimpleNamespace(softmax_scale=0.125, left=asked.get("left"))
     call = types.SimpleNamespace(
-        scores=types.SimpleNamespace(**given), softmax_scale=0.125, q=torch.empty(0, dtype=dtype),
-        left=asked.get("left"),
-    )  # fmt: skip
+        scores=types.SimpleNamespace(**given), options=options, q=torch.empty(0, dtype=dtype)
+    )
     usual = "softcap" if "softcap" in asked else ""
     assert choose_score_mode(call, "bounded", "linear", "folded").mode == mode
     for own in ((), ("",)):
         assert choose_score_mode(call, *own).mode == usual
-    call.softmax_scale = 128**-0.5
+    options.softmax_scale = 128**-0.5
     assert choose_score_mode(call, "folded").mode == usual
 
 

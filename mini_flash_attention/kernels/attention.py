@@ -21,13 +21,13 @@ def launches_of(p: Problem, gpu: Gpu) -> tuple[list[Launch], dict[str, int], boo
     """
     out = p.out if p.out is not None else empty_out(p.q, p.v.shape[-1], "meta")
     launches = append.launches(p)
-    if p.rotary is not None:
+    if p.cache.rotary is not None:
         p = p._replace(q=empty_out(p.q, device="meta"))
     if not out.numel():
         return launches, {}, False
     chosen = plan.attention(p, out, gpu, gluon=not settings.INTERPRETED)
     more, workspace = _attention(p, out, gpu, chosen)
-    clears = isinstance(chosen, Decode) and p.cu_seqlens_q is not None
+    clears = isinstance(chosen, Decode) and p.lengths.cu_seqlens_q is not None
     return [*launches, *more], workspace, clears
 
 

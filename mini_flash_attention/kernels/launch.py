@@ -29,8 +29,8 @@ def output_strides(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> t
     lse_strides = (0, 0)
     if lse is not None:
         lse_strides = (lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-2))
-    row = p.block_table.stride(0) if p.block_table is not None else 0
-    return (*strides(out), *lse_strides, row)
+    table = p.cache.block_table
+    return (*strides(out), *lse_strides, table.stride(0) if table is not None else 0)
 
 
 class CompileTime:

@@ -15,9 +15,9 @@ class Append(NamedTuple):
 
 def append(p: Problem, rotated: bool, queries: bool = False) -> Append:
     """How p's new keys or values are written, or its rotated queries."""
-    tokens = p.seqlen_q if queries or p.appended < 0 else p.appended
+    tokens = p.seqlen_q if queries or p.cache.appended < 0 else p.cache.appended
     block = 1 if tokens == 1 else 8 if rotated else 16
     tiles = p.batch * -(-tokens // block)
-    if p.cu_seqlens_q is not None:  # rules/sequence.py counts them through all sequences
+    if p.lengths.cu_seqlens_q is not None:  # rules/sequence.py counts them through all sequences
         tiles = p.q.shape[0] // block + p.batch
     return Append(tokens, block, tiles)

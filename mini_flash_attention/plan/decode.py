@@ -38,17 +38,18 @@ def decodes(p: Problem, gpu: Gpu) -> bool:
     Packed queries can be few by chance: with num_splits=1, which promises the same bits in any
     batch, they stay with the forward kernel, and so do packed keys, which are of a prefill.
     """
-    few = p.seqlen_q <= DECODE_SEQLEN_Q
-    if p.cu_seqlens_q is not None:
-        few = few and p.num_splits == 0 and (p.cu_seqlens_k is None or p.page_size > 0)
-    elif not few and p.num_splits == 0:
+    few, options, lengths = p.seqlen_q <= DECODE_SEQLEN_Q, p.options, p.lengths
+    if lengths.cu_seqlens_q is not None:
+        in_cache = lengths.cu_seqlens_k is None or p.cache.page_size > 0
+        few = few and options.num_splits == 0 and in_cache
+    elif not few and options.num_splits == 0:
         few = _splits_pay(p, gpu)
-    return p.seqlen_q > 0 and (few or p.num_splits > 1 or p.split_size > 0)
+    return p.seqlen_q > 0 and (few or options.num_splits > 1 or options.split_size > 0)
 
 
 def visible_keys(p: Problem) -> int:
     """Keys of a sequence that any query sees; to the right of the last query there is none."""
-    return p.seqlen_k - (0 if p.left is None else max(0, first_visible(0, p.window)))
+    return p.seqlen_k - (0 if p.options.left is None else max(0, first_visible(0, p.window)))
 
 
 def _splits_pay(p: Problem, gpu: Gpu) -> bool:
@@ -59,10 +60,10 @@ def _splits_pay(p: Problem, gpu: Gpu) -> bool:
     slower = 2.5 if p.q.shape[-1] > 64 else 1.5  # than the Hopper kernel's tiles, measured
     waves = -(-p.batch * nheads * -(-p.seqlen_q // 128) // most)
     batch_heads = p.batch * nheads_k * -(-p.seqlen_q * p.group // 128)
-    packed = (
-        batch_heads / most if batch_heads <= most else -(-batch_heads // most)
-    )  # more are not split
-    seen = p.seqlen_k if p.left is None else min(p.seqlen_k, p.left + 128)  # by a tile
+    # More than a wave are not split.
+    packed = batch_heads / most if batch_heads <= most else -(-batch_heads // most)
+    seen, left = p.seqlen_k, p.options.left  # by a tile
+    seen = seen if left is None else min(seen, left + 128)
     return not p.scores.changed and waves * seen - packed * slower * visible_keys(p) > SPLIT_KEYS
 
 
@@ -128,27 +129,28 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
     wide, narrow = decode_tiles(gpu.arch, head_dim, rows, p.scores.changed)
     blocks = nheads_k * -(-rows // narrow.block_m)  # row blocks of a sequence
     batch_heads = p.batch * blocks
-    visible = visible_keys(p)
+    visible, one_more = visible_keys(p), p.options.left is not None
     n_block_range = -(-visible // narrow.block_n)
+    options, page_size = p.options, p.cache.page_size
     # Asked for: the same tiles in every batch, and so the same bits.
-    if p.split_size:
-        size = -(-p.split_size // narrow.block_n)
+    if options.split_size:
+        size = -(-options.split_size // narrow.block_n)
         # A window's first key may lie inside a block: that makes one more. At least two splits, so
         # that a result is always combined, whatever the cache's capacity.
-        n = max(2, -(-(n_block_range + (p.left is not None)) // size))
+        n = max(2, -(-(n_block_range + one_more) // size))
         return split_sequences(narrow, rows, batch_heads, n, gpu)._replace(split_tiles=size)
-    if p.num_splits:  # more splits than blocks would take memory for nothing
-        most = max(2, n_block_range + (p.left is not None))
-        return split_sequences(narrow, rows, batch_heads, min(p.num_splits, most), gpu)
+    if options.num_splits:  # more splits than blocks would take memory for nothing
+        most = max(2, n_block_range + one_more)
+        return split_sequences(narrow, rows, batch_heads, min(options.num_splits, most), gpu)
     work = batch_heads * visible * 2 * head_dim * p.k.element_size() // gpu.multiprocessors
-    small_pages = p.page_size > 0 and p.page_size % narrow.block_n > 0
+    small_pages = page_size > 0 and page_size % narrow.block_n > 0
     enough = WAVES_WORK if batch_heads > gpu.multiprocessors else STREAM_K_WORK
     if 1 < p.batch <= MAX_STREAM_K_BATCH and work >= enough:
         # Counting takes registers.
-        tiles = decode_tiles(gpu.arch, head_dim, rows, True)[p.page_size > 0 or rows > 16]
+        tiles = decode_tiles(gpu.arch, head_dim, rows, True)[page_size > 0 or rows > 16]
         blocks = nheads_k * -(-rows // tiles.block_m)
         resident = gpu.multiprocessors * programs_at_a_time(gpu.arch, tiles, head_dim)
-        most = p.batch * max(1, -(-visible // tiles.block_n) + (p.left is not None))
+        most = p.batch * max(1, -(-visible // tiles.block_n) + one_more)
         n = min(stream_k(blocks, resident), most)
         if most * n < 2**31:  # which is how far the kernel counts
             return Decode(tiles, True, n, 0, n * blocks, min(rows, tiles.block_m), gpu.arch >= 90)
@@ -164,11 +166,10 @@ def decode(p: Problem, gpu: Gpu) -> Decode:
         tiles = tiles._replace(block_n=max(16, tiles.block_n // 2))
     most = min(MAX_SPLITS, -(-visible // tiles.block_n))
     one_each = most * batch_heads <= resident  # then there is none to load ahead
-    if one_each and not 0 < p.page_size <= tiles.block_n:
+    if one_each and not 0 < page_size <= tiles.block_n:
         tiles = tiles._replace(num_stages=2)
-    return split_sequences(
-        tiles, rows, batch_heads, max(1, min(most, resident // max(1, batch_heads))), gpu
-    )
+    n = max(1, min(most, resident // max(1, batch_heads)))
+    return split_sequences(tiles, rows, batch_heads, n, gpu)
 
 
 def split_sequences(tiles: Tiles, rows: int, batch_heads: int, splits: int, gpu: Gpu) -> Decode:
@@ -179,7 +180,7 @@ def split_sequences(tiles: Tiles, rows: int, batch_heads: int, splits: int, gpu:
 def maxnreg(p: Problem, tiles: Tiles) -> int | None:
     """A limit on the registers of a thread, where ptxas would rather spill than lose occupancy."""
     # Tuned without a limit at head_dim 128, where ptxas spills for the sake of a second program.
-    crowded = p.page_size > 0 and tiles.num_warps == 8
+    crowded = p.cache.page_size > 0 and tiles.num_warps == 8
     return 255 if p.q.shape[-1] <= 64 or p.q.shape[-1] > 128 or crowded else None
 
 
@@ -199,6 +200,6 @@ def combine(p: Problem, plan: Decode) -> Combine:
     head_dim = p.v.shape[-1]
     programs = plan.rows * (plan.programs if plan.stream_k else plan.programs // plan.splits)
     warps, at_once = 8 if head_dim > 64 else 4 if head_dim > 32 else 1, 32
-    if programs >= MANY_ROWS and not (p.num_splits or p.split_size):
+    if programs >= MANY_ROWS and not (p.options.num_splits or p.options.split_size):
         warps, at_once = 1, 8  # else the same order in any batch
     return Combine(programs, warps, at_once if head_dim <= 128 else at_once // 2)

@@ -37,21 +37,23 @@ def forward(p: Problem, gpu: Gpu) -> Forward:
     """The plan of the portable forward kernel for a call."""
     head_dim = max(p.q.shape[-1], p.v.shape[-1])
     tight = head_dim <= 64 or gpu.arch in (100, 103)  # for a score_mod's registers
-    more = p.windowed or (p.scores.score_mod is not None and tight)
-    tiles = forward_tiles(gpu.arch, head_dim, more, p.page_size, p.cu_seqlens_q is not None)
+    more = p.options.windowed or (p.scores.score_mod is not None and tight)
+    packed = p.lengths.cu_seqlens_q is not None
+    tiles = forward_tiles(gpu.arch, head_dim, more, p.cache.page_size, packed)
     return Forward(tiles, *work(p, gpu, tiles.block_m))
 
 
 def work(p: Problem, gpu: Gpu, block_m: int, packed: int = 1) -> tuple[int, int, int]:
     """(num_m_blocks, batch_heads, l2_group), with `packed` heads in the rows."""
     nheads, head_dim = p.q.shape[-2] // packed, p.q.shape[-1]
-    if p.cu_seqlens_q is None:
+    batched = p.lengths.cu_seqlens_q is None
+    if batched:
         num_m_blocks, batch_heads = -(-p.seqlen_q * packed // block_m), p.batch * nheads
     else:
         # rules/sequence.py counts tiles through all sequences; each may leave one unused.
         num_m_blocks, batch_heads = p.q.shape[0] // block_m + p.batch, nheads
     bytes_of_head = 2 * p.seqlen_k * head_dim * p.k.element_size() * packed // p.group
     l2_group = min(batch_heads, L2_BYTES // max(1, bytes_of_head))
-    if p.right is None and p.cu_seqlens_q is None:  # no tile is the longest: side by side in time
+    if p.options.right is None and batched:  # no tile is the longest: side by side in time
         l2_group = min(l2_group, -(-gpu.multiprocessors // max(1, num_m_blocks)))
     return num_m_blocks, batch_heads, max(1, l2_group)

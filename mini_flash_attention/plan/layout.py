@@ -47,7 +47,7 @@ def int64_offsets(p: Problem, block_n: int) -> bool:
     """
     if max(p.k.shape[-1], p.v.shape[-1]) > 128:
         return True
-    if p.page_size:
+    if p.cache.page_size:
         last = (p.k.shape[0] - 1, p.k.shape[1] - 1)
         reach = (last[0] * x.stride(0) + last[1] * x.stride(1) for x in (p.k, p.v))
     else:
@@ -61,5 +61,5 @@ def shared_kv_offsets(p: Problem, block_n: int) -> bool:
     Sharing saves up to an eighth of the loop's instructions with 64-bit offsets or one page a
     tile. Otherwise it was slower: the compiler keeps fewer of them from tile to tile.
     """
-    one_page = p.page_size > 0 and p.page_size % block_n == 0
+    one_page = p.cache.page_size > 0 and p.cache.page_size % block_n == 0
     return strides(p.k) == strides(p.v) and (int64_offsets(p, block_n) or one_page)

@@ -28,7 +28,8 @@ def choose_score_mode(p: Problem, *own: str) -> ScoreMode:
     """What becomes of p's scores, for a kernel that has these ways of its own."""
     slopes, softcap, score_mod = p.scores.alibi_slopes, p.scores.softcap, p.scores.score_mod
     stride = slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
-    scale, factor = p.softmax_scale * LOG2E, p.softmax_scale
+    factor, left = p.options.softmax_scale, p.options.left
+    scale = factor * LOG2E
     mode = ""
     if softcap:
         factor /= softcap
@@ -38,7 +39,7 @@ def choose_score_mode(p: Problem, *own: str) -> ScoreMode:
         if not softcap and slopes is None and math.frexp(factor)[0] == 0.5:
             mode = "folded" if p.q.dtype is torch.bfloat16 else ""
     elif softcap:
-        scale, narrow = softcap * LOG2E, p.left is not None and p.left < NARROW
+        scale, narrow = softcap * LOG2E, left is not None and left < NARROW
         # fp16 does not hold such weights. Times values from 1e-15 to 1e10 they are safe in fp32.
         # Rounding changes them by up to 2^-9, even the largest, which would otherwise be exactly 1.
         # Over many keys the errors average out; for a single key
@@ -46,7 +47,7 @@ def choose_score_mode(p: Problem, *own: str) -> ScoreMode:
         # so a sequence's result does not change with the rest of the batch.
         mode = "bounded" if scale <= 75 and p.q.dtype is not torch.float16 and not narrow else ""
     elif slopes is not None:  # what is subtracted is scaled with the score
-        factor = 1 / p.softmax_scale
+        factor = 1 / p.options.softmax_scale
         mode = "linear"
     mode = mode if mode and mode in own else "softcap" if softcap else ""
     return ScoreMode(scale, (stride, factor, softcap), mode)

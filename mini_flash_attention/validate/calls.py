@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..problem import NARROW, Problem, Rotary, Scores
+from ..problem import NARROW, Cache, DeviceLengths, Options, Problem, Rotary, Scores
 from . import kind_of, memory, options, tensors, wrong_type, wrong_value
 
 
@@ -25,11 +25,8 @@ def dense(
     seqlen_k = options.bounded(function, "k", k.shape[1])
     left, right, asked = options.window(function, causal, window_size, seqlen_q, seqlen_k)
     scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
-    p = Problem(
-        function, q, k, v, out, batch, seqlen_q, seqlen_k, softmax_scale=softmax_scale, left=left,
-        right=right, windowed=asked, need_lse=return_attn_probs, scores=scores,
-    )  # fmt: skip
-    return _validated(p)
+    chosen = Options(softmax_scale, left, right, asked, return_attn_probs)
+    return _validated(Problem(function, q, k, v, out, batch, seqlen_q, seqlen_k, chosen, scores))
 
 
 def varlen(
@@ -58,12 +55,10 @@ def varlen(
     splits = options.splits(function, num_splits)
     left, right, asked = options.window(function, causal, window_size, seqlen_q, seqlen_k)
     scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
-    p = Problem(
-        function, q, k, v, out, batch, seqlen_q, seqlen_k, softmax_scale=softmax_scale, left=left,
-        right=right, windowed=asked, need_lse=return_attn_probs, num_splits=splits, scores=scores,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q,
-        seqused_k=seqused_k, block_table=block_table, page_size=page_size,
-    )  # fmt: skip
+    chosen = Options(softmax_scale, left, right, asked, return_attn_probs, splits)
+    lengths = DeviceLengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    cache = Cache(block_table, page_size)
+    p = Problem(function, q, k, v, out, batch, seqlen_q, seqlen_k, chosen, scores, lengths, cache)
     return _validated(p)
 
 
@@ -77,17 +72,14 @@ def kvcache(
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_with_kvcache(...)`."""
     function = "flash_attn_with_kvcache"
-    packed = cu_seqlens_q is not None
-    names = "k_cache v_cache"
-    tensors.qkv(
-        function, q, k_cache, v_cache, names, 3 if packed else 4, block_table is not None, 4
-    )
+    packed, paged = cu_seqlens_q is not None, block_table is not None
+    rank = 3 if packed else 4
+    tensors.qkv(function, q, k_cache, v_cache, "k_cache v_cache", rank, paged, 4)
     if packed:
         batch, seqlen_q = _packed(function, cu_seqlens_q, max_seqlen_q, q)
     else:
         if max_seqlen_q is not None:
-            hint = "it belongs to packed queries"
-            got = kind_of(max_seqlen_q)
+            got, hint = kind_of(max_seqlen_q), "it belongs to packed queries"
             raise wrong_value(function, "max_seqlen_q", "None without cu_seqlens_q", got, hint)
         batch, seqlen_q = q.shape[:2]
     options.flags(
@@ -95,13 +87,12 @@ def kvcache(
     )
     splits = options.splits(function, num_splits)
     split_size = options.split_size(function, fixed_split_size, splits)
-    if cache_batch_idx is not None:
-        tensors.index_tensor(function, "cache_batch_idx", cache_batch_idx, q, (batch,))
-    if cache_leftpad is not None:
-        tensors.index_tensor(function, "cache_leftpad", cache_leftpad, q, (batch,))
+    for name, x in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
+        if x is not None:
+            tensors.index_tensor(function, name, x, q, (batch,))
     rows = batch if cache_batch_idx is None else "any"
     page_size, capacity = _pages(function, "k_cache", k_cache, block_table, rows, q)
-    if k_cache.shape[0] != batch and block_table is None and cache_batch_idx is None:
+    if k_cache.shape[0] != batch and not paged and cache_batch_idx is None:
         hint = "cache_batch_idx says which rows of a larger cache to use"
         raise wrong_value(function, "k_cache", f"batch {batch}", k_cache.shape[0], hint)
     appended = _append(function, q, k_cache, v_cache, k, v, cache_seqlens, packed)
@@ -130,14 +121,11 @@ def kvcache(
     if cache_leftpad is not None:  # what stands before it lies outside of a window
         left, asked = max(seqlen_k, NARROW) if left is None else left, True
     scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
-    p = Problem(
-        function, q, k_cache, v_cache, out, batch, seqlen_q, seqlen_k, softmax_scale=softmax_scale,
-        left=left, right=right, windowed=asked, need_lse=return_softmax_lse, num_splits=splits,
-        split_size=split_size, scores=scores, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused,
-        block_table=block_table, page_size=page_size, cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad, k_new=k, v_new=v, appended=appended, rotary=rotary,
-    )  # fmt: skip
-    return _validated(p)
+    chosen = Options(softmax_scale, left, right, asked, return_softmax_lse, splits, split_size)
+    lengths = DeviceLengths(cu_seqlens_q, seqused_k=seqused)
+    cache = Cache(block_table, page_size, cache_batch_idx, cache_leftpad, k, v, appended, rotary)
+    p = Problem(function, q, k_cache, v_cache, out, batch, seqlen_q, seqlen_k, chosen, scores)
+    return _validated(p._replace(lengths=lengths, cache=cache))
 
 
 def _validated(p: Problem) -> Problem:
@@ -151,12 +139,12 @@ def _validated(p: Problem) -> Problem:
     if s_aux is not None:
         tensors.per_head(function, "s_aux", s_aux, q, ((nheads,),), (torch.float32, q.dtype))
     cap = options.softcap(function, softcap)
-    others = (alibi_slopes, s_aux, *(aux or ()), *(p.rotary or ()))
-    tensors.differentiable(function, q, p.k, p.v, p.k_new, p.v_new, p.out, *others)
+    others = (alibi_slopes, s_aux, *(aux or ()), *(p.cache.rotary or ()))
+    tensors.differentiable(function, q, p.k, p.v, p.cache.k_new, p.cache.v_new, p.out, *others)
     memory.out(function, p.out, q, p.v.shape[-1])
-    scale = options.scale(function, p.softmax_scale, head_dim, alibi_slopes is not None)
+    scale = options.scale(function, p.options.softmax_scale, head_dim, alibi_slopes is not None)
     scores = Scores(cap, alibi_slopes, score_mod, tuple(aux or ()) or None, s_aux)
-    return p._replace(softmax_scale=scale, scores=scores)
+    return p._replace(options=p.options._replace(softmax_scale=scale), scores=scores)
 
 
 def _packed(function: str, cu_seqlens_q: Any, longest: Any, q: torch.Tensor) -> tuple[int, int]:

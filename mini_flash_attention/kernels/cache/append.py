@@ -84,14 +84,15 @@ def append_kernel(
 
 def launches(p: Problem) -> list[Launch]:
     """The launches that append p's new keys and values, and rotate its queries where asked to."""
-    if p.k_new is None or p.v_new is None or not p.batch:
+    k_new, v_new, rotated = p.cache.k_new, p.cache.v_new, p.cache.rotary is not None
+    if k_new is None or v_new is None or not p.batch:
         return []
     made = []
-    if p.k_new.numel():
-        made.append(_launch(p, "k_new", p.k_new, "k", p.k, p.rotary is not None))
-    if p.v_new.numel():
-        made.append(_launch(p, "v_new", p.v_new, "v", p.v, False))
-    if p.rotary is not None and p.q.numel():
+    if k_new.numel():
+        made.append(_launch(p, "k_new", k_new, "k", p.k, rotated))
+    if v_new.numel():
+        made.append(_launch(p, "v_new", v_new, "v", p.v, False))
+    if rotated and p.q.numel():
         q = empty_out(p.q, device="meta")  # for its strides
         made.append(_launch(p, "given_q", p.q, "q", q, True, queries=True))
     return made
@@ -103,18 +104,18 @@ def _launch(
 ) -> Launch:  # fmt: skip
     nheads, head_dim = new.shape[-2:]
     plan = append(p, rotated, queries)
-    seqlen_k = p.seqlen_k
-    if queries and p.seqused_k is None:  # the kernel subtracts what it appends
-        seqlen_k += plan.tokens - p.appended
-    rotary_dim = 2 * p.rotary.cos.shape[1] if rotated and p.rotary else 0
-    interleaved = bool(rotated and p.rotary and p.rotary.interleaved)
-    still = bool(queries and p.rotary and not p.rotary.moving)
+    seqlen_k, table, rotary = p.seqlen_k, p.cache.block_table, p.cache.rotary
+    if queries and p.lengths.seqused_k is None:  # the kernel subtracts what it appends
+        seqlen_k += plan.tokens - p.cache.appended
+    rotary_dim = 2 * rotary.cos.shape[1] if rotated and rotary else 0
+    interleaved = bool(rotated and rotary and rotary.interleaved)
+    still = bool(queries and rotary and not rotary.moving)
     constants: tuple[Any, ...] = (
         *strides(new), *strides(cache),
-        p.block_table.stride(0) if p.block_table is not None else 0,
+        table.stride(0) if table is not None else 0,
         p.batch, nheads, seqlen_k, plan.tokens, p.q.shape[0], p.k.shape[0], p.cache_rows,
-        p.rotary.cos.shape[0] if p.rotary else 0,
-        p.page_size, head_dim, triton.next_power_of_2(head_dim), plan.block,
+        rotary.cos.shape[0] if rotary else 0,
+        p.cache.page_size, head_dim, triton.next_power_of_2(head_dim), plan.block,
         rotary_dim, interleaved, still, queries,
     )  # fmt: skip
     pointers = (

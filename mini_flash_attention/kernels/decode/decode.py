@@ -277,12 +277,12 @@ def workspace(p: Problem, plan: Decode) -> dict[str, int]:
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode) -> Launch:
     """The launch that writes attention of p to out and lse, or to partials where keys are split."""
     tiles, score_mode = plan.tiles, choose_score_mode(p)
-    total_k = MAX_INT if p.page_size else p.k.shape[0]
+    total_k = MAX_INT if p.cache.page_size else p.k.shape[0]
     constants = (
         *strides(p.q), *strides(p.k), *strides(p.v), *output_strides(p, out, lse),
         p.batch, p.k.shape[-2], p.group, plan.splits, plan.split_tiles, plan.slots,
         plan.rows, p.seqlen_q, p.seqlen_k, p.q.shape[0], total_k, p.k.shape[0], p.cache_rows,
-        score_mode.scale, p.left, p.right, p.appended, *score_mode.numbers,
+        score_mode.scale, p.options.left, p.options.right, p.cache.appended, *score_mode.numbers,
         config(p, out, tiles, score_mode.mode), p.scores.score_mod, plan.stream_k, plan.overlapped,
     )  # fmt: skip
     return Launch(

@@ -135,19 +135,16 @@ def launch(
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
     tiles, group, score_mode = plan.tiles, plan.group, plan.score_mode
     nheads, head_dim = p.q.shape[-2:]
-    packed, total, columns = (
-        p.cu_seqlens_q is not None,
-        plan.num_m_blocks * plan.batch_heads,
-        size_class(head_dim),
-    )
+    packed, page_size = p.lengths.cu_seqlens_q is not None, p.cache.page_size
+    total, columns = plan.num_m_blocks * plan.batch_heads, size_class(head_dim)
     splits, partial_rows, pointers = 1, 0, POINTERS
     if plan.partials:
         splits, partial_rows = plan.partials.splits, plan.partials.rows
         pointers = ("partials", "nothing", *POINTERS[2:])
     total_q, total_k = p.q.shape[0], p.k.shape[0]
     tokens_q = total_q if packed else p.seqlen_q
-    tokens_k = p.page_size or (total_k if p.k.dim() == 3 else p.seqlen_k)
-    box = min(tiles.block_n, p.page_size or tiles.block_n)
+    tokens_k = page_size or (total_k if p.k.dim() == 3 else p.seqlen_k)
+    box = min(tiles.block_n, page_size or tiles.block_n)
     boxes = [
         tma_box("q", p.q, tokens_q, 64 // group, columns, group),
         tma_box("k", p.k, tokens_k, box, columns),
@@ -156,15 +153,14 @@ def launch(
     ]
     config = Config(
         columns, tiles.block_n, tiles.consumers, tiles.q_tiles, group, packed,
-        plan.partials is not None, plan.skip_max, p.page_size, plan.zero_v_tail, head_dim,
+        plan.partials is not None, plan.skip_max, page_size, plan.zero_v_tail, head_dim,
         score_mode.mode, plan.lazy_rescale, plan.tma_epilogue,
     )  # fmt: skip
     constants = (
         *output_strides(p, out, lse), p.batch, nheads // group, p.group // group,
         plan.num_m_blocks, plan.l2_group, total * splits, p.seqlen_q * group, p.seqlen_k, total_q,
-        MAX_INT if p.page_size else total_k,
-        score_mode.scale, p.left, p.right, p.appended, *score_mode.numbers, splits, partial_rows,
-        config, p.scores.score_mod,
+        MAX_INT if page_size else total_k, score_mode.scale, p.options.left, p.options.right,
+        p.cache.appended, *score_mode.numbers, splits, partial_rows, config, p.scores.score_mod,
     )  # fmt: skip
     return TmaLaunch(
         forward_hopper_kernel, plan.programs, pointers, constants, 4,

@@ -126,14 +126,14 @@ POINTERS = (
 def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forward) -> Launch:
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
     tiles = plan.tiles
-    paged = p.block_table is not None
+    paged = p.cache.block_table is not None
     score_mode = choose_score_mode(p, "bounded")
     constants = (
         *strides(p.q), *strides(p.k), *strides(p.v), *output_strides(p, out, lse),
         p.batch, p.q.shape[-2], p.group, plan.num_m_blocks, plan.l2_group,
         p.seqlen_q, p.seqlen_k, p.q.shape[0], MAX_INT if paged else p.k.shape[0], p.k.shape[0],
         p.cache_rows,
-        score_mode.scale, p.left, p.right, p.appended, *score_mode.numbers,
+        score_mode.scale, p.options.left, p.options.right, p.cache.appended, *score_mode.numbers,
         config(p, out, tiles, score_mode.mode), p.scores.score_mod,
     )  # fmt: skip
     return Launch(

@@ -41,7 +41,7 @@ def config(p: Problem, out: torch.Tensor, tiles: Tiles, mode: str) -> Config:
     """What a kernel for p is compiled for; `mode` is that of `plan.scores.ScoreMode`."""
     head_dim, head_dim_v = p.q.shape[-1], p.v.shape[-1]
     return Config(
-        p.page_size, head_dim, padded(head_dim, head_dim_v), head_dim_v,
+        p.cache.page_size, head_dim, padded(head_dim, head_dim_v), head_dim_v,
         padded(head_dim_v, head_dim), int64_offsets(p, tiles.block_n),
         shared_kv_offsets(p, tiles.block_n),
         divisible_by_8(p.q, p.k, p.v, out), tiles.block_m, tiles.block_n, mode,
