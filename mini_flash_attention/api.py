@@ -30,6 +30,7 @@ def flash_attn_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     out: torch.Tensor | None = None,
 ) -> Any:
     """Attention of a batch of sequences of one length: softmax(q kᵀ · softmax_scale) v.
@@ -67,10 +68,15 @@ def flash_attn_func(
             distinct names.
         score_mod_args: tensors that score_mod gets as a tuple, a sixth argument, and reads with
             `tl.load(args[0] + index)`. What it reads there is its own responsibility.
-        deterministic: accepted; the forward pass is always bitwise repeatable.
+        score_mod_bwd: the gradient of score_mod, a function of the same kind,
+            `(grad, score, batch, head, q_idx, kv_idx) -> grad`, with args last if there are any.
+            `score` is what score_mod is given. Without it a score_mod refuses gradients.
+        deterministic: the same gradients in every run, bit for bit. The forward pass always gives
+            the same bits.
         return_attn_probs: return `(out, softmax_lse, None)` instead of `out`. Probabilities are
             never materialised; the third entry keeps flash-attn's shape of the result.
-        out: tensor like q to write the result to, sharing no memory with q, k and v.
+        out: tensor like q to write the result to, sharing no memory with q, k and v; it takes no
+            part in gradients.
 
     Returns:
         out, shaped like q (with v's head_dim), in q's dtype; with `return_attn_probs` also
@@ -79,7 +85,8 @@ def flash_attn_func(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and what to do.
-        NotImplementedError: dropout and gradients.
+        NotImplementedError: dropout, second derivatives, and gradients of alibi_slopes and
+            score_mod_args.
     """
     s_aux = either("flash_attn_func", "s_aux", s_aux, "learnable_sink", learnable_sink)
     arguments = {
@@ -87,7 +94,7 @@ def flash_attn_func(
         "causal": causal, "window_size": window_size, "softcap": softcap,
         "alibi_slopes": alibi_slopes, "deterministic": deterministic,
         "return_attn_probs": return_attn_probs, "s_aux": s_aux, "score_mod": score_mod,
-        "score_mod_args": score_mod_args, "out": out,
+        "score_mod_args": score_mod_args, "score_mod_bwd": score_mod_bwd, "out": out,
     }  # fmt: skip
     result, lse = dispatch.run(DENSE, arguments)
     return (result, lse, None) if return_attn_probs else result
@@ -118,6 +125,7 @@ def flash_attn_varlen_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     num_splits: int = 0,
     out: torch.Tensor | None = None,
 ) -> Any:
@@ -162,7 +170,8 @@ def flash_attn_varlen_func(
         "softcap": softcap, "alibi_slopes": alibi_slopes, "deterministic": deterministic,
         "return_attn_probs": return_attn_probs, "block_table": block_table, "seqused_q": seqused_q,
         "seqused_k": seqused_k, "s_aux": s_aux, "score_mod": score_mod,
-        "score_mod_args": score_mod_args, "num_splits": num_splits, "out": out,
+        "score_mod_args": score_mod_args, "score_mod_bwd": score_mod_bwd, "num_splits": num_splits,
+        "out": out,
     }  # fmt: skip
     result, lse = dispatch.run(VARLEN, arguments)
     return (result, lse, None) if return_attn_probs else result

@@ -4,6 +4,8 @@ Outside the GPU kernels a well-kept library beats our own code. What is left to 
 out the keys that are in use, sequence by sequence, and to say who sees whom.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -32,7 +34,7 @@ def run(p: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
         return out, lse
     out.zero_()
     for b in range(p.batch):
-        at = _queries(p, b)
+        at = queries_of(p, b)
         k, v = _keys(p, b)
         pad = 0 if leftpad is None else min(max(int(leftpad[b]), 0), k.shape[0])
         result, result_lse = _attention(p, p.q[at][None], k[None], v[None], b, pad)
@@ -65,7 +67,7 @@ def _attention(
     causal = plain and options.left is None and options.right == 0 and seqlen_q == seqlen_k
     seen = None
     if options.need_lse or not causal:
-        seen = _seen(window, seqlen_q, skipped)
+        seen = visible(window, seqlen_q, skipped)
     if plain:
         result = F.scaled_dot_product_attention(
             q, k, v, attn_mask=None if causal else seen, is_causal=causal,
@@ -76,7 +78,9 @@ def _attention(
         if not options.need_lse:
             return result.transpose(1, 2), q.new_empty(0)
     scores = q.float() @ _to_heads(k, q).float().mT * options.softmax_scale
-    scores = _changed(p, scores, b, skipped)
+    scores = biased(p, scores, b, skipped)
+    if p.scores.score_mod is not None:
+        scores = modified(p, p.scores.score_mod, b, skipped, scores)
     if seen is not None:
         scores = scores.masked_fill(~seen, float("-inf"))
     lse = scores.logsumexp(-1)
@@ -96,27 +100,35 @@ def _to_heads(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
-def _changed(p: Problem, s: torch.Tensor, b: int, skipped: int) -> torch.Tensor:
-    """Scores (B, H, Sq, Sk) after soft cap, ALiBi and score_mod."""
-    batch, nheads, seqlen_q, keys = s.shape
-    j = torch.arange(skipped, skipped + keys, device="cpu")
-    i = torch.arange(skipped + keys - seqlen_q, skipped + keys, device="cpu")[:, None]
-    numbers = torch.arange(b, b + batch, device="cpu")[:, None, None, None]
-    heads = torch.arange(nheads, device="cpu")[:, None, None]
-    softcap, slopes, score_mod, aux, _ = p.scores
+def _stands(seqlen_q: int, seqlen_k: int, skipped: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(seqlen_q, 1) and (seqlen_k - skipped,): where queries and keys stand."""
+    i = torch.arange(seqlen_k - seqlen_q, seqlen_k, device="cpu")[:, None]
+    return i, torch.arange(skipped, seqlen_k, device="cpu")
+
+
+def biased(p: Problem, s: torch.Tensor, b: int, skipped: int) -> torch.Tensor:
+    """Scores (B, H, Sq, Sk) after soft cap and ALiBi; b is the number of the first sequence."""
+    softcap, slopes = p.scores.softcap, p.scores.alibi_slopes
     if softcap:
         s = softcap * torch.tanh(s / softcap)
     if slopes is not None:
-        slopes = slopes if slopes.dim() == 1 else slopes[b : b + batch, :]
+        slopes = slopes if slopes.dim() == 1 else slopes[b : b + s.shape[0], :]
+        i, j = _stands(s.shape[2], skipped + s.shape[3], skipped)
         s = s - slopes[..., None, None] * (i - j).abs()
-    if score_mod is not None:
-        s = triton_on_cpu.call(
-            score_mod, s, numbers, heads, i.clamp(min=0), j, *([aux] if aux else [])
-        )
     return s
 
 
-def _seen(window: Window, seqlen_q: int, skipped: int) -> torch.Tensor | None:
+def modified(p: Problem, function: Any, b: int, skipped: int, *scores: torch.Tensor) -> Any:
+    """What a score_mod, or its gradient, makes of scores (B, H, Sq, Sk) of sequences from b on."""
+    batch, nheads, seqlen_q, keys = scores[0].shape
+    i, j = _stands(seqlen_q, skipped + keys, skipped)
+    numbers = torch.arange(b, b + batch, device="cpu")[:, None, None, None]
+    heads = torch.arange(nheads, device="cpu")[:, None, None]
+    aux = () if p.scores.aux is None else (p.scores.aux,)
+    return triton_on_cpu.call(function, *scores, numbers, heads, i.clamp(min=0), j, *aux)
+
+
+def visible(window: Window, seqlen_q: int, skipped: int) -> torch.Tensor | None:
     """(seqlen_q, keys from `skipped` on) bool: whether a query sees a key; None if all see all."""
     i = torch.arange(seqlen_q, device="cpu")[:, None]
     j = torch.arange(skipped, window.seqlen_k, device="cpu")
@@ -129,17 +141,17 @@ def _seen(window: Window, seqlen_q: int, skipped: int) -> torch.Tensor | None:
     return seen
 
 
-def _queries(p: Problem, b: int) -> int | slice:
+def queries_of(p: Problem, b: int) -> int | slice:
     """Where in q the query rows in use of sequence b lie."""
     lengths, most = p.lengths, p.seqlen_q
     if lengths.cu_seqlens_q is None:
         return b
     if lengths.seqused_q is not None:
         most = min(max(int(lengths.seqused_q[b]), 0), most)
-    return _rows(b, lengths.cu_seqlens_q, p.q, most)
+    return rows_of(b, lengths.cu_seqlens_q, p.q, most)
 
 
-def _rows(b: int, cu_seqlens: torch.Tensor, x: torch.Tensor, most: int) -> slice:
+def rows_of(b: int, cu_seqlens: torch.Tensor, x: torch.Tensor, most: int) -> slice:
     """Rows of packed x that are sequence b, at most so many, whatever cu_seqlens holds."""
     total = x.shape[0]
     start = min(max(int(cu_seqlens[b]), 0), total)
@@ -155,7 +167,7 @@ def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
         start, end = lengths.cu_seqlens_k[b : b + 2].tolist()
         length = min(max(end - start, 0), length)
     if lengths.seqused_k is not None:
-        appended = p.q[_queries(p, b)].shape[0] if cache.appended < 0 else cache.appended
+        appended = p.q[queries_of(p, b)].shape[0] if cache.appended < 0 else cache.appended
         length = min(min(max(int(lengths.seqused_k[b]), 0), length) + appended, length)
     row = _row(p, b)
     length = length if row >= 0 else 0
@@ -166,7 +178,7 @@ def _keys(p: Problem, b: int) -> tuple[torch.Tensor, torch.Tensor]:
         missing = ~real[:, None, None]
         return p.k[page, slot].masked_fill(missing, 0.0), p.v[page, slot].masked_fill(missing, 0.0)
     if lengths.cu_seqlens_k is not None:
-        rows = _rows(b, lengths.cu_seqlens_k, p.k, length)
+        rows = rows_of(b, lengths.cu_seqlens_k, p.k, length)
         return p.k[rows], p.v[rows]
     k, v = (x[row : row + 1, :length].flatten(0, 1) for x in (p.k, p.v))
     return k, v
@@ -201,7 +213,7 @@ def _append(p: Problem) -> Problem:
     if p.lengths.seqused_k is not None:
         starts = p.lengths.seqused_k.clamp(0, p.seqlen_k).tolist()
     for b, start in enumerate(starts):
-        at = _queries(p, b)
+        at = queries_of(p, b)
         k, v = (x[at][: p.seqlen_k - start] for x in (k_new, v_new))
         j = torch.arange(start, start + k.shape[0], device="cpu")
         if rotary is not None:

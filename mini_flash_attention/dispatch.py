@@ -2,7 +2,7 @@
 
 import torch
 
-from . import execution
+from . import execution, execution_backward, recipes
 from .entries import Entry
 from .recipes import Arguments, Result
 from .validate.options import pair
@@ -19,4 +19,20 @@ def run(entry: Entry, arguments: Arguments) -> Result:
         from . import ops
 
         return ops.run(entry, arguments)
-    return execution.run(entry, arguments)
+    key, recipe = recipes.look_up(entry, arguments)
+    if key is recipes.GRADIENT:
+        from . import autograd
+
+        return autograd.run(entry, arguments)
+    return execution.run_known(entry, arguments, key, recipe)
+
+
+def run_backward(entry: Entry, arguments: Arguments) -> execution_backward.Gradients:
+    """The gradients of a call; `entry` is that of its backward pass."""
+    if type(arguments["window_size"]) is not tuple:
+        arguments["window_size"] = pair(arguments["window_size"])
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        from . import ops
+
+        return ops.run_backward(entry, arguments)
+    return execution_backward.run(entry, arguments)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from .problem import Problem
-from .validate import calls
+from .validate import backward, calls
 
 
 class Entry(NamedTuple):
     """A public function, seen from inside."""
 
+    function: str
     name: str  # of its operator
     parse: Callable[..., Problem]
     wants_lse: str  # the argument that asks for softmax_lse
@@ -20,6 +21,11 @@ class Entry(NamedTuple):
 
 # flash_attn_with_kvcache has other names for the cache and for what is appended.
 CACHE = {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_k": "cache_seqlens"}
-DENSE = Entry("dense", calls.dense, "return_attn_probs", {})
-VARLEN = Entry("varlen", calls.varlen, "return_attn_probs", {})
-KVCACHE = Entry("kvcache", calls.kvcache, "return_softmax_lse", CACHE)
+DENSE = Entry("flash_attn_func", "dense", calls.dense, "return_attn_probs", {})
+VARLEN = Entry("flash_attn_varlen_func", "varlen", calls.varlen, "return_attn_probs", {})
+KVCACHE = Entry("flash_attn_with_kvcache", "kvcache", calls.kvcache, "return_softmax_lse", CACHE)
+
+# The LSE is an argument of the backward pass, and has no other name.
+STATISTICS = {"lse": "softmax_lse", "dlse": "dsoftmax_lse"}
+DENSE_BACKWARD = Entry("backward", "dense_backward", backward.dense, "", STATISTICS)
+VARLEN_BACKWARD = Entry("backward", "varlen_backward", backward.varlen, "", STATISTICS)

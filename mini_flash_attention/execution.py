@@ -7,13 +7,15 @@ With TRITON_INTERPRET=1 (Triton's own switch, set before Triton is imported) CPU
 through the GPU kernels too, in Triton's interpreter: slow, and open to a debugger.
 """
 
+from typing import Any
+
 import torch
 
 from . import cpu, device_checks, recipes, settings
 from .entries import Entry
 from .plan import gpu as gpus
 from .problem import Problem
-from .recipes import Arguments, Result
+from .recipes import Arguments, Recipe, Result
 from .validate import memory
 from .validate.tensors import refuse_tracing
 
@@ -22,7 +24,13 @@ FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
 def run(entry: Entry, arguments: Arguments, keep: bool = True) -> Result:
     """(out, softmax_lse or None) of a call. keep: the workspace, for the next call."""
-    key, recipe = recipes.look_up(entry, arguments)
+    return run_known(entry, arguments, *recipes.look_up(entry, arguments), keep)
+
+
+def run_known(
+    entry: Entry, arguments: Arguments, key: Any, recipe: Recipe | None, keep: bool = True
+) -> Result:
+    """The same, for what `recipes.look_up` has found."""
     if recipe is not None:
         if recipe.subclassed:
             memory.without_memory(recipe.function, arguments)

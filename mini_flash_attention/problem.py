@@ -18,6 +18,7 @@ class Scores(NamedTuple):
     score_mod: Any = None  # a function, @triton.jit on a GPU
     aux: tuple[torch.Tensor, ...] | None = None  # tensors it is handed too
     s_aux: torch.Tensor | None = None  # (nheads,): logits in the denominator alone
+    score_mod_bwd: Any = None  # the gradient of score_mod
 
     @property
     def changed(self) -> bool:
@@ -129,3 +130,16 @@ def empty_out(q: torch.Tensor, head_dim: int = 0, device: str | None = None) -> 
     if out.stride(-1) != 1:
         out = torch.empty_like(q, memory_format=torch.contiguous_format, device=device)
     return out
+
+
+class BackwardTensors(NamedTuple):
+    """What the backward pass of a `Problem` reads besides, and what it writes."""
+
+    out: torch.Tensor
+    dout: torch.Tensor
+    lse: torch.Tensor
+    dlse: torch.Tensor | None
+    delta: torch.Tensor  # like lse
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor

@@ -38,6 +38,7 @@ class Recipe(NamedTuple):
 
 
 _recipes: dict[Hashable, Recipe] = {}
+GRADIENT = object()  # in place of a key
 
 
 def remember(key: Hashable, recipe: Recipe) -> None:
@@ -50,11 +51,12 @@ def remember(key: Hashable, recipe: Recipe) -> None:
 def look_up(entry: Entry, arguments: Arguments) -> tuple[Any, Recipe | None]:
     """What checks, plan and launches depend on, and the recipe for it if there is one.
 
-    None where each call must be looked at afresh.
+    None where each call must be looked at afresh, GRADIENT where the call belongs to autograd.
     """
-    if settings.CHECKED or transformed() or type(arguments.get("cache_seqlens")) is int:
-        return None, None  # an int cache_seqlens grows with every token
     grad = torch.is_grad_enabled()
+    if settings.CHECKED or transformed() or type(arguments.get("cache_seqlens")) is int:
+        # An int cache_seqlens grows with every token.
+        return GRADIENT if wants_gradient(arguments) else None, None
     # 1 and True and 1.0 are equal, but not alike.
     key: list[Any] = [entry.name, settings.PORTABLE, *map(type, arguments.values())]
     try:
@@ -62,64 +64,88 @@ def look_up(entry: Entry, arguments: Arguments) -> tuple[Any, Recipe | None]:
             if x is None:
                 continue
             if isinstance(x, torch.Tensor):
-                if not x.dim() or (grad and x.requires_grad) or x.is_neg():
+                if grad and x.requires_grad:
+                    return GRADIENT, None
+                if not x.dim() or x.is_neg():
                     return None, None  # a length to be read, or to be refused
                 key += (x.dtype, x.device, x.shape, x.stride())
             elif type(x) is tuple:
                 for y in (len(x), *x):
                     if type(y) in PLAIN:
                         key += (type(y), y)
-                    elif (grad and y.requires_grad) or y.is_neg():
+                    elif grad and y.requires_grad:
+                        return GRADIENT, None
+                    elif y.is_neg():
                         return None, None
                     else:
                         key += (type(y), y.dtype, y.device, y.layout)
             elif type(x) in PLAIN or hasattr(x, "arg_names"):  # a score_mod, compiled in
                 key.append(x)
             else:
-                return None, None
+                return GRADIENT if wants_gradient(arguments) else None, None
         signature = tuple(key)
         return signature, _recipes.get(signature)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):
         return None, None  # unhashable, or no plain tensor
 
 
-def make(entry: Entry, p: Problem, arguments: Arguments) -> Recipe:
-    """Plan a call and make its launches."""
+def wants_gradient(arguments: Arguments) -> bool:
+    """Whether autograd, or a transform of torch.func, wants to know what happens to a tensor."""
+    if transformed():
+        return True
+    given = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
+    return torch.is_grad_enabled() and any(x.requires_grad for x in given)
+
+
+def launchable(p: Problem) -> Problem:
+    """p as kernels take it, where they can run at all."""
     settings.require_triton()
-    if p.scores.score_mod is not None:
-        score_mod = triton_on_cpu.launchable(p.scores.score_mod, settings.INTERPRETED)
-        p = p._replace(scores=p.scores._replace(score_mod=score_mod))
     if settings.INTERPRETED and p.q.dtype is torch.bfloat16:
         wanted, hint = "float16 or float32 in Triton's interpreter", "its bf16 products are wrong"
         raise wrong_type(p.function, "q", wanted, p.q.dtype, hint)
+    functions = {
+        name: triton_on_cpu.launchable(function, settings.INTERPRETED)
+        for name in ("score_mod", "score_mod_bwd")
+        if (function := getattr(p.scores, name)) is not None
+    }
+    return p._replace(scores=p.scores._replace(**functions))
+
+
+def bind(
+    entry: Entry, launches: "list[Launch]", arguments: Arguments, *own: str, **renamed: str
+) -> bool:
+    """Say by which names a call's tensors are known to its launches, beside `own`; whether some
+    tensor's class might have no memory of its own.
+    """
+    given = [name for name, x in arguments.items() if isinstance(x, torch.Tensor)]
+    known = {name: name for name in (*given, *own)}
+    known |= {name: x if x in given else "nothing" for name, x in entry.tensors.items()}
+    known |= renamed
+    for launch in launches:
+        launch.bind(known)
+    classes = {type(x) for x in (*map(arguments.get, given), *arguments["score_mod_args"])}
+    return not classes <= OWN_MEMORY
+
+
+def make(entry: Entry, p: Problem, arguments: Arguments) -> Recipe:
+    """Plan a call and make its launches."""
+    p = launchable(p)
     from .kernels.attention import launches_of
 
     gpu = gpus.gpu_of(p.q.device)._replace(triton=settings.triton_version())
     launches, needed, clears = launches_of(p, gpu)
     head_dim = 0 if p.v.shape[-1] == p.q.shape[-1] else p.v.shape[-1]
-    given = [name for name, x in arguments.items() if isinstance(x, torch.Tensor)]
-    classes = {type(x) for x in (*map(arguments.get, given), *arguments["score_mod_args"])}
-    known = {name: name for name in (*given, "out", "lse", "aux", *needed)}
-    known |= {name: x if x in given else "nothing" for name, x in entry.tensors.items()}
-    known |= {"given_q": "q", "q": "rotated_q"} if p.cache.rotary else {}
-    for launch in launches:
-        launch.bind(known)
+    rotated = {"given_q": "q", "q": "rotated_q"} if p.cache.rotary else {}
+    subclassed = bind(entry, launches, arguments, "out", "lse", "aux", *needed, **rotated)
     return Recipe(
         p.function, launches, p.lse_shape, needed, head_dim, bool(p.cache.rotary), clears,
-        not classes <= OWN_MEMORY,
+        subclassed,
     )  # fmt: skip
 
 
 def follow(recipe: Recipe, tensors: Arguments, keep: bool = True) -> Result:
-    """Launch it; what it needs besides is put beside the arguments."""
-    q, stream = tensors["q"], None
-    index = q.get_device()
-    if index >= 0:  # not the CPU
-        if torch.cuda.current_device() != index:
-            with torch.cuda.device(index):
-                return follow(recipe, tensors, keep)
-        stream = torch._C._cuda_getCurrentRawStream(index)
-    out, lse = tensors["out"], None
+    """(out, softmax_lse or None), once the recipe's launches have written them."""
+    q, out, lse = tensors["q"], tensors["out"], None
     if out is None:
         out = tensors["out"] = empty_out(q, recipe.head_dim)
     if recipe.lse_shape is not None:
@@ -128,11 +154,25 @@ def follow(recipe: Recipe, tensors: Arguments, keep: bool = True) -> Result:
         out.zero_()
         if lse is not None:
             lse.fill_(float("-inf"))
-    tensors |= {"lse": lse, "nothing": None, "aux": tensors["score_mod_args"] or None}
-    if recipe.workspace:
-        workspace.find(recipe.workspace, tensors, stream if keep else None)
     if recipe.rotates:
         tensors["rotated_q"] = empty_out(q)
-    for launch in recipe.launches:
-        launch(tensors, stream)
+    tensors["lse"] = lse
+    launch(recipe, tensors, keep)
     return out, lse
+
+
+def launch(recipe: Recipe, tensors: Arguments, keep: bool) -> None:
+    """Launch it; what it needs besides is put beside the arguments. keep: the workspace."""
+    stream = None
+    index = tensors["q"].get_device()
+    if index >= 0:  # not the CPU
+        if torch.cuda.current_device() != index:
+            with torch.cuda.device(index):
+                return launch(recipe, tensors, keep)
+        stream = torch._C._cuda_getCurrentRawStream(index)
+    tensors |= {"nothing": None, "aux": tensors["score_mod_args"] or None}
+    if recipe.workspace:
+        workspace.find(recipe.workspace, tensors, stream if keep else None)
+    for one in recipe.launches:
+        one(tensors, stream)
+    return None

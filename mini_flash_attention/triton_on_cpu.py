@@ -194,10 +194,11 @@ def counterpart(x: Any) -> Names | None:
 
 
 def call(score_mod: Any, score: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """What score_mod makes of scores; a tuple becomes one of pointers."""
+    """What score_mod, or its gradient, makes of scores; a tuple becomes one of pointers."""
     given = [tuple(map(Pointer, x)) if isinstance(x, tuple) else x for x in (score, *arguments)]
     if is_compiled(score_mod):  # there integers are int32
-        tensors = [x if x is score else x.int() for x in given if isinstance(x, torch.Tensor)]
+        tensors = [x for x in given if isinstance(x, torch.Tensor)]
+        tensors = [x if x.is_floating_point() else x.int() for x in tensors]
         given[: len(tensors)] = map(Tile, tensors)
     result = tensor(Rebuilder().function(score_mod)(*given), "result")
     if result.shape != score.shape:  # nor would it be broadcast in a kernel

@@ -19,7 +19,8 @@ SIZES = [
     "stride_lse_b", "stride_lse_h", "stride_table", "batch", "nheads", "group", "num_m_blocks",
     "l2_group", "seqlen_q", "seqlen_k", "total_q", "total_k", "num_pages", "cache_rows", "left",
     "right", "appended", "nheads_k", "splits", "split_tiles", "slots", "partial_rows", "total",
-    "stride_slopes", "rows_cos",
+    "stride_slopes", "rows_cos", "num_n_blocks",
+    "stride_dlse_b", "stride_dlse_h", "stride_dlse_t",
 ]  # fmt: skip
 ALIGNMENT = 16  # bytes; Triton compiles for pointers that are, or are not, multiples of it
 

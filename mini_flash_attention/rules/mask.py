@@ -7,10 +7,12 @@ import triton
 import triton.language as tl
 
 from . import window as windows
+from .window import Window  # noqa: F401  (`transposed` makes one)
 
 # As if they stood in this module: Triton's interpreter wants to find `tl` beside a function.
 first_visible = triton.jit(FunctionType(windows.first_visible.__code__, globals()))
 last_visible = triton.jit(FunctionType(windows.last_visible.__code__, globals()))
+transposed = triton.jit(FunctionType(windows.transposed.__code__, globals()))
 
 
 class KeyBlocks(NamedTuple):

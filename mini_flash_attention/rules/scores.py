@@ -59,12 +59,9 @@ def tanh(x):
 
 
 @triton.jit
-def modify(
-    s, b, head, i, start, n, modification, SCORE_MODE: tl.constexpr, SCORE_MOD: tl.constexpr
-):
-    """Scores s of batch entry b: queries i of `head` against the keys start + n.
+def bias(s, i, start, n, modification, SCORE_MODE: tl.constexpr, SCORE_MOD: tl.constexpr):
+    """Scores s after soft cap and ALiBi: what a score_mod is given. Arguments as in `modify`.
 
-    SCORE_MODE: what else is asked for, and what the kernel does itself (`plan.scores.ScoreMode`).
     Without anything to do, s stays as it is and the softmax scales it. With a soft cap alone, the
     softmax multiplies by it. With ALiBi alone scores are not scaled either, but the slope is by
     their factor's inverse: one multiplication less a score.
@@ -82,10 +79,48 @@ def modify(
             slope = slope * modification.factor
         distance = tl.cast(n, tl.float32) - tl.cast(i - start, tl.float32)
         s = s - slope * tl.abs(distance)
-    if SCORE_MOD is not None:
-        i = tl.maximum(i, 0)  # before the first key stand queries without any; it may read by i
-        if modification.aux is None:
-            s = SCORE_MOD(s, b, head, i, start + n)
-        else:
-            s = SCORE_MOD(s, b, head, i, start + n, modification.aux)
     return s
+
+
+@triton.jit
+def apply(s, b, head, i, j, aux, SCORE_MOD: tl.constexpr):
+    """SCORE_MOD of the scores s that `bias` gives."""
+    i = tl.maximum(i, 0)  # before the first key stand queries without any; it may read by i
+    if aux is None:
+        return SCORE_MOD(s, b, head, i, j)
+    return SCORE_MOD(s, b, head, i, j, aux)
+
+
+@triton.jit
+def modify(
+    s, b, head, i, start, n, modification, SCORE_MODE: tl.constexpr, SCORE_MOD: tl.constexpr
+):
+    """Scores s of batch entry b: queries i of `head` against the keys start + n.
+
+    SCORE_MODE: what else is asked for, and what the kernel does itself (`plan.scores.ScoreMode`).
+    """
+    s = bias(s, i, start, n, modification, SCORE_MODE, SCORE_MOD)
+    if SCORE_MOD is not None:
+        s = apply(s, b, head, i, start + n, modification.aux, SCORE_MOD)
+    return s
+
+
+@triton.jit
+def differentiate(
+    grad, s, biased, b, head, i, j, modification, SCORE_MODE: tl.constexpr,
+    SCORE_MOD_BWD: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the scaled scores, from `grad`, that of the modified ones.
+
+    s: the raw scores, which `bias` made `biased`. The bias of ALiBi has no part in it.
+    """
+    if SCORE_MOD_BWD is not None:
+        i = tl.maximum(i, 0)
+        if modification.aux is None:
+            grad = SCORE_MOD_BWD(grad, biased, b, head, i, j)
+        else:
+            grad = SCORE_MOD_BWD(grad, biased, b, head, i, j, modification.aux)
+    if SCORE_MODE == "softcap":
+        t = tanh(s * modification.factor)
+        grad = grad * (1.0 - t * t)
+    return grad

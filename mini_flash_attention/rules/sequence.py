@@ -28,6 +28,16 @@ class Lengths(NamedTuple):
 
 
 @triton.jit
+def transposed(lengths):
+    """The same lengths with queries and keys exchanged, for a kernel whose rows are keys."""
+    return Lengths(
+        lengths.cu_seqlens_k, lengths.seqused_k, lengths.seqlen_k, lengths.total_k,
+        lengths.cu_seqlens_q, lengths.seqused_q, lengths.seqlen_q, lengths.total_q,
+        0, None, None, 0,
+    )  # fmt: skip
+
+
+@triton.jit
 def clamp(x, low, high):
     """x limited to low..high; low wins when they cross."""
     return tl.maximum(tl.minimum(x, high), low)

@@ -33,6 +33,12 @@ def not_implemented(function: str, argument: str, value: str) -> NotImplementedE
     )
 
 
+def not_differentiable(function: str, what: str, hint: str = "") -> NotImplementedError:
+    """The exception to raise where a gradient is wanted and there is none."""
+    hint = hint or "call it under torch.no_grad() or detach its tensors"
+    return NotImplementedError(f"{function}: backward: not implemented for {what}; {hint}")
+
+
 def kind_of(x: object) -> str:
     """The type of x by name, with its module where that is not Python's own."""
     cls = type(x)

@@ -12,6 +12,7 @@ def dense(
     q: Any, k: Any, v: Any, dropout_p: Any, softmax_scale: Any, causal: Any,
     window_size: Any, softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any,
     s_aux: Any, out: Any, score_mod: Any = None, score_mod_args: Any = (),
+    score_mod_bwd: Any = None,
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_func(...)`."""
     function = "flash_attn_func"
@@ -24,7 +25,7 @@ def dense(
     seqlen_q = options.bounded(function, "q", q.shape[1])
     seqlen_k = options.bounded(function, "k", k.shape[1])
     left, right, asked = options.window(function, causal, window_size, seqlen_q, seqlen_k)
-    scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
+    scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux, score_mod_bwd)
     chosen = Options(softmax_scale, left, right, asked, return_attn_probs)
     return _validated(Problem(function, q, k, v, out, batch, seqlen_q, seqlen_k, chosen, scores))
 
@@ -34,7 +35,7 @@ def varlen(
     max_seqlen_k: Any, dropout_p: Any, softmax_scale: Any, causal: Any, window_size: Any,
     softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any, block_table: Any,
     seqused_k: Any, s_aux: Any, num_splits: Any, out: Any, score_mod: Any = None,
-    score_mod_args: Any = (), seqused_q: Any = None,
+    score_mod_args: Any = (), seqused_q: Any = None, score_mod_bwd: Any = None,
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_varlen_func(...)`."""
     function = "flash_attn_varlen_func"
@@ -54,7 +55,7 @@ def varlen(
     options.flags(function, deterministic=deterministic, return_attn_probs=return_attn_probs)
     splits = options.splits(function, num_splits)
     left, right, asked = options.window(function, causal, window_size, seqlen_q, seqlen_k)
-    scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux)
+    scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux, score_mod_bwd)
     chosen = Options(softmax_scale, left, right, asked, return_attn_probs, splits)
     lengths = DeviceLengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     cache = Cache(block_table, page_size)
@@ -130,8 +131,10 @@ def kvcache(
 
 def _validated(p: Problem) -> Problem:
     """p with what the caller passed for scores, scale and out, once that is found to fit."""
-    function, q, (softcap, alibi_slopes, score_mod, aux, s_aux) = p.function, p.q, p.scores
+    function, q = p.function, p.q
+    softcap, alibi_slopes, score_mod, aux, s_aux, score_mod_bwd = p.scores
     options.score_mod(function, score_mod, aux, q)
+    options.score_mod_bwd(function, score_mod_bwd, score_mod, q)
     nheads, head_dim = q.shape[-2:]
     if alibi_slopes is not None:
         shapes = ((nheads,), (p.batch, nheads))
@@ -139,11 +142,10 @@ def _validated(p: Problem) -> Problem:
     if s_aux is not None:
         tensors.per_head(function, "s_aux", s_aux, q, ((nheads,),), (torch.float32, q.dtype))
     cap = options.softcap(function, softcap)
-    others = (alibi_slopes, s_aux, *(aux or ()), *(p.cache.rotary or ()))
-    tensors.differentiable(function, q, p.k, p.v, p.cache.k_new, p.cache.v_new, p.out, *others)
     memory.out(function, p.out, q, p.v.shape[-1])
     scale = options.scale(function, p.options.softmax_scale, head_dim, alibi_slopes is not None)
-    scores = Scores(cap, alibi_slopes, score_mod, tuple(aux or ()) or None, s_aux)
+    aux = tuple(aux or ()) or None
+    scores = Scores(cap, alibi_slopes, score_mod, aux, s_aux, score_mod_bwd)
     return p._replace(options=p.options._replace(softmax_scale=scale), scores=scores)
 
 

@@ -158,11 +158,7 @@ def split_size(function: str, size: Any, num_splits: int) -> int:
 
 def score_mod(function: str, score_mod: Any, extra: Any, q: torch.Tensor) -> None:
     """A function that is or can be compiled, and tensors for it."""
-    if score_mod is not None:
-        compiled = hasattr(score_mod, "fn") and hasattr(score_mod, "arg_names")
-        if not (compiled or (q.device.type == "cpu" and callable(score_mod))):
-            hint = "decorate it with @triton.jit"
-            raise wrong_type(function, "score_mod", "a function", kind_of(score_mod), hint)
+    _compilable(function, "score_mod", score_mod, q)
     if not isinstance(extra, (tuple, list)):
         raise wrong_type(function, "score_mod_args", "a tuple of tensors", kind_of(extra))
     for n, x in enumerate(extra):
@@ -171,3 +167,17 @@ def score_mod(function: str, score_mod: Any, extra: Any, q: torch.Tensor) -> Non
         if not isinstance(x, torch.Tensor):
             raise wrong_type(function, "score_mod_args", "tensors", f"{kind_of(x)} at {n}")
         strided(function, "score_mod_args", x, q)
+
+
+def score_mod_bwd(function: str, score_mod_bwd: Any, score_mod: Any, q: torch.Tensor) -> None:
+    """A function like score_mod, which is there too."""
+    if score_mod_bwd is not None and score_mod is None:
+        raise wrong_value(function, "score_mod_bwd", "None without a score_mod", "a function")
+    _compilable(function, "score_mod_bwd", score_mod_bwd, q)
+
+
+def _compilable(function: str, name: str, x: Any, q: torch.Tensor) -> None:
+    """x is None, or a function that is or can be compiled."""
+    compiled = x is None or (hasattr(x, "fn") and hasattr(x, "arg_names"))
+    if not (compiled or (q.device.type == "cpu" and callable(x))):
+        raise wrong_type(function, name, "a function", kind_of(x), "decorate it with @triton.jit")

@@ -54,6 +54,13 @@ def shape(
         raise wrong_value(function, name, f"shape {wanted}", tuple(x.shape), hint)
 
 
+def dtype(function: str, name: str, x: torch.Tensor, *allowed: torch.dtype) -> None:
+    """x has one of these dtypes."""
+    if x.dtype not in allowed:
+        wanted = " or ".join(dict.fromkeys(map(str, allowed)))
+        raise wrong_type(function, name, f"dtype {wanted}", x.dtype, "cast it")
+
+
 def tensor(
     function: str, name: str, x: Any, rank: int, like: torch.Tensor | None = None,
     paged: bool = False,
@@ -119,9 +126,7 @@ def per_head(
 ) -> None:  # fmt: skip
     """x has a contiguous row of numbers, one for each head."""
     strided(function, name, x, q)
-    if x.dtype not in dtypes:
-        wanted = " or ".join(dict.fromkeys(map(str, dtypes)))
-        raise wrong_type(function, name, f"dtype {wanted}", x.dtype, "cast it")
+    dtype(function, name, x, *dtypes)
     shape(function, name, x, *shapes)
     rows(function, name, x)
 
@@ -150,20 +155,6 @@ def rotary(function: str, cos: Any, sin: Any, q: torch.Tensor, k: Any) -> bool:
             got, hint = f"strides {x.stride()}", "call .contiguous()"
             raise wrong_value(function, name, "a contiguous table", got, hint)
     return True
-
-
-def differentiable(function: str, *tensors: torch.Tensor | None) -> None:
-    """Refuse whoever expects a gradient, a tangent or a vmap: it would be lost in silence."""
-    given = (t for t in tensors if isinstance(t, torch.Tensor))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        raise NotImplementedError(
-            f"{function}: backward: not implemented yet; "
-            "call it under torch.no_grad() or detach its tensors"
-        )
-    if transformed():
-        raise NotImplementedError(
-            f"{function}: torch.func transforms and forward-mode AD: not implemented"
-        )
 
 
 def refuse_tracing() -> None:
