@@ -33,12 +33,12 @@ def run_known(
     """The same, for what `recipes.look_up` has found."""
     if recipe is not None:
         if recipe.subclassed:
-            memory.without_memory(recipe.function, arguments)
+            memory.refuse_missing_memory(recipe.function, arguments)
         if arguments["out"] is not None:
             _keep_apart(recipe.function, arguments)
         return recipes.follow(recipe, arguments, keep)
     p = validate(entry, arguments)
-    memory.without_memory(p.function, arguments)
+    memory.refuse_missing_memory(p.function, arguments)
     arguments["score_mod_args"] = p.scores.aux or ()
     if settings.CHECKED:
         device_checks.values(p)
@@ -82,4 +82,4 @@ def _keep_apart(function: str, arguments: Arguments) -> None:
     """Refuse an out that shares memory with any other tensor."""
     others = [x for name, x in arguments.items() if name != "out"]
     others += arguments["score_mod_args"]
-    memory.apart(function, arguments["out"], *filter(torch.is_tensor, others))
+    memory.refuse_overlap(function, arguments["out"], *filter(torch.is_tensor, others))

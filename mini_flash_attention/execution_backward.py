@@ -28,12 +28,12 @@ def run(entry: Entry, arguments: Arguments, keep: bool = True) -> Gradients:
     key, recipe = recipes.look_up(entry, arguments)
     if recipe is not None:
         if recipe.subclassed:
-            memory.without_memory(recipe.function, arguments)
+            memory.refuse_missing_memory(recipe.function, arguments)
         result = allocate(arguments)
         recipes.launch(recipe, arguments, keep)
         return result
     p = execution.validate(entry, arguments)
-    memory.without_memory(p.function, arguments)
+    memory.refuse_missing_memory(p.function, arguments)
     arguments["score_mod_args"] = p.scores.aux or ()
     result = allocate(arguments)
     if not (p.q.numel() and p.k.numel()):

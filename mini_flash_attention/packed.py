@@ -11,7 +11,7 @@ import torch
 
 from .api import Window, flash_attn_func, flash_attn_varlen_func
 from .validate import wrong_value
-from .validate.tensors import shape, strided
+from .validate.tensors import shape, strided_tensor
 
 
 def flash_attn_qkvpacked_func(
@@ -90,7 +90,7 @@ def flash_attn_varlen_kvpacked_func(
 
 
 def _parts(function: str, name: str, x: Any, rank: int, parts: int) -> Any:
-    strided(function, name, x)
+    strided_tensor(function, name, x)
     if x.dim() != rank or x.shape[-3] != parts:
         outer = "batch, seqlen" if rank == 5 else "total"
         wanted = f"shape ({outer}, {parts}, heads, head_dim)"
@@ -115,7 +115,7 @@ def merge_attention_states(
     """
     function = "merge_attention_states"
     for name, x in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
-        strided(function, name, x)
+        strided_tensor(function, name, x)
         if x.device != out_a.device:
             raise wrong_value(function, name, f"a tensor on {out_a.device}", x.device)
     if out_a.dim() not in (3, 4):

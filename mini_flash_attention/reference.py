@@ -4,8 +4,12 @@ Written to be read beside the definition, one sequence at a time, not to be fast
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+
+ScoreMod = Callable[..., torch.Tensor]
+NOTHING = float("-inf")  # a score that is not seen, and the LSE where none is
 
 
 def attention(
@@ -18,7 +22,7 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,  # (nheads,)
     s_aux: torch.Tensor | None = None,  # (nheads,)
-    score_mod: Callable[..., torch.Tensor] | None = None,
+    score_mod: ScoreMod | None = None,
     batch: int = 0,  # the number that score_mod knows the sequence by
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,31 +30,114 @@ def attention(
 
     score_mod takes (score, batch, head, q_idx, kv_idx) as tensors that broadcast.
     """
-    (seqlen_q, nheads, head_dim), (seqlen_k, nheads_k, _) = q.shape, k.shape
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    visible = visibility(seqlen_q, seqlen_k, causal, window_size).to(q.device)
-    q, k, v = (x.to(dtype).transpose(0, 1) for x in (q, k, v))  # heads first
-    k, v = (x.repeat_interleave(nheads // nheads_k, 0) for x in (k, v))
-    scores = q @ k.mT * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    i = torch.arange(seqlen_q, device=q.device)[:, None] + (seqlen_k - seqlen_q)
-    j = torch.arange(seqlen_k, device=q.device)[None, :]
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(dtype)[:, None, None] * (i - j).abs()
+    q, k, v = _by_head(dtype, q, k, v)
+    options = (softmax_scale, causal, window_size, softcap, alibi_slopes, score_mod, batch)
+    weights = _softmax(_scores(q, k, *options).final, s_aux)
+    out = (weights.of_keys @ v).masked_fill(weights.empty[:, :, None], 0.0)
+    return out.transpose(0, 1), weights.lse
+
+
+def gradients(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor,
+    dlse: torch.Tensor | None = None, s_aux: torch.Tensor | None = None,
+    score_mod: ScoreMod | None = None, score_mod_bwd: Any = None, batch: int = 0,
+    dtype: torch.dtype = torch.float64, **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """The gradients of q, k, v and s_aux, in dtype, for those of a sequence's out and LSE.
+
+    With P the weights, S the scaled scores, and delta the row sums of dO * O, less dLSE:
+
+        dV = Pᵀ dO      dP = dO Vᵀ      dS = P * (dP - delta)      dQ = dS K      dK = dSᵀ Q
+
+    Between the last two steps dS goes back through what has changed the scores, and is scaled. A
+    sink is a score whose dP is 0. Where nothing is seen dS is 0, whatever dP is.
+
+    score_mod_bwd takes (grad, score, batch, head, q_idx, kv_idx), with the score that score_mod is
+    given; a score_mod needs one. Other arguments are those of `attention`.
+    """
+    nheads_k = k.shape[1]
+    q, k, v, dout = _by_head(dtype, q, k, v, dout)
+    scores = _scores(q, k, score_mod=score_mod, batch=batch, **options)
+    weights = _softmax(scores.final, s_aux)
+    out = (weights.of_keys @ v).masked_fill(weights.empty[:, :, None], 0.0)
+    delta = (dout * out).sum(2) if dlse is None else (dout * out).sum(2) - dlse.to(dtype)
+    dv = weights.of_keys.mT @ dout
+    ds = weights.of_keys * (dout @ v.mT - delta[:, :, None])
     if score_mod is not None:
-        heads = torch.arange(nheads, device=q.device)[:, None, None]
-        number = torch.tensor(batch, device=q.device)
-        scores = score_mod(scores, number, heads, i.clamp(min=0), j).to(dtype)
-    scores = scores.masked_fill(~visible, float("-inf"))
-    empty = (scores == float("-inf")).all(2)  # softmax would make NaN of what sees nothing
+        ds = score_mod_bwd(ds, scores.biased, *_places(ds, batch)).to(dtype)
+    # Select before the products: 0 times infinity is NaN.
+    ds = (ds * scores.slope).masked_fill(scores.final == NOTHING, 0.0)
+    dq, dk = ds @ k, ds.mT @ q
+    dk, dv = (x.unflatten(0, (nheads_k, -1)).sum(1) for x in (dk, dv))
+    dq, dk, dv = (x.transpose(0, 1) for x in (dq, dk, dv))
+    ds_aux = -(weights.of_sink * delta).masked_fill(weights.empty, 0.0).sum(1)
+    return dq, dk, dv, None if s_aux is None else ds_aux
+
+
+class Scores(NamedTuple):
+    """Scores (nheads, seqlen_q, seqlen_k), step by step."""
+
+    biased: torch.Tensor  # after soft cap and ALiBi
+    slope: torch.Tensor | float  # their derivative by q kᵀ
+    final: torch.Tensor  # after score_mod and mask
+
+
+class Weights(NamedTuple):
+    """What a softmax makes of them."""
+
+    of_keys: torch.Tensor  # 0 where nothing is seen
+    of_sink: torch.Tensor  # (nheads, seqlen_q), as are the others
+    lse: torch.Tensor
+    empty: torch.Tensor  # whether a query sees no key
+
+
+def _by_head(dtype: torch.dtype, q: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors in dtype, heads first, each KV head as often as it serves a query head."""
+    heads_first = [x.to(dtype).transpose(0, 1) for x in (q, *others)]
+    return [x.repeat_interleave(q.shape[1] // x.shape[0], 0) for x in heads_first]
+
+
+def _scores(
+    q: torch.Tensor, k: torch.Tensor, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None, score_mod: ScoreMod | None = None, batch: int = 0,
+) -> Scores:  # fmt: skip
+    slope: torch.Tensor | float = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    biased = q @ k.mT * slope
+    if softcap:
+        capped = torch.tanh(biased / softcap)
+        biased, slope = softcap * capped, slope * (1 - capped.square())
+    i, j = _stands(biased)
+    if alibi_slopes is not None:
+        biased = biased - alibi_slopes.to(q.dtype)[:, None, None] * (i - j).abs()
+    final = biased if score_mod is None else score_mod(biased, *_places(biased, batch))
+    visible = visibility(q.shape[1], k.shape[1], causal, window_size).to(q.device)
+    return Scores(biased, slope, final.to(q.dtype).masked_fill(~visible, NOTHING))
+
+
+def _stands(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where queries and keys stand: the last query on the last key."""
+    _, seqlen_q, seqlen_k = scores.shape
+    i = torch.arange(seqlen_q, device=scores.device)[:, None] + (seqlen_k - seqlen_q)
+    return i, torch.arange(seqlen_k, device=scores.device)[None, :]
+
+
+def _places(scores: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
+    """What a score_mod is told of scores: (batch, head, q_idx, kv_idx)."""
+    i, j = _stands(scores)
+    heads = torch.arange(scores.shape[0], device=scores.device)[:, None, None]
+    return torch.tensor(batch, device=scores.device), heads, i.clamp(min=0), j
+
+
+def _softmax(scores: torch.Tensor, s_aux: torch.Tensor | None) -> Weights:
+    empty = (scores == NOTHING).all(2)  # softmax would make NaN of what sees nothing
+    seqlen_k = scores.shape[2]
     if s_aux is not None:  # a key more, without a value
-        sink = s_aux.to(dtype)[:, None, None].expand(nheads, seqlen_q, 1)
+        sink = s_aux.to(scores.dtype)[:, None, None].expand(*scores.shape[:2], 1)
         scores = torch.cat([scores, sink], 2)
-        v = torch.cat([v, v.new_zeros(nheads, 1, v.shape[2])], 1)
-    out = (scores.softmax(2) @ v).masked_fill(empty[:, :, None], 0.0)
-    lse = scores.logsumexp(2).masked_fill(empty, float("-inf"))
-    return out.transpose(0, 1), lse
+    weights = scores.softmax(2).masked_fill(empty[:, :, None], 0.0)
+    lse = scores.logsumexp(2).masked_fill(empty, NOTHING)
+    return Weights(weights[:, :, :seqlen_k], weights[:, :, seqlen_k:].sum(2), lse, empty)
 
 
 def visibility(

@@ -19,7 +19,7 @@ ROOT = Path(mini_flash_attention.__file__).parent
 # Who may import what, from the public functions down to the rules. A name that ends in a dot
 # stands for every module of that folder.
 ARROWS = {
-    "": {"api", "packed"},
+    "": {"api", "api_backward", "packed"},
     "__main__": {"", "plan.", "reference", "settings"},
     "integrations": set(),
     "integrations.flash_attn": {"", "validate", "integrations.flash_attn."},
@@ -34,8 +34,36 @@ ARROWS = {
     "integrations.transformers": {"api", "validate"},
     "packed": {"api", "validate", "validate.tensors"},
     "api": {"dispatch", "entries", "validate.options"},
-    "dispatch": {"entries", "execution", "ops", "recipes", "validate.options"},
-    "ops": {"entries", "execution", "problem", "recipes"},
+    "api_backward": {"api", "dispatch", "entries"},
+    "dispatch": {
+        "autograd",
+        "entries",
+        "execution",
+        "execution_backward",
+        "ops",
+        "recipes",
+        "validate.options",
+    },
+    "ops": {
+        "entries",
+        "execution",
+        "execution_backward",
+        "problem",
+        "recipes",
+        "validate.backward",
+    },
+    "autograd": {"entries", "execution", "execution_backward", "recipes", "validate.backward"},
+    "execution_backward": {
+        "cpu_backward",
+        "entries",
+        "execution",
+        "kernels.backward",
+        "plan.gpu",
+        "problem",
+        "recipes",
+        "settings",
+        "validate.",
+    },
     "execution": {
         "cpu",
         "device_checks",
@@ -56,10 +84,11 @@ ARROWS = {
         "triton_on_cpu",
         "validate.tensors",
     },
-    "entries": {"problem", "validate.calls"},
+    "entries": {"problem", "validate.backward", "validate.calls"},
     "validate": set(),
     "validate.": {"problem", "rules.window", "validate", "validate."},
     "device_checks": {"validate", "problem", "settings"},
+    "cpu_backward": {"cpu", "problem", "rules.window"},
     "cpu": {"problem", "rules.window", "triton_on_cpu", "validate.memory"},
     "triton_on_cpu": {"validate"},
     "plan": {"plan.", "problem"},
@@ -78,6 +107,13 @@ ARROWS = {
         "plan.",
         "problem",
         "settings",
+    },
+    "kernels.backward": {
+        "kernels.hopper.",
+        "kernels.launch",
+        "kernels.portable.",
+        "plan.",
+        "problem",
     },
     "kernels.gluon": set(),
     "kernels.launch": {"plan.layout", "problem", "settings", "validate.memory"},
@@ -127,10 +163,12 @@ NEEDS_TRITON = {
     "rules.",
     *(f"kernels.{x}" for x in ("", "portable.", "decode.", "cache.", "hopper.")),
 }
-# Operators are defined for whoever traces a call, kernels imported by who launches one, a library
-# by who registers with it.
+# Operators are defined for whoever traces a call, a torch.autograd.Function for who wants gradients,
+# kernels imported by who launches one, a library by who registers with it.
 LATE = {
+    ("dispatch", f"{PACKAGE}.autograd"),
     ("dispatch", f"{PACKAGE}.ops"),
+    ("execution_backward", f"{PACKAGE}.kernels.backward"),
     ("recipes", f"{PACKAGE}.kernels.attention"),
     ("integrations.transformers", "transformers"),
 }
@@ -175,7 +213,7 @@ def test_the_scanner_sees_every_form():
     source = """
 import torch.nn.functional as F
 from . import stream_k, nothing
-from ...rules import grid, mask as m
+from ...rules import mask as m, tile_order
 from ...problem import Problem
 from ... import plan
 from mini_flash_attention.validate import invalid
@@ -183,7 +221,13 @@ def late():
     import triton
 """
     found = dict(imports(source, "kernels.decode.decode", is_package=False))
-    ours = ["kernels.decode.stream_k", "kernels.decode", "rules.grid", "rules.mask", "problem"]
+    ours = [
+        "kernels.decode.stream_k",
+        "kernels.decode",
+        "rules.mask",
+        "rules.tile_order",
+        "problem",
+    ]
     expected = {f"{PACKAGE}.{name}": True for name in [*ours, "plan", "validate"]}
     assert found == expected | {"torch.nn.functional": True, "triton": False}
     found = dict(imports("from . import api\nfrom .plan import x", "", is_package=True))
@@ -300,6 +344,12 @@ outs += [
     mfa.merge_attention_states(*halves[0], *halves[1])[0],
 ]
 assert all((out - 1).abs().max() < 1e-6 for out in outs), outs
+
+more["score_mod_bwd"] = lambda grad, score, batch, head, q_idx, kv_idx, args: grad
+q, k, v = tokens(2, 3, 4), tokens(2, 5, 2), tokens(2, 5, 2)
+given = [x.requires_grad_() for x in (q, k, v)]
+dq, dk, dv = torch.autograd.grad(mfa.flash_attn_func(*given, **more).sum(), given)
+assert dq.shape == q.shape and (dv.sum(1) - 6).abs().max() < 1e-5, (dq, dk, dv)
 assert "mini_flash_attention.ops" not in sys.modules, "plain calls do without operators"
 assert not torch.cuda.is_initialized()
 """
@@ -344,7 +394,7 @@ CONTRACT = """
 def flash_attn_func(
     q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
     alibi_slopes=None, deterministic=False, return_attn_probs=False, *, s_aux=None,
-    learnable_sink=None, score_mod=None, score_mod_args=(), out=None,
+    learnable_sink=None, score_mod=None, score_mod_args=(), score_mod_bwd=None, out=None,
 ): ...
 
 def flash_attn_varlen_func(
@@ -352,7 +402,7 @@ def flash_attn_varlen_func(
     softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False, block_table=None, *, seqused_q=None,
     seqused_k=None, s_aux=None, page_table=None, learnable_sink=None, score_mod=None,
-    score_mod_args=(), num_splits=0, out=None,
+    score_mod_args=(), score_mod_bwd=None, num_splits=0, out=None,
 ): ...
 
 def flash_attn_with_kvcache(
@@ -366,30 +416,39 @@ def flash_attn_with_kvcache(
 def flash_attn_qkvpacked_func(
     qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
     alibi_slopes=None, deterministic=False, return_attn_probs=False, *, s_aux=None,
-    learnable_sink=None, score_mod=None, score_mod_args=(), out=None,
+    learnable_sink=None, score_mod=None, score_mod_args=(), score_mod_bwd=None, out=None,
 ): ...
 
 def flash_attn_kvpacked_func(
     q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
     alibi_slopes=None, deterministic=False, return_attn_probs=False, *, s_aux=None,
-    learnable_sink=None, score_mod=None, score_mod_args=(), out=None,
+    learnable_sink=None, score_mod=None, score_mod_args=(), score_mod_bwd=None, out=None,
 ): ...
 
 def flash_attn_varlen_qkvpacked_func(
     qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
     return_attn_probs=False, *, seqused_q=None, seqused_k=None, s_aux=None,
-    learnable_sink=None, score_mod=None, score_mod_args=(), num_splits=0, out=None,
+    learnable_sink=None, score_mod=None, score_mod_args=(), score_mod_bwd=None, num_splits=0,
+    out=None,
 ): ...
 
 def flash_attn_varlen_kvpacked_func(
     q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
     softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False, *, seqused_q=None, seqused_k=None, s_aux=None,
-    learnable_sink=None, score_mod=None, score_mod_args=(), num_splits=0, out=None,
+    learnable_sink=None, score_mod=None, score_mod_args=(), score_mod_bwd=None, num_splits=0,
+    out=None,
 ): ...
 
 def merge_attention_states(out_a, lse_a, out_b, lse_b): ...
+
+def backward(
+    dout, q, k, v, out, softmax_lse, *, dsoftmax_lse=None, cu_seqlens_q=None, cu_seqlens_k=None,
+    max_seqlen_q=None, max_seqlen_k=None, seqused_q=None, seqused_k=None, softmax_scale=None,
+    causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+    score_mod=None, score_mod_args=(), score_mod_bwd=None, dq=None, dk=None, dv=None,
+): ...
 """
 
 
@@ -414,8 +473,9 @@ def test_signature(name):
     function = getattr(mini_flash_attention, name)
     assert form(function) == form(contract()[name])
     # Each says what it takes beyond the function it refers to.
-    refers_to = {"varlen": "flash_attn_varlen_func", "with": "flash_attn_varlen_func"}
-    others = {"flash_attn_func", refers_to.get(name.split("_")[2], "flash_attn_func")}
+    others = ["flash_attn_func"]
+    if re.search("varlen|kvcache|backward", name):
+        others.append("flash_attn_varlen_func")
     documented = [inspect.getdoc(function)]
     if name not in ("flash_attn_func", "merge_attention_states"):
         documented += [inspect.getdoc(getattr(mini_flash_attention, other)) for other in others]

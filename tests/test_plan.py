@@ -365,7 +365,7 @@ def test_what_hopper_packs_and_splits(
         assert chosen.partials is None and chosen.programs == min(132, work_tiles)
     else:
         assert chosen.partials.splits == splits and not chosen.partials.stream_k
-        assert chosen.partials.programs == chosen.partials.slots == work_tiles * splits
+        assert chosen.partials.programs == chosen.partials.num_partials == work_tiles * splits
         assert chosen.partials.rows == min(128, seqlen_q * group)
         assert chosen.programs == min(132, chosen.partials.programs)
     if seqlen_q > 16:
@@ -567,9 +567,9 @@ def test_without_a_mask_heads_stand_side_by_side(seqlen, head_dim):
 def test_results_leave_through_the_place_of_their_queries_where_there_are_two(head_dim):
     """Else queries are loaded ahead into the places that are left."""
     for tiles in (plan.configs.HOPPER_TILES[head_dim], on_hopper(prefill(head_dim=head_dim)).tiles):
-        assert tiles.consumers < tiles.q_tiles <= 2 * tiles.consumers
+        assert tiles.consumers < tiles.q_buffers <= 2 * tiles.consumers
         keys_and_values = 2 * 2 * tiles.block_n * head_dim * 2
-        assert keys_and_values + 64 * tiles.q_tiles * head_dim * 2 <= 227 << 10
+        assert keys_and_values + 64 * tiles.q_buffers * head_dim * 2 <= 227 << 10
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

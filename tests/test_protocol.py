@@ -28,9 +28,9 @@ from mini_flash_attention.plan.configs import HOPPER_TILES
 
 forward = pytest.importorskip("mini_flash_attention.kernels.hopper.forward")
 
-# Consumers, and places for their queries. For head_dim 64 and many keys `plan.hopper` takes three
-# consumers with two places each.
-CASES = sorted({(x.consumers, x.q_tiles) for x in HOPPER_TILES.values()} | {(3, 6)})
+# Consumers, and buffers for their queries. For head_dim 64 and many keys `plan.hopper` takes three
+# consumers with two buffers each.
+CASES = sorted({(x.consumers, x.q_buffers) for x in HOPPER_TILES.values()} | {(3, 6)})
 SCHEDULES = 400  # of each case, of some 900 steps
 FOREVER = 30_000  # steps
 BLOCK_N = 32  # so few keys that a consumer passes by several tiles of the others
@@ -536,28 +536,28 @@ class Kernel:
 class Work(NamedTuple):
     """A tile of work, as `producer.work_tile` says."""
 
-    mine: Any
-    part: Any
-    first_k: Any
+    tile: Any
+    keys: Any
+    offset_k: Any
     length_k: Any
 
     def num_blocks(self):
-        return (self.part.end - self.part.begin) // BLOCK_N
+        return (self.keys.end - self.keys.begin) // BLOCK_N
 
     def starts(self, count):
         """Where the first `count` tiles of keys begin, the last first."""
-        return range(self.part.begin, self.part.begin + count * BLOCK_N, BLOCK_N)[::-1]
+        return range(self.keys.begin, self.keys.begin + count * BLOCK_N, BLOCK_N)[::-1]
 
 
 class Call:
     """One at random: what the kernel is compiled for, and its arguments."""
 
     def __init__(self, case, draw):
-        consumers, q_tiles = case
-        through, skip_max = q_tiles >= 2 * consumers, draw.random() < 0.6
+        consumers, q_buffers = case
+        through, skip_max = q_buffers >= 2 * consumers, draw.random() < 0.6
         columns, packed = 64 if through else 256, draw.random() < 0.3
         self.C = forward.Facts(
-            D=columns, BLOCK_N=BLOCK_N, CONSUMERS=consumers, Q_TILES=q_tiles, GROUP=1,
+            D=columns, BLOCK_N=BLOCK_N, CONSUMERS=consumers, Q_BUFFERS=q_buffers, GROUP=1,
             VARLEN=packed, SPLIT=not packed and draw.random() < 0.3, SKIP_MAX=skip_max,
             PAGE_SIZE=draw.choice((0, 0, BLOCK_N // 2, 2 * BLOCK_N)),
             ZERO_V_TAIL=draw.random() < 0.5, HEAD_DIM=columns,
@@ -606,15 +606,15 @@ class Call:
         return dict.fromkeys(names) | own | descriptors | addresses | others
 
     def queries(self, work, which):
-        mine = work.mine
-        first = mine.first_q + mine.first + 64 * which
-        return Tile([(0, "q", 0 if self.C.VARLEN else mine.b, first, mine.head, 0)])
+        tile = work.tile
+        row_q = tile.offset_q + tile.m_row + 64 * which
+        return Tile([(0, "q", 0 if self.C.VARLEN else tile.b, row_q, tile.head, 0)])
 
     def keys(self, work, start, name="k"):
         """The tile of keys, or values, from `start`."""
-        b, head, size = work.mine.b, work.mine.head // self.group, self.C.PAGE_SIZE
+        b, head, size = work.tile.b, work.tile.head // self.group, self.C.PAGE_SIZE
         if not size:
-            return Tile([(0, name, b, work.first_k + start, head, 0)])
+            return Tile([(0, name, b, work.offset_k + start, head, 0)])
         boxes = []
         for n in range(0, BLOCK_N, min(size, BLOCK_N)):
             inside = start + n < work.length_k
@@ -624,14 +624,14 @@ class Call:
 
     def last_key(self, work, which):
         """The last key that a consumer's rows see, -1 if none."""
-        mine = work.mine
-        first = mine.first + 64 * which
-        if first >= mine.rows_q:
+        tile = work.tile
+        consumer_row = tile.m_row + 64 * which
+        if consumer_row >= tile.num_rows:
             return -1
         if self.right is None:
             return work.length_k - 1
-        row = min(first + 64, mine.rows_q) - 1
-        return min(row + work.length_k - mine.rows_q + self.right, work.length_k - 1)
+        row = min(consumer_row + 64, tile.num_rows) - 1
+        return min(row + work.length_k - tile.num_rows + self.right, work.length_k - 1)
 
 
 class Launch:
@@ -689,18 +689,18 @@ class Launch:
         share = self.random.choice((0, 0, 0.3, 1)) if C.SKIP_MAX else 0
         for number in range(self.call.total):
             work = Work(*self.kernel.work_tile(number, loads, lengths, table, C))
-            mine, key = work.mine, self.key(work.mine, work.part.row_offset)
+            tile, key = work.tile, self.key(work.tile, work.tile.m_row, work.keys.result_idx)
             self.works[key] = work
             for which in self.consumers:
-                inside = mine.first + 64 * which < mine.rows_q and work.num_blocks() > 0
+                inside = tile.m_row + 64 * which < tile.num_rows and work.num_blocks() > 0
                 if inside and self.random.random() < share:
-                    last = self.call.keys(work, work.part.begin)
+                    last = self.call.keys(work, work.keys.begin)
                     self.overflowing[self.call.queries(work, which), last] = key, which
         assert len(self.works) == self.call.total
 
     @staticmethod
-    def key(tile, row_offset, which=0):
-        return tile.b, tile.head, tile.first - 64 * which, row_offset
+    def key(tile, m_row, result_idx):
+        return tile.b, tile.head, m_row, result_idx
 
     def overflows(self, terms):
         """`softmax.sums_overflow` of these terms. Nobody should ask for a tile a second time."""
@@ -708,21 +708,21 @@ class Launch:
 
     def result(self, o, m, sums, lse_tile, which, whole, redo, tile, rows, stores, C):
         """`epilogue.store`: check that o is made of the tiles that it should be made of."""
-        key = self.key(tile, tile.row_offset, which)
+        key = self.key(tile, tile.consumer_row - 64 * which, tile.result_idx)
         assert key in self.works, f"there is no such work: {key}"
         work, terms, attempts = self.works[key], settled(o), self.attempts[key, which]
-        assert (tile.num_blocks, tile.rows_q) == (work.num_blocks(), work.mine.rows_q)
+        assert (tile.num_blocks, tile.num_rows) == (work.num_blocks(), work.tile.num_rows)
         expected = [
             (self.call.queries(work, which), self.call.keys(work, x), self.call.keys(work, x, "v"))
             for x in work.starts(len(terms))
         ]
         assert [(q, k, v) for (q, k, _), v in terms] == expected
-        seen = (self.call.last_key(work, which) // BLOCK_N + 1) - work.part.begin // BLOCK_N
+        seen = (self.call.last_key(work, which) // BLOCK_N + 1) - work.keys.begin // BLOCK_N
         assert len(terms) >= min(max(seen, 1), tile.num_blocks), "keys were passed by"
         if attempts and attempts[-1]:
             assert all(exact for (_, _, exact), _ in terms), "sums will overflow again"
         if whole:
-            at = 0 if C.VARLEN else tile.b, work.mine.first_q + tile.first, tile.head, 0
+            at = 0 if C.VARLEN else tile.b, work.tile.offset_q + tile.consumer_row, tile.head, 0
             assert self.stored.pop(at) is o, "another result was written"
         attempts.append(bool(redo))
 
@@ -750,18 +750,20 @@ def test_every_schedule_ends_and_every_tile_is_read_in_time(case):
 
 # Edits of functions that make the kernel wrong, and the cases in which they do. Each shows in one
 # schedule of twenty, or more.
-TWICE = [(c, n) for c, n in CASES if n >= 2 * c]  # each consumer has two places for queries
+TWICE = [(c, n) for c, n in CASES if n >= 2 * c]  # each consumer has two buffers for queries
 IN_TURN = [(c, n) for c, n in CASES if n < 2 * c]
 WRONG = {
     # The wait of NOTES 111: where two share a barrier, either may take the other's phase for its.
-    "queries arrive at the barrier of their place": (
+    "queries arrive at the barrier of their buffer": (
         IN_TURN,
         {
             "pipeline.q_full": {
-                "worked % 2 * CONSUMERS + which": "q_stage(queries, worked, which, CONSUMERS)"
+                "worked % 2 * CONSUMERS + which": (
+                    "q_buffer_index(q_buffers, worked, which, CONSUMERS)"
+                )
             },
             "mma.wait_q": {
-                "worked // 2 & 1": "(worked * C.CONSUMERS + which) // C.Q_TILES & 1",
+                "worked // 2 & 1": "(worked * C.CONSUMERS + which) // C.Q_BUFFERS & 1",
             },
         },
     ),
@@ -776,7 +778,7 @@ WRONG = {
     ),
     "the producer ends without asking for the last turns": (
         CASES,
-        {"scheduler.next_work_tile": {"if C.SKIP_MAX and mine >= total": "if False"}},
+        {"scheduler.next_work_tile": {"if C.SKIP_MAX and tile_idx >= total": "if False"}},
     ),
     "what was asked for at the end still is": (
         CASES,
@@ -786,7 +788,7 @@ WRONG = {
             }
         },
     ),
-    "a slot is freed before all of it is read": (
+    "fields are freed before all are read": (
         CASES,
         {
             "consumer.consume": {
@@ -821,11 +823,11 @@ WRONG = {
         CASES,
         {"pipeline.consumer_wait": {"n // STAGES & 1": "(n + 1) // STAGES & 1"}},
     ),
-    "a place is filled before it is free": (
+    "a stage is filled before it is free": (
         CASES,
         {"pipeline.load_stage": {"n >= STAGES": "n > STAGES"}},
     ),
-    "a place for queries is filled before it is free": (
+    "a buffer of queries is filled before it is free": (
         CASES,
         {"producer.load_queries": {"mbarrier.wait(": "_ = ("}},
     ),
@@ -841,7 +843,7 @@ WRONG = {
         TWICE,
         {"mma.release_previous_q": {"worked - 1": "worked"}},
     ),
-    "queries are freed before the rows in their place are written out": (
+    "queries are freed before the rows in their buffer are written out": (
         TWICE,
         {"mma.release_previous_q": {"tma.store_wait(0)": "pass"}},
     ),

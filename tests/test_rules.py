@@ -150,7 +150,7 @@ def plain(name):
     return types.SimpleNamespace(**made)
 
 
-grid, heads, mask, paging, rotary, scores, sequence, softmax, split, work = (
+heads, mask, paging, rotary, scores, sequence, softmax, split, tile_order, work = (
     plain(name) for name in MODULES if name != "window"
 )
 
@@ -260,7 +260,7 @@ def test_n_block_range(first, rows, after, seqlen_k, bounds, block, pad):
     assert torch.equal(per_tile.all(0).all(-1), (number >= full_begin) & (number < full_end))
 
 
-# -- grid -----------------------------------------------------------------------------------------
+# -- tile order -----------------------------------------------------------------------------------
 
 
 @given(tiles=st.integers(1, 20), units=st.integers(1, 20), per_group=st.integers(1, 25))
@@ -268,7 +268,7 @@ def test_n_block_range(first, rows, after, seqlen_k, bounds, block, pad):
 def test_m_block_and_head(tiles, units, per_group):
     """Every tile of every unit once; units group by group; inside a group the last tiles first."""
     order = [
-        grid.m_block_and_head(Int32(n), Int32(tiles), units, per_group)
+        tile_order.m_block_and_head(Int32(n), Int32(tiles), units, per_group)
         for n in range(tiles * units)
     ]
     assert sorted(order) == [(tile, unit) for tile in range(tiles) for unit in range(units)]
@@ -434,11 +434,11 @@ def test_dense_work_tiles(batch, nheads, seqlen_q, per_group, block):
     table = Grid(batch, nheads, Int32(tiles), per_group)
     found = []
     for number in range(tiles * batch * nheads):
-        b, head, first_q, rows, writable, first = work.work_tile(
+        b, head, offset_q, num_rows, writable, m_row = work.work_tile(
             Int32(number), lengths, table, block
         )
-        assert (first_q, rows, writable) == (0, seqlen_q, seqlen_q) and first < seqlen_q
-        found.append((b, head, first // block))
+        assert (offset_q, num_rows, writable) == (0, seqlen_q, seqlen_q) and m_row < seqlen_q
+        found.append((b, head, m_row // block))
     wanted = [(b, h, t) for b in range(batch) for h in range(nheads) for t in range(tiles)]
     assert sorted(found) == wanted
 
@@ -470,22 +470,22 @@ def test_packed_work_tiles(lengths, padding, longest, block, nheads, used):
     )  # fmt: skip
     table = Grid(len(lengths), nheads, Int32(tiles), 2)
     for number in range(tiles * nheads):
-        b, head, first_q, rows, writable, first = work.work_tile(
+        b, head, offset_q, num_rows, writable, m_row = work.work_tile(
             Int32(number), packed, table, block
         )
         most = min(lengths[b], longest)
-        assert (first_q, rows) == (cu_seqlens[b], min(most, max(used[b], 0)) if used else most)
-        for row in range(first, min(first + block, int(writable))):
-            written[int(head), int(first_q) + row] += 1
+        assert (offset_q, num_rows) == (cu_seqlens[b], min(most, max(used[b], 0)) if used else most)
+        for row in range(m_row, min(m_row + block, int(writable))):
+            written[int(head), int(offset_q) + row] += 1
     assert set(written.values()) <= {1}
 
 
 @given(
     lengths=LENGTHS, used=st.lists(st.integers(-3, 90), min_size=12, max_size=12),
-    longest=st.integers(0, 80), appended=st.integers(0, 5), rows_q=st.integers(0, 90),
+    longest=st.integers(0, 80), appended=st.integers(0, 5), length_q=st.integers(0, 90),
 )  # fmt: skip
 @sampled
-def test_key_span(lengths, used, longest, appended, rows_q):
+def test_key_span(lengths, used, longest, appended, length_q):
     """appended < 0: a sequence brings as many keys as it has queries."""
     cu_seqlens = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
     total, capacity = cu_seqlens[-1], longest + appended
@@ -494,13 +494,13 @@ def test_key_span(lengths, used, longest, appended, rows_q):
     cached = alone._replace(seqused_k=Pointer(used), seqlen_k=capacity)
     both = packed._replace(seqused_k=Pointer(used))
     for b, length in enumerate(lengths):
-        assert work.key_span(b, packed, rows_q) == (cu_seqlens[b], min(length, longest))
-        for new, more in ((appended, appended), (-1, rows_q)):
-            found = work.key_span(b, cached._replace(appended=Int32(new)), Int32(rows_q))
+        assert work.key_span(b, packed, length_q) == (cu_seqlens[b], min(length, longest))
+        for new, more in ((appended, appended), (-1, length_q)):
+            found = work.key_span(b, cached._replace(appended=Int32(new)), Int32(length_q))
             assert found == (0, min(max(used[b], 0) + more, capacity))
         wanted = cu_seqlens[b], min(max(used[b], 0), length, longest)
-        assert work.key_span(b, both, rows_q) == wanted
-    assert work.key_span(0, alone, rows_q) == (0, longest)
+        assert work.key_span(b, both, length_q) == wanted
+    assert work.key_span(0, alone, length_q) == (0, longest)
 
 
 @given(table=GARBAGE, rows=st.integers(0, 9), length_k=st.integers(0, 99))
@@ -554,6 +554,89 @@ def test_a_consumer_sees_no_tile_that_is_not_loaded(
     seen = [own for own in ranges if own.begin < own.end]
     assert all(loaded.begin <= own.begin and own.end <= loaded.end for own in seen)
     assert max((own.end for own in seen), default=loaded.begin) == loaded.end
+
+
+# -- queries and keys exchanged: which queries see a block of keys ---------------------------------
+
+
+def exchanged(sides, length_q):
+    """The same window seen from the keys."""
+    return Window(Int32(-sides.diagonal), sides.right, sides.left, None, Int32(length_q))
+
+
+@given(seqlen_q=SIZES, seqlen_k=SIZES, bounds=BOUNDS)
+@searched
+def test_a_window_seen_from_the_keys(seqlen_q, seqlen_k, bounds):
+    """Query i sees key j where key j, in the place of a query, sees query i."""
+    sides = window_of(seqlen_k - seqlen_q, bounds, None, seqlen_k)
+    i, j = torch.arange(seqlen_q + 9)[None, :], torch.arange(seqlen_k)[:, None]
+    i, j = Tile(i.int()), Tile(j.int())
+    seen = mask.is_visible(j, i, exchanged(sides, seqlen_q)).values.expand(seqlen_k, -1)
+    left_right = tuple(-1 if w is None else w for w in bounds)
+    expected = reference.visibility(seqlen_q, seqlen_k, False, left_right)
+    assert torch.equal(seen[:, :seqlen_q].T, expected)
+    assert not seen[:, seqlen_q:].any(), "queries past the end"
+
+
+@given(
+    tile=st.integers(0, 5), length_q=st.integers(0, 300), length_k=st.integers(0, 300),
+    bounds=st.tuples(st.none() | st.integers(0, 250), st.none() | st.integers(0, 250)),
+    blocks=st.sampled_from([(64, 64), (64, 128), (128, 32), (16, 16)]),
+)  # fmt: skip
+@settings(searched, max_examples=1000)
+def test_n_block_range_of_queries(tile, length_q, length_k, bounds, blocks):
+    """The blocks of queries that see something of a block of keys, and those that see all of it."""
+    block_n, block_m = blocks
+    sides = window_of(length_k - length_q, bounds, None, length_k)
+    first = Int32(block_n * tile)
+    found = work.n_block_range(first, Int32(length_k), exchanged(sides, length_q), block_n, block_m)
+    left_right = tuple(-1 if w is None else w for w in bounds)
+    visible = reference.visibility(length_q, length_k, False, left_right)
+    if first >= length_k:
+        assert found.begin == found.end and found.full_end <= found.end
+        return
+    tiles = -(-(length_q + 1) // block_m)
+    seen = torch.zeros(tiles * block_m, visible[:, first : first + block_n].shape[1], dtype=bool)
+    seen[:length_q] = visible[:, first : first + block_n]
+    per_tile = seen.view(tiles, block_m, -1).flatten(1)
+    number = torch.arange(tiles) * block_m
+    assert torch.equal(per_tile.any(1), (number >= found.begin) & (number < found.end))
+    full = (number >= found.full_begin) & (number < found.full_end)
+    assert torch.equal(per_tile.all(1), full)
+
+
+@given(
+    lengths_q=st.lists(st.integers(0, 70), min_size=4, max_size=4),
+    lengths_k=st.lists(st.integers(0, 70), min_size=4, max_size=4), padding=st.integers(0, 80),
+    longest=st.tuples(st.integers(0, 80), st.integers(0, 80)), block=BLOCKS,
+    used=st.tuples(*[st.none() | st.lists(st.integers(-3, 90), min_size=4, max_size=4)] * 2),
+)  # fmt: skip
+@sampled
+def test_lengths_seen_from_the_keys(lengths_q, lengths_k, padding, longest, block, used):
+    """Every row of keys is written once, and each tile knows its sequence's keys and queries."""
+    cu_q, cu_k = ([sum(x[:b]) for b in range(5)] for x in (lengths_q, lengths_k))
+    total_k = cu_k[-1] + padding
+    pointers = [None if x is None else Pointer(x) for x in used]
+    by_key = NO_LENGTHS._replace(
+        cu_seqlens_q=Pointer(cu_k), seqused_q=pointers[1], seqlen_q=longest[1], total_q=total_k,
+        cu_seqlens_k=Pointer(cu_q), seqused_k=pointers[0], seqlen_k=longest[0],
+        total_k=cu_q[-1] + 3, appended=0,
+    )  # fmt: skip
+    most_q, most_k = (
+        [min(n, most, max(given[b], 0) if given else n) for b, n in enumerate(lengths)]
+        for lengths, most, given in zip((lengths_q, lengths_k), longest, used, strict=True)
+    )
+    tiles = total_k // block + 4
+    written = [0] * total_k
+    for number in range(tiles):
+        b, _, offset_k, num_rows, writable, m_row = work.work_tile(
+            Int32(number), by_key, Grid(4, 1, Int32(tiles), 1), block
+        )
+        assert (offset_k, num_rows) == (cu_k[b], most_k[b])
+        assert work.key_span(b, by_key, 0) == (cu_q[b], most_q[b])
+        for row in range(m_row, min(m_row + block, int(writable))):
+            written[int(offset_k) + row] += 1
+    assert written == [1] * total_k
 
 
 # -- paging and heads -----------------------------------------------------------------------------
@@ -695,6 +778,67 @@ def test_modify(softmax_scale, softcap, slope, score_mod, handed, first, start, 
     torch.testing.assert_close(modified * (scale / LOG2E), wanted, rtol=close, atol=close)
 
 
+@given(i=st.integers(-9, 9), handed=st.booleans())
+@searched
+def test_apply(i, handed):
+    """A score_mod is told of no query before the first key, and handed what there is."""
+    told = []
+    aux = (Pointer([7.0]),) if handed else None
+    given = scores.apply(1.0, 2, 3, i, 4, aux, lambda *x: told.append(x) or 5.0)
+    assert given == 5.0 and told == [(1.0, 2, 3, max(i, 0), 4, *([aux] if handed else []))]
+
+
+def bends(score, b, head, q_idx, kv_idx, aux=None):
+    """A score_mod whose derivative depends on the score and on what it is handed."""
+    more = 1.0 if aux is None else aux[0]
+    return more * torch.sin(score) - 0.01 * (q_idx - kv_idx).abs() * head + b
+
+
+def bends_backward(grad, score, b, head, q_idx, kv_idx, aux=None):
+    assert (q_idx >= 0).all()
+    return grad * (1.0 if aux is None else aux[0]) * torch.cos(score)
+
+
+@given(
+    softmax_scale=st.sampled_from([1.0, 0.125, -0.5, 3.0]),
+    softcap=st.sampled_from([0.0, 0.5, 30.0]),
+    slope=st.none() | st.floats(-2, 2), modified=st.booleans(), handed=st.booleans(),
+    first=st.integers(-9, 90), start=st.integers(0, 3).map(lambda n: 16 * n),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+@searched
+def test_differentiate(softmax_scale, softcap, slope, modified, handed, first, start, seed):
+    """Times the scale, it is what autograd makes of soft cap, ALiBi and a score_mod."""
+    aux = (torch.tensor(1.5),) if handed and modified else None
+    slopes = None if slope is None else torch.tensor([slope])
+    score_mod, score_mod_bwd = (bends, bends_backward) if modified else (None, None)
+    asked = types.SimpleNamespace(softcap=softcap, alibi_slopes=slopes, score_mod=score_mod)
+    options = types.SimpleNamespace(softmax_scale=softmax_scale, left=None)
+    call = types.SimpleNamespace(scores=asked, options=options, q=torch.empty(0))
+    _, (_, factor, cap), mode = choose_score_mode(call)
+
+    generator = torch.Generator().manual_seed(seed)
+    raw, grad = 5 * torch.randn(2, 5, 16, generator=generator, dtype=torch.float64)
+    i, n = torch.arange(first, first + 5)[:, None], torch.arange(16)[None, :]
+    modification = Modification(factor, cap, slope, aux)
+    biased = scores.bias(raw, i, start, n, modification, mode, score_mod)
+    where = (2, 3, i, start + n)
+    found = scores.differentiate(grad, raw, biased, *where, modification, mode, score_mod_bwd)
+
+    leaf = raw.clone().requires_grad_()
+    wanted, i, j = leaf * softmax_scale, i, start + n
+    if softcap:
+        wanted = softcap * torch.tanh(wanted / softcap)
+    if slope is not None:
+        wanted = wanted - slope * (i - j).abs()
+    if modified:
+        torch.testing.assert_close(biased, wanted.detach(), rtol=1e-5, atol=1e-5)
+        wanted = bends(wanted, 2, 3, i.clamp(min=0), j, aux)
+    (wanted,) = torch.autograd.grad(wanted, leaf, grad)
+    close = 1e-10 if slope is None else 1e-4  # slopes and distances are fp32
+    torch.testing.assert_close(found * softmax_scale, wanted, rtol=close, atol=close)
+
+
 @pytest.mark.parametrize(
     ("asked", "dtype", "mode"),
     [
@@ -824,13 +968,13 @@ def test_merge(scores, widths, sink):
 
 @pytest.mark.parametrize("m", [-math.inf, -3.4e38])
 @pytest.mark.parametrize("found", [math.nan, math.inf])
-def test_merge_does_not_read_a_part_that_saw_no_key(m, found):
-    part_m, part_l = torch.tensor([m, 1.0, m]), torch.tensor([0.0, 2.0, 0.0])
-    part_o = torch.tensor([[found], [5.0], [-found]])
+def test_merge_does_not_read_a_result_that_saw_no_key(m, found):
+    partial_m, partial_l = torch.tensor([m, 1.0, m]), torch.tensor([0.0, 2.0, 0.0])
+    partial_o = torch.tensor([[found], [5.0], [-found]])
     state = torch.full([1], -math.inf), torch.zeros(1), torch.zeros(1, 1)
-    merged = softmax.merge(*state, part_m, part_l, part_o, 1.0)
+    merged = softmax.merge(*state, partial_m, partial_l, partial_o, 1.0)
     assert softmax.finish(*merged, 1.0, None)[0].item() == 5.0
-    merged = softmax.merge(*state, part_m[::2], part_l[::2], part_o[::2], 1.0)
+    merged = softmax.merge(*state, partial_m[::2], partial_l[::2], partial_o[::2], 1.0)
     out, lse = softmax.finish(*merged, 1.0, None)
     assert (out.item(), lse.item()) == (0.0, -math.inf)
 
@@ -957,7 +1101,7 @@ def test_one_key_without_a_maximum_gives_exactly_its_value(s, scale):
     p = torch.exp2(torch.tensor([s, s, s]) * scale)
     v = torch.tensor([1.9921875, -3.0e-8, 257.0]).bfloat16()
     o = p.bfloat16().float()[:, None] * v
-    factor = softmax.unround_single_keys(p, torch.tensor([1, 2, 0]), torch.bfloat16)
+    factor = softmax.single_key_factor(p, torch.tensor([1, 2, 0]), torch.bfloat16)
     assert factor[1:].tolist() == [1.0, 1.0]
     out, _ = softmax.finish(torch.zeros(3), p, o * factor[:, None], torch.tensor(scale), None)
     assert torch.equal(out[0].bfloat16(), v)

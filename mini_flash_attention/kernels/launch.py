@@ -9,7 +9,7 @@ import triton.language as tl
 from ..plan.layout import strides
 from ..problem import Problem
 from ..settings import INTERPRETED
-from ..validate.memory import without_memory
+from ..validate.memory import refuse_missing_memory
 
 Tensors = Mapping[str, torch.Tensor | None]
 MAX_INT = 2**31 - 1
@@ -18,8 +18,8 @@ MAX_INT = 2**31 - 1
 SIZES = [
     "stride_lse_b", "stride_lse_h", "stride_table", "batch", "nheads", "group", "num_m_blocks",
     "l2_group", "seqlen_q", "seqlen_k", "total_q", "total_k", "num_pages", "cache_rows", "left",
-    "right", "appended", "nheads_k", "splits", "split_tiles", "slots", "partial_rows", "total",
-    "stride_slopes", "rows_cos", "num_n_blocks",
+    "right", "appended", "nheads_k", "splits", "split_tiles", "num_partials", "partial_rows",
+    "total", "stride_slopes", "rows_cos", "num_n_blocks",
     "stride_dlse_b", "stride_dlse_h", "stride_dlse_t",
 ]  # fmt: skip
 ALIGNMENT = 16  # bytes; Triton compiles for pointers that are, or are not, multiples of it
@@ -95,12 +95,12 @@ class Launch:
             else:
                 address = x.data_ptr()
                 if not address:  # freed after the call was first checked
-                    without_memory(self.kernel.__name__, {name: x})
+                    refuse_missing_memory(self.kernel.__name__, {name: x})
                 addresses.append(address)
                 bits |= address
         return addresses, bits % ALIGNMENT == 0
 
-    def first(self, tensors: Tensors, keep: bool) -> None:
+    def through_triton(self, tensors: Tensors, keep: bool) -> None:
         """An ordinary Triton launch; `keep` what it compiled."""
         compiled = self.kernel[(self.programs,)](*self.arguments(tensors), **self.options)
         if keep and compiled is not None:  # the interpreter compiles nothing
@@ -112,4 +112,4 @@ class Launch:
         if aligned and self.runner is not None:
             self.runner(*addresses, *self.constants, stream=stream)
         else:
-            self.first(tensors, aligned)
+            self.through_triton(tensors, aligned)

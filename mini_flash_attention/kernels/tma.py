@@ -81,6 +81,6 @@ class TmaLaunch(Launch):
             placed = map(RawDescriptor, bases, self.boxes)
             self.runner(*placed, *addresses, *self.constants, stream=stream)
         else:
-            self.first(tensors, aligned)
+            self.through_triton(tensors, aligned)
         if self.combine_launch is not None:
             self.combine_launch(tensors, stream)

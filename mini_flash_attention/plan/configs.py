@@ -82,7 +82,7 @@ class HopperTiles(NamedTuple):
 
     consumers: int  # of 64 query rows each
     block_n: int
-    q_tiles: (
+    q_buffers: (
         int  # of 64 rows in shared memory; with twice as many as consumers, TMA stores O from them
     )
 

@@ -27,8 +27,8 @@ class Decode(NamedTuple):
     overlapped: bool  # the combine begins before this launch ends (SM 90)
 
     @property
-    def slots(self) -> int:
-        """Slots for partial results: two for a share, which may begin and end inside a sequence."""
+    def num_partials(self) -> int:
+        """Partial results: two for a share, which may begin and end inside a sequence."""
         return 2 * self.programs if self.stream_k else self.programs if self.splits > 1 else 0
 
 

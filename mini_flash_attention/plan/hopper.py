@@ -54,7 +54,7 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
     large = p.cache.page_size % tiles.block_n == 0  # or no pages
     simple = large and p.scores.score_mod is None  # which does what is unknown, and takes registers
     if alone and simple and head_dim <= 64 and keys >= MANY_KEYS:
-        tiles = tiles._replace(consumers=3, q_tiles=6)
+        tiles = tiles._replace(consumers=3, q_buffers=6)
     # With one split the batch decides nothing: a sequence gets the same bits in all of them.
     if options.num_splits != 1 and 4 * p.q.numel() * p.seqlen_k < HOPPER_FLOPS:
         return None
@@ -78,7 +78,7 @@ def hopper(p: Problem, out: torch.Tensor, gpu: Gpu) -> Hopper | None:
         tiles, num_m_blocks, batch_heads, l2_group, programs, group, partials, score_mode,
         skip_max=unmodified and head_dim <= 128 and p.q.dtype is torch.bfloat16,  # for its range
         lazy_rescale=head_dim > 64,  # fewer columns are as soon moved as asked for
-        tma_epilogue=tiles.q_tiles >= 2 * tiles.consumers,
+        tma_epilogue=tiles.q_buffers >= 2 * tiles.consumers,
         zero_v_tail=options.left is not None or any(x is not None for x in others),
     )  # fmt: skip
 

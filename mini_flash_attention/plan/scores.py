@@ -43,7 +43,7 @@ def choose_score_mode(p: Problem, *own: str) -> ScoreMode:
         # fp16 does not hold such weights. Times values from 1e-15 to 1e10 they are safe in fp32.
         # Rounding changes them by up to 2^-9, even the largest, which would otherwise be exactly 1.
         # Over many keys the errors average out; for a single key
-        # `softmax.unround_single_keys` undoes the rounding. The choice does not depend on lengths,
+        # `softmax.single_key_factor` undoes the rounding. The choice does not depend on lengths,
         # so a sequence's result does not change with the rest of the batch.
         mode = "bounded" if scale <= 75 and p.q.dtype is not torch.float16 and not narrow else ""
     elif slopes is not None:  # what is subtracted is scaled with the score

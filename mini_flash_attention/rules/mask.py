@@ -7,12 +7,10 @@ import triton
 import triton.language as tl
 
 from . import window as windows
-from .window import Window  # noqa: F401  (`transposed` makes one)
 
 # As if they stood in this module: Triton's interpreter wants to find `tl` beside a function.
 first_visible = triton.jit(FunctionType(windows.first_visible.__code__, globals()))
 last_visible = triton.jit(FunctionType(windows.last_visible.__code__, globals()))
-transposed = triton.jit(FunctionType(windows.transposed.__code__, globals()))
 
 
 class KeyBlocks(NamedTuple):
@@ -60,19 +58,19 @@ def num_visible(i, window):
 
 
 @triton.jit
-def n_block_range(first, last, window, BLOCK: tl.constexpr):
-    """The `KeyBlocks` that queries first..last see."""
-    begin = first * 0
-    every_begin = first * 0
+def n_block_range(first_query, last_query, window, BLOCK: tl.constexpr):
+    """The `KeyBlocks` that queries first_query..last_query see."""
+    begin = first_query * 0
+    every_begin = first_query * 0
     end = window.seqlen_k
     every_end = window.seqlen_k
     if window.left is not None:
         lowest = 0 if window.first_key is None else window.first_key
-        begin = tl.maximum(first_visible(first, window), lowest)
-        every_begin = tl.maximum(first_visible(last, window), lowest)
+        begin = tl.maximum(first_visible(first_query, window), lowest)
+        every_begin = tl.maximum(first_visible(last_query, window), lowest)
     if window.right is not None:
-        end = tl.minimum(end, tl.maximum(last_visible(last, window) + 1, 0))
-        every_end = tl.minimum(every_end, tl.maximum(last_visible(first, window) + 1, 0))
+        end = tl.minimum(end, tl.maximum(last_visible(last_query, window) + 1, 0))
+        every_end = tl.minimum(every_end, tl.maximum(last_visible(first_query, window) + 1, 0))
     begin = begin // BLOCK * BLOCK
     end = tl.maximum((end + BLOCK - 1) // BLOCK * BLOCK, begin)
     full_begin = tl.minimum((every_begin + BLOCK - 1) // BLOCK * BLOCK, end)

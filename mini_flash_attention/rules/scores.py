@@ -87,8 +87,10 @@ def apply(s, b, head, i, j, aux, SCORE_MOD: tl.constexpr):
     """SCORE_MOD of the scores s that `bias` gives."""
     i = tl.maximum(i, 0)  # before the first key stand queries without any; it may read by i
     if aux is None:
-        return SCORE_MOD(s, b, head, i, j)
-    return SCORE_MOD(s, b, head, i, j, aux)
+        s = SCORE_MOD(s, b, head, i, j)
+    else:
+        s = SCORE_MOD(s, b, head, i, j, aux)
+    return s
 
 
 @triton.jit

@@ -28,16 +28,6 @@ class Lengths(NamedTuple):
 
 
 @triton.jit
-def transposed(lengths):
-    """The same lengths with queries and keys exchanged, for a kernel whose rows are keys."""
-    return Lengths(
-        lengths.cu_seqlens_k, lengths.seqused_k, lengths.seqlen_k, lengths.total_k,
-        lengths.cu_seqlens_q, lengths.seqused_q, lengths.seqlen_q, lengths.total_q,
-        0, None, None, 0,
-    )  # fmt: skip
-
-
-@triton.jit
 def clamp(x, low, high):
     """x limited to low..high; low wins when they cross."""
     return tl.maximum(tl.minimum(x, high), low)
@@ -96,10 +86,10 @@ def find(tile, cu_seqlens, batch, total, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def cache_row(b, cache_batch_idx, rows):
+def cache_row(b, cache_batch_idx, num_rows):
     """(row of a dense cache that entry b uses, whether there is such a row)."""
     row = tl.load(cache_batch_idx + b)
-    there = (row >= 0) & (row < rows)
+    there = (row >= 0) & (row < num_rows)
     return tl.where(there, row, 0), there
 
 

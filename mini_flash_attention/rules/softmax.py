@@ -26,7 +26,7 @@ def rescale(m, s, scale):
 
 
 @triton.jit
-def unround_single_keys(l, keys, DTYPE: tl.constexpr):
+def single_key_factor(l, keys, DTYPE: tl.constexpr):
     """What to multiply o by in rows computed without a running maximum, given how many keys each
     sees.
 
@@ -58,18 +58,18 @@ def finish(m, l, o, scale, sink):
 
 
 @triton.jit
-def merge(m, l, o, part_m, part_l, part_o, scale):
-    """Merge S partial results into a state: part_m, part_l [S], part_o [S, D], each normalised.
+def merge(m, l, o, partial_m, partial_l, partial_o, scale):
+    """Merge S partial results, each normalised: partial_m and partial_l [S], partial_o [S, D].
 
     m [1], l [1] and o [1, D] are the state before and after, not normalised, as `finish` takes it.
-    A part that saw no key has l = 0, and its o is not read: it may hold NaN. Weights come from m
+    A result that saw no key has l = 0, and its o is not read: it may hold NaN. Weights come from m
     and l, not from an LSE: at a score of ten million fp32 has no digits left in it for l.
     """
-    m_new = tl.maximum(m, tl.max(part_m, 0, keep_dims=True))
+    m_new = tl.maximum(m, tl.max(partial_m, 0, keep_dims=True))
     reference = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2((m - reference) * scale)
-    weight = part_l * tl.exp2((part_m - reference) * scale)
-    part_o = tl.where(tl.expand_dims(part_l == 0.0, 1), 0.0, part_o)
+    weight = partial_l * tl.exp2((partial_m - reference) * scale)
+    partial_o = tl.where(tl.expand_dims(partial_l == 0.0, 1), 0.0, partial_o)
     l = l * alpha + tl.sum(weight, 0, keep_dims=True)
-    o = o * alpha + tl.sum(part_o * tl.expand_dims(weight, 1), 0, keep_dims=True)
+    o = o * alpha + tl.sum(partial_o * tl.expand_dims(weight, 1), 0, keep_dims=True)
     return m_new, l, o

@@ -28,8 +28,3 @@ def first_visible(i: "Any", window: "Any") -> "Any":
 def last_visible(i: "Any", window: "Any") -> "Any":
     """The last key of query i's window, for a window with a right side; it may not exist."""
     return i + (window.diagonal + window.right)
-
-
-def transposed(window: "Any", seqlen_q: "Any") -> "Any":
-    """The same inequality seen from the keys: which queries see a key."""
-    return Window(0 - window.diagonal, window.right, window.left, None, seqlen_q)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from . import grid, mask, sequence
+from . import mask, sequence, tile_order
 
 
 class Grid(NamedTuple):
@@ -22,10 +22,10 @@ class WorkTile(NamedTuple):
 
     b: Any
     head: Any
-    first_q: Any  # the entry's first row
-    rows_q: Any  # rows in use
+    offset_q: Any  # the entry's first row
+    num_rows: Any  # rows in use
     writable: Any  # rows to write
-    first: Any  # the tile's first row, counted in the entry
+    m_row: Any  # the tile's first row, counted in the entry
 
 
 @triton.jit
@@ -37,35 +37,35 @@ def work_tile(number, lengths, table, BLOCK_M: tl.constexpr):
     """
     if lengths.cu_seqlens_q is None:
         batch_heads = table.batch * table.nheads
-        tile, batch_head = grid.m_block_and_head(
+        tile, batch_head = tile_order.m_block_and_head(
             number, table.num_m_blocks, batch_heads, table.l2_group
         )
         b = batch_head // table.nheads
-        first_q, rows_q = 0, lengths.seqlen_q
+        offset_q, num_rows = 0, lengths.seqlen_q
         writable = lengths.seqlen_q
     else:
-        tile, batch_head = grid.m_block_and_head(
+        tile, batch_head = tile_order.m_block_and_head(
             number, table.num_m_blocks, table.nheads, table.l2_group
         )
         b, tile = sequence.find(tile, lengths.cu_seqlens_q, table.batch, lengths.total_q, BLOCK_M)
-        first_q, length_q = sequence.query_span(b, lengths.cu_seqlens_q, lengths.total_q)
-        rows_q = tl.minimum(length_q, lengths.seqlen_q)
-        rows_q = sequence.used_queries(b, lengths.seqused_q, rows_q)
-        writable = tl.where(b == table.batch - 1, lengths.total_q - first_q, length_q)
-    return WorkTile(b, batch_head % table.nheads, first_q, rows_q, writable, tile * BLOCK_M)
+        offset_q, length_q = sequence.query_span(b, lengths.cu_seqlens_q, lengths.total_q)
+        num_rows = tl.minimum(length_q, lengths.seqlen_q)
+        num_rows = sequence.used_queries(b, lengths.seqused_q, num_rows)
+        writable = tl.where(b == table.batch - 1, lengths.total_q - offset_q, length_q)
+    return WorkTile(b, batch_head % table.nheads, offset_q, num_rows, writable, tile * BLOCK_M)
 
 
 @triton.jit
 def key_span(b, lengths, seqlen_q):
     """(first key, number of keys) of entry b, which has seqlen_q queries in use."""
-    first_k = 0
+    offset_k = 0
     length_k = lengths.seqlen_k
     if lengths.cu_seqlens_k is not None:
-        first_k, length_k = sequence.span(b, lengths.cu_seqlens_k, lengths.total_k)
+        offset_k, length_k = sequence.span(b, lengths.cu_seqlens_k, lengths.total_k)
     if lengths.seqused_k is not None:
         appended = tl.where(lengths.appended < 0, seqlen_q, lengths.appended)
         length_k = sequence.used_length(b, lengths.seqused_k, appended, length_k)
-    return first_k, tl.minimum(length_k, lengths.seqlen_k)
+    return offset_k, tl.minimum(length_k, lengths.seqlen_k)
 
 
 @triton.jit
@@ -79,13 +79,13 @@ def cache_row(b, lengths, length_k):
 
 @triton.jit
 def n_block_range(
-    first, rows_q, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr = 1
+    m_row, num_rows, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr = 1
 ):
-    """`mask.n_block_range` of the BLOCK_M rows from `first`: none after the sequence's end.
+    """`mask.n_block_range` of the BLOCK_M rows from `m_row`: none after the sequence's end.
 
     GROUP: rows of a query token, a divisor of BLOCK_M.
     """
-    last = tl.minimum(first + BLOCK_M, rows_q) // GROUP - 1
-    seen = mask.n_block_range(first // GROUP, last, window, BLOCK_N)
-    end = tl.where(first < rows_q, seen.end, seen.begin)
+    last = tl.minimum(m_row + BLOCK_M, num_rows) // GROUP - 1
+    seen = mask.n_block_range(m_row // GROUP, last, window, BLOCK_N)
+    end = tl.where(m_row < num_rows, seen.end, seen.begin)
     return mask.KeyBlocks(seen.begin, seen.full_begin, tl.minimum(seen.full_end, end), end)

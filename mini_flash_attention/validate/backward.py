@@ -32,7 +32,7 @@ def _checked(parse: Any, arguments: dict[str, Any], more: dict[str, Any]) -> Pro
         tensors.shape(function, name, x, (*q.shape[:-1], p.v.shape[-1]))
     for name, x in (("softmax_lse", lse), ("dsoftmax_lse", dlse)):
         if x is not None or name == "softmax_lse":
-            tensors.strided(function, name, x, q)
+            tensors.strided_tensor(function, name, x, q)
             tensors.shape(function, name, x, shape_of_lse(q))
             tensors.dtype(function, name, x, torch.float32)
     tensors.rows(function, "softmax_lse", lse)

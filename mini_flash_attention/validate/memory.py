@@ -9,7 +9,7 @@ from . import kind_of, wrong_type, wrong_value
 from .tensors import shape, tensor
 
 
-def without_memory(function: str, arguments: Mapping[str, Any]) -> None:
+def refuse_missing_memory(function: str, arguments: Mapping[str, Any]) -> None:
     """Refuse a tensor whose class only stands for data that lies elsewhere, as DTensor does.
 
     Such a tensor, or one whose storage was freed, reports address 0, and a kernel would read there.
@@ -49,7 +49,7 @@ def out(function: str, out: Any, q: torch.Tensor, head_dim: int) -> None:
         raise wrong_value(function, "out", wanted, f"strides {out.stride()}")
 
 
-def apart(function: str, out: torch.Tensor, *inputs: torch.Tensor) -> None:
+def refuse_overlap(function: str, out: torch.Tensor, *inputs: torch.Tensor) -> None:
     """Refuse an out that shares memory with an input."""
     if hasattr(out, "fake_mode") or not out.data_ptr():  # it lies nowhere
         return

@@ -10,7 +10,7 @@ import torch
 from ..problem import MAX_SPLITS, NARROW
 from ..rules.window import Window, first_visible, last_visible
 from . import kind_of, not_implemented, wrong_type, wrong_value
-from .tensors import strided
+from .tensors import strided_tensor
 
 MAX_LENGTH = 2**31 - 2**16
 MAX_REAL = 1e30  # kernels compute in fp32
@@ -166,7 +166,7 @@ def score_mod(function: str, score_mod: Any, extra: Any, q: torch.Tensor) -> Non
             raise wrong_value(function, "score_mod_args", "() without a score_mod", len(extra))
         if not isinstance(x, torch.Tensor):
             raise wrong_type(function, "score_mod_args", "tensors", f"{kind_of(x)} at {n}")
-        strided(function, "score_mod_args", x, q)
+        strided_tensor(function, "score_mod_args", x, q)
 
 
 def score_mod_bwd(function: str, score_mod_bwd: Any, score_mod: Any, q: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ SHAPES = {
 }
 
 
-def strided(
+def strided_tensor(
     function: str, name: str, x: Any, q: torch.Tensor | None = None, wanted: str = "a torch.Tensor"
 ) -> None:
     """x is a tensor whose memory holds what it says, on q's device."""
@@ -66,7 +66,7 @@ def tensor(
     paged: bool = False,
 ) -> None:  # fmt: skip
     """x is a plain strided tensor of this rank; dtype, device and last stride that kernels take."""
-    strided(function, name, x, like)
+    strided_tensor(function, name, x, like)
     if x.dim() != rank:
         names, hint = SHAPES[0 if paged else rank]
         raise wrong_value(function, name, f"{rank} dimensions {names}", tuple(x.shape), hint)
@@ -79,7 +79,7 @@ def index_tensor(
     function: str, name: str, x: Any, q: torch.Tensor, sizes: tuple[int | str, ...]
 ) -> None:
     """x holds int32 numbers on q's device in these sizes, "any" among them, rows contiguous."""
-    strided(function, name, x, q, "an int32 torch.Tensor")
+    strided_tensor(function, name, x, q, "an int32 torch.Tensor")
     if x.dtype is not torch.int32:
         raise wrong_type(function, name, "dtype torch.int32", x.dtype, "call .int()")
     pairs = zip(sizes, x.shape, strict=False)
@@ -125,7 +125,7 @@ def per_head(
     dtypes: tuple[torch.dtype, ...],
 ) -> None:  # fmt: skip
     """x has a contiguous row of numbers, one for each head."""
-    strided(function, name, x, q)
+    strided_tensor(function, name, x, q)
     dtype(function, name, x, *dtypes)
     shape(function, name, x, *shapes)
     rows(function, name, x)
@@ -143,7 +143,7 @@ def rotary(function: str, cos: Any, sin: Any, q: torch.Tensor, k: Any) -> bool:
         if not isinstance(x, torch.Tensor) or not isinstance(cos, torch.Tensor):
             hint = "rotary_cos and rotary_sin go together"
             raise wrong_type(function, name, "a torch.Tensor", kind_of(x), hint)
-        strided(function, name, x, q)
+        strided_tensor(function, name, x, q)
         if x.dtype not in (q.dtype, torch.float32) or x.dtype is not cos.dtype:
             wanted = f"dtype {q.dtype} or torch.float32"
             raise wrong_type(function, name, wanted, x.dtype, "cast it")

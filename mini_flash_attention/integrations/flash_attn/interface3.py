@@ -21,7 +21,7 @@ from ... import flash_attn_varlen_func as varlen
 from ... import flash_attn_with_kvcache as kvcache
 from ...api import Window
 from ...validate import not_implemented, wrong_type, wrong_value
-from ...validate.tensors import shape, strided
+from ...validate.tensors import shape, strided_tensor
 
 MAX_SPLITS = 128  # of this package; FlashAttention-3 has 256
 
@@ -98,7 +98,7 @@ def flash_attn_qkvpacked_func(
         ValueError: qkv is neither.
     """
     function = "flash_attn_qkvpacked_func"
-    strided(function, "qkv", qkv)
+    strided_tensor(function, "qkv", qkv)
     heads = num_heads_q or 0
     rest = qkv.shape[2] - heads if qkv.dim() > 2 else 0
     if qkv.dim() == 5 and qkv.shape[2] == 3:
@@ -293,15 +293,15 @@ def flash_attn_combine(
         TypeError, ValueError: a tensor is none, or does not fit.
     """
     function = "flash_attn_combine"
-    strided(function, "out_partial", out_partial)
-    strided(function, "lse_partial", lse_partial)
+    strided_tensor(function, "out_partial", out_partial)
+    strided_tensor(function, "lse_partial", lse_partial)
     if out_partial.dim() not in (4, 5):
         raise wrong_value(function, "out_partial", "4 or 5 dimensions", tuple(out_partial.shape))
     shape(function, "lse_partial", lse_partial, tuple(out_partial.shape[:-1]))
     if not out_partial.is_floating_point():
         raise wrong_type(function, "out_partial", "a float dtype", out_partial.dtype)
     if out is not None:
-        strided(function, "out", out)
+        strided_tensor(function, "out", out)
         shape(function, "out", out, tuple(out_partial.shape[1:]))
         if out_dtype is not None and out.dtype is not out_dtype:
             raise wrong_type(function, "out", f"dtype {out_dtype}, as out_dtype", out.dtype)

@@ -33,16 +33,16 @@ def append_kernel(
     head = (tl.program_id(0) % nheads).to(tl.int64)
     tile = tl.program_id(0) // nheads
     tokens = appended
-    first = 0
+    offset_q = 0
     if cu_seqlens_q is None:
         blocks = tl.cdiv(appended, BLOCK)
         b = (tile // blocks).to(tl.int64)
         t = tile % blocks * BLOCK + tl.arange(0, BLOCK)
     else:
-        b, mine = sequence.find(tile, cu_seqlens_q, batch, total_q, BLOCK)
+        b, block = sequence.find(tile, cu_seqlens_q, batch, total_q, BLOCK)
         b = b.to(tl.int64)
-        t = mine * BLOCK + tl.arange(0, BLOCK)
-        first, tokens = sequence.query_span(b, cu_seqlens_q, total_q)
+        t = block * BLOCK + tl.arange(0, BLOCK)
+        offset_q, tokens = sequence.query_span(b, cu_seqlens_q, total_q)
         tokens = tl.minimum(tokens, appended)
     d = tl.arange(0, D)
     used = seqlen_k - appended
@@ -52,7 +52,7 @@ def append_kernel(
     if not QUERIES:
         fits = fits & (t < seqlen_k - used)
     j = used + tl.where(fits, t, 0)
-    from_row = b * stride_n_b + tl.cast(first + t, tl.int64) * stride_n_t + head * stride_n_h
+    from_row = b * stride_n_b + tl.cast(offset_q + t, tl.int64) * stride_n_t + head * stride_n_h
     position = j
     if STILL:
         position = used + tl.zeros_like(t)
@@ -68,7 +68,7 @@ def append_kernel(
         if not QUERIES:
             real = fits & there
     if QUERIES:
-        row = b * stride_c_b + tl.cast(first + t, tl.int64) * stride_c_t
+        row = b * stride_c_b + tl.cast(offset_q + t, tl.int64) * stride_c_t
     elif PAGE_SIZE:
         entry = block_table + row_c * stride_table + j // PAGE_SIZE
         page, real = paging.lookup(entry, real, num_pages)

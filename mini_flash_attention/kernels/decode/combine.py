@@ -16,7 +16,7 @@ from ..launch import SIZES, Launch, output_strides
 def combine_kernel(
     partials, fixup, out, lse, cu_seqlens_q, seqused_q, s_aux,
     stride_o_b, stride_o_t, stride_o_h, stride_lse_b, stride_lse_h,
-    nheads_k, group, splits, slots, partial_rows, seqlen_q, total_q, scale,
+    nheads_k, group, splits, num_partials, partial_rows, seqlen_q, total_q, scale,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, S: tl.constexpr,
     STREAM_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -32,20 +32,20 @@ def combine_kernel(
         b = tl.load(fixup + 2 * owner)
         count = tl.load(fixup + 2 * owner + 1)
         b = tl.where(count > 0, b, 0)  # else it was never written
-        first, step = 2 * owner + 1, 2 * blocks * nheads_k
+        first_partial, step = 2 * owner + 1, 2 * blocks * nheads_k
     else:
         b = owner // blocks // nheads_k
         count = splits
-        first, step = owner * splits, 1
+        first_partial, step = owner * splits, 1
     i, member = heads.unpack(block * BLOCK_M + local, group)
-    rows_q = seqlen_q
+    length_q = seqlen_q
     if cu_seqlens_q is not None:  # the caller cleared what belongs to no sequence
-        first_q, rows_q = sequence.query_span(b, cu_seqlens_q, total_q)
-        rows_q = sequence.used_queries(b, seqused_q, tl.minimum(rows_q, seqlen_q))
-        out += tl.cast(first_q, tl.int64) * stride_o_t
+        offset_q, length_q = sequence.query_span(b, cu_seqlens_q, total_q)
+        length_q = sequence.used_queries(b, seqused_q, tl.minimum(length_q, seqlen_q))
+        out += tl.cast(offset_q, tl.int64) * stride_o_t
         if lse is not None:
-            lse += first_q
-    if i >= rows_q:
+            lse += offset_q
+    if i >= length_q:
         count = 0
     sink = s_aux
     if s_aux is not None:
@@ -55,21 +55,23 @@ def combine_kernel(
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], tl.float32)
     o = tl.zeros([1, D], tl.float32)
-    rows = slots.to(tl.int64) * partial_rows
+    all_rows = num_partials.to(tl.int64) * partial_rows
     for start in range(0, count, S):
         s = start + tl.arange(0, S)
-        slot = first + s * step
+        partial_idx = first_partial + s * step
         if STREAM_K:  # the first lies at a share's end, the others at the beginning of theirs
-            slot -= (s > 0).to(tl.int32)
-        at = slot.to(tl.int64) * partial_rows + local
-        part_m = tl.load(partials + rows * HEAD_DIM + at, mask=s < count, other=float("-inf"))
-        part_l = tl.load(partials + rows * (HEAD_DIM + 1) + at, mask=s < count, other=0.0)
-        part_o = tl.load(
+            partial_idx -= (s > 0).to(tl.int32)
+        at = partial_idx.to(tl.int64) * partial_rows + local
+        partial_m = tl.load(
+            partials + all_rows * HEAD_DIM + at, mask=s < count, other=float("-inf")
+        )
+        partial_l = tl.load(partials + all_rows * (HEAD_DIM + 1) + at, mask=s < count, other=0.0)
+        partial_o = tl.load(
             partials + at[:, None] * HEAD_DIM + d[None, :],
             mask=(s < count)[:, None] & (d < HEAD_DIM)[None, :],
             other=0.0,
         )
-        m, l, o = softmax.merge(m, l, o, part_m, part_l, part_o, scale)
+        m, l, o = softmax.merge(m, l, o, partial_m, partial_l, partial_o, scale)
     if count > 0:
         o, lse_tile = softmax.finish(m, l, o, scale, sink)
         head = head_k.to(tl.int64) * group + member
@@ -89,8 +91,8 @@ def launch(
     """The launch that combines partials into out and lse; `group` heads are packed into rows."""
     head_dim, chosen = p.v.shape[-1], combine(p, plan)
     constants = (
-        *output_strides(p, out, lse)[:5], p.q.shape[-2] // group, group, plan.splits, plan.slots,
-        plan.rows, p.seqlen_q, p.q.shape[0], choose_score_mode(p).scale,
+        *output_strides(p, out, lse)[:5], p.q.shape[-2] // group, group, plan.splits,
+        plan.num_partials, plan.rows, p.seqlen_q, p.q.shape[0], choose_score_mode(p).scale,
         head_dim, triton.next_power_of_2(head_dim), plan.tiles.block_m, chosen.at_once,
         plan.stream_k, plan.overlapped,
     )  # fmt: skip

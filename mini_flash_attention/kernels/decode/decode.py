@@ -54,9 +54,9 @@ class Tensors(NamedTuple):
 class Partials(NamedTuple):
     """Where results of splits go, for `combine.py` to merge."""
 
-    numbers: Any  # fp32: outputs [slots, rows, D], maxima, sums; None where there are none
-    slots: Any
-    rows: Any  # of a slot
+    numbers: Any  # fp32: outputs [num_partials, num_rows, D], maxima, sums; or None
+    num_partials: Any
+    num_rows: Any  # of one
 
 
 class DecodeTile(NamedTuple):
@@ -68,7 +68,7 @@ class DecodeTile(NamedTuple):
     low: Any  # its key tiles
     high: Any
     whole: Any  # whether these are all of them
-    slot: Any  # of `Partials`, if not
+    partial_idx: Any  # of `Partials`, if not
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def store_partial(m, l, o, place, partials, row_ok, wanted, C: tl.constexpr):
     """Leave the state of rows for `combine.py`: outputs first, then all maxima, then all sums."""
     d_v = tl.arange(0, C.D_V)
     tl.store(partials.numbers + place[:, None] * C.HEAD_DIM_V + d_v[None, :], o, mask=wanted)
-    all_rows = partials.slots.to(tl.int64) * partials.rows
+    all_rows = partials.num_partials.to(tl.int64) * partials.num_rows
     maxima = partials.numbers + all_rows * C.HEAD_DIM_V
     tl.store(maxima + place, m, mask=row_ok)
     tl.store(maxima + all_rows + place, l, mask=row_ok)
@@ -100,56 +100,56 @@ def store_partial(m, l, o, place, partials, row_ok, wanted, C: tl.constexpr):
 def decode_tiles(
     work_tile, group, tensors, partials, batch, inputs, C: tl.constexpr, SCORE_MOD: tl.constexpr
 ):
-    """Attention of a `DecodeTile`, to out and lse if it is whole, else to its slot of partials."""
+    """Attention of a `DecodeTile`, to out and lse if it is whole, else to a partial result."""
     BLOCK_M: tl.constexpr = C.BLOCK_M
     BLOCK_N: tl.constexpr = C.BLOCK_N
     D_V: tl.constexpr = C.D_V
     lengths, s = batch.lengths, tensors.strides
     # Which keys are mine, and which rows? Row r is query token r // group of head r % group in the
     # KV head's group.
-    mine = stream_k.key_range(work_tile.b, batch, BLOCK_N)
-    rows_q, length_k = mine.rows_q, mine.length_k
+    key_range = stream_k.key_range(work_tile.b, batch, BLOCK_N)
+    length_q, length_k = key_range.length_q, key_range.length_k
     first_key = lengths.cache_leftpad
     if lengths.cache_leftpad is not None:
         first_key = sequence.first_key(work_tile.b, lengths.cache_leftpad, length_k)
-    window = Window(length_k - rows_q, batch.left, batch.right, first_key, length_k)
-    rows = rows_q * group
+    window = Window(length_k - length_q, batch.left, batch.right, first_key, length_k)
+    num_rows = length_q * group
     local = tl.arange(0, BLOCK_M)
     row = work_tile.block * BLOCK_M + local
     i, member = heads.unpack(row, group)
     head_k = work_tile.head_k.to(tl.int64)
     head = head_k * group + member
 
-    first = work_tile.block * BLOCK_M // group
-    last = tl.minimum((work_tile.block * BLOCK_M + BLOCK_M - 1) // group, rows_q - 1)
-    seen = mask.n_block_range(first, last, window, BLOCK_N)
-    begin = tl.maximum(seen.begin, mine.begin + work_tile.low * BLOCK_N)
-    end = tl.minimum(seen.end, mine.begin + work_tile.high * BLOCK_N)
+    first_query = work_tile.block * BLOCK_M // group
+    last_query = tl.minimum((work_tile.block * BLOCK_M + BLOCK_M - 1) // group, length_q - 1)
+    seen = mask.n_block_range(first_query, last_query, window, BLOCK_N)
+    begin = tl.maximum(seen.begin, key_range.begin + work_tile.low * BLOCK_N)
+    end = tl.minimum(seen.end, key_range.begin + work_tile.high * BLOCK_N)
     seen = mask.KeyBlocks(begin, seen.full_begin, seen.full_end, end)
 
     slope, sink = inputs.alibi_slopes, inputs.s_aux
     if inputs.alibi_slopes is not None:
-        slope = slope_of(work_tile.b, head, row < rows, inputs)
+        slope = slope_of(work_tile.b, head, row < num_rows, inputs)
     if inputs.s_aux is not None:
-        sink = sink_of(head, row < rows, work_tile.whole, inputs)
+        sink = sink_of(head, row < num_rows, work_tile.whole, inputs)
     modification = scores.Modification(inputs.factor, inputs.softcap, slope, inputs.aux)
     scoring = scores.Scoring(inputs.scale, work_tile.b, head[:, None], modification)
 
     b = work_tile.b.to(tl.int64)
     q, out, lse = tensors.q, tensors.out, tensors.lse
     if lengths.cu_seqlens_q is not None:
-        q += tl.cast(mine.first_q, tl.int64) * s.q_t
-        out += tl.cast(mine.first_q, tl.int64) * s.o_t
+        q += tl.cast(key_range.offset_q, tl.int64) * s.q_t
+        out += tl.cast(key_range.offset_q, tl.int64) * s.o_t
         if lse is not None:
-            lse += mine.first_q
+            lse += key_range.offset_q
     q += b * s.q_b
-    offset_q = i.to(tl.int64) * s.q_t + head * s.q_h
-    q_tile = load_rows(q, offset_q, row < rows, False, C.HEAD_DIM, C.D)
+    q_offsets = i.to(tl.int64) * s.q_t + head * s.q_h
+    q_tile = load_rows(q, q_offsets, row < num_rows, False, C.HEAD_DIM, C.D)
     row_k = b
     if lengths.cache_batch_idx is not None:
         row_k = work.cache_row(b, lengths, length_k)[0].to(tl.int64)
     at = tensors.at
-    k, v = sequence_start(at.k, at.v, s, head_k, row_k, mine.first_k, C)
+    k, v = sequence_start(at.k, at.v, s, head_k, row_k, key_range.offset_k, C)
     block_table = at.block_table
     if C.PAGE_SIZE:
         block_table += row_k * tensors.stride_table
@@ -165,7 +165,7 @@ def decode_tiles(
         l = tl.sum(l, 1)
     o, lse_tile = softmax.finish(m, l, o, inputs.scale, sink)
     d_v = tl.arange(0, D_V)
-    wanted = (row < rows)[:, None] & (d_v < C.HEAD_DIM_V)[None, :]
+    wanted = (row < num_rows)[:, None] & (d_v < C.HEAD_DIM_V)[None, :]
     if work_tile.whole:
         out += b * s.o_b
         tl.store(
@@ -175,10 +175,10 @@ def decode_tiles(
         )
         if lse is not None:
             lse_rows = lse + b * tensors.stride_lse_b + head * tensors.stride_lse_h + i
-            tl.store(lse_rows, lse_tile, mask=row < rows)
+            tl.store(lse_rows, lse_tile, mask=row < num_rows)
     elif partials.numbers is not None:
-        place = work_tile.slot.to(tl.int64) * partials.rows + local
-        store_partial(m, l, o, place, partials, row < rows, wanted, C)
+        place = work_tile.partial_idx.to(tl.int64) * partials.num_rows + local
+        store_partial(m, l, o, place, partials, row < num_rows, wanted, C)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -189,7 +189,7 @@ def decode_kernel(
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
     stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
     stride_lse_b, stride_lse_h, stride_table,
-    batch, nheads_k, group, splits, split_tiles, slots, partial_rows,
+    batch, nheads_k, group, splits, split_tiles, num_partials, partial_rows,
     seqlen_q, seqlen_k, total_q, total_k, num_pages, cache_rows, scale, left, right, appended,
     stride_slopes, factor, softcap,
     C: tl.constexpr, SCORE_MOD: tl.constexpr, STREAM_K: tl.constexpr, PDL: tl.constexpr,
@@ -213,7 +213,7 @@ def decode_kernel(
     tensors = Tensors(q, at, out, lse, strides, stride_lse_b, stride_lse_h, stride_table)
     sequences = stream_k.Batch(batch, lengths, left, right)
     inputs = scores.Inputs(scale, factor, softcap, aux, alibi_slopes, stride_slopes, s_aux)
-    partials_ = Partials(partials, slots, partial_rows)
+    partials_ = Partials(partials, num_partials, partial_rows)
     program = tl.program_id(0)
     blocks = tl.cdiv(seqlen_q * group, C.BLOCK_M)
     if STREAM_K:
@@ -236,8 +236,10 @@ def decode_kernel(
                 crossed = split.share_of(before + tiles - 1, total, cuts) - share + 1
                 crossed = tl.minimum(crossed, cuts - share)
                 tl.store(fixup + 2 * program, b)
-            slot = 2 * program + begins.to(tl.int32)
-            work_tile = DecodeTile(b, head_k, block, low, high, begins & (high == tiles), slot)
+            partial_idx = 2 * program + begins.to(tl.int32)
+            work_tile = DecodeTile(
+                b, head_k, block, low, high, begins & (high == tiles), partial_idx
+            )
             decode_tiles(work_tile, group, tensors, partials_, sequences, inputs, C, SCORE_MOD)
             before += tiles
             tile += high - low
@@ -264,13 +266,13 @@ POINTERS = (
 
 
 def workspace(p: Problem, plan: Decode) -> dict[str, int]:
-    """Elements of `partials` (fp32: outputs [slots, rows, D], maxima, sums) and `fixup` (int32).
+    """Elements of `partials` (fp32: outputs [num_partials, rows, D], maxima, sums) and `fixup`.
 
-    fixup holds a record for each program: which sequence begins in its share and continues in the
-    next one, and how many shares that sequence spans; 0 if there is none.
+    fixup (int32) holds a record for each program: which sequence begins in its share and continues
+    in the next one, and how many shares that sequence spans; 0 if there is none.
     """
     elements = {"fixup": 2 * plan.programs} if plan.stream_k else {}
-    elements["partials"] = plan.slots * plan.rows * (p.v.shape[-1] + 2)
+    elements["partials"] = plan.num_partials * plan.rows * (p.v.shape[-1] + 2)
     return elements if elements["partials"] else {}
 
 
@@ -280,7 +282,7 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Decode
     total_k = MAX_INT if p.cache.page_size else p.k.shape[0]
     constants = (
         *strides(p.q), *strides(p.k), *strides(p.v), *output_strides(p, out, lse),
-        p.batch, p.k.shape[-2], p.group, plan.splits, plan.split_tiles, plan.slots,
+        p.batch, p.k.shape[-2], p.group, plan.splits, plan.split_tiles, plan.num_partials,
         plan.rows, p.seqlen_q, p.seqlen_k, p.q.shape[0], total_k, p.k.shape[0], p.cache_rows,
         score_mode.scale, p.options.left, p.options.right, p.cache.appended, *score_mode.numbers,
         config(p, out, tiles, score_mode.mode), p.scores.score_mod, plan.stream_k, plan.overlapped,

@@ -30,7 +30,9 @@ def needs_redo(m, l, o, tile, rows, scale):
     Rows after a sequence's end belong to the next one, and don't count.
     """
     sched, work_idx, field = rows.sched, rows.work_idx, scheduler.REDO + rows.which
-    redo = softmax.sums_overflow(m, l, o, tile.rows_q - tile.first, scale, rows.left is not None)
+    redo = softmax.sums_overflow(
+        m, l, o, tile.num_rows - tile.consumer_row, scale, rows.left is not None
+    )
     redo &= scheduler.load_field(sched, work_idx, field) == 0
     scheduler.store_field(sched, work_idx, field, redo.to(gl.int32), pipeline.FOUR_WARPS)
     return redo
@@ -48,10 +50,10 @@ def consume(
     if which == C.CONSUMERS - 1:
         # The first consumer issues first.
         pipeline.warp_scheduler_barrier_arrive(which, C.CONSUMERS)
-    # Key blocks in the work tiles before (done), and how many of those had any (worked).
-    work_idx, done, worked = 0, 0, 0
+    # Key blocks in the work tiles before, and how many of those had any (worked).
+    work_idx, blocks_before, worked = 0, 0, 0
     scheduler.consumer_wait(sched, work_idx)
-    while scheduler.load_field(sched, work_idx, scheduler.FIRST_ROW) >= 0:
+    while scheduler.load_field(sched, work_idx, scheduler.M_ROW) >= 0:
         rows = softmax.Rows(sched, work_idx, which, left, right)
         o = gl.zeros([64, D], gl.float32, O)
         lse_tile = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, O))
@@ -62,7 +64,7 @@ def consume(
                 slope = slope_of(sched, work_idx, inputs)
             modification = scores.Modification(inputs.factor, inputs.softcap, slope, inputs.aux)
             m, l, o = mainloop(
-                which, shared, rows, worked, done, inputs.scale, modification, C, SCORE_MOD
+                which, shared, rows, worked, blocks_before, inputs.scale, modification, C, SCORE_MOD
             )
             if inputs.s_aux is not None:
                 sink = sink_of(sched, work_idx, inputs)
@@ -77,7 +79,7 @@ def consume(
                 epilogue.store_tma(o, shared, worked, which, tile, stores, C)
         worked += (tile.num_blocks > 0).to(gl.int32)
         epilogue.store(o, m, l, lse_tile, which, whole, redo, tile, rows, stores, C)
-        done += tile.num_blocks
+        blocks_before += tile.num_blocks
         scheduler.consumer_release(sched, work_idx)
         work_idx += 1
         scheduler.consumer_wait(sched, work_idx)

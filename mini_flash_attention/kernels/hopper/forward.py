@@ -31,7 +31,7 @@ class Facts(NamedTuple):
     D: Any  # columns of a tile that holds HEAD_DIM
     BLOCK_N: Any
     CONSUMERS: Any
-    Q_TILES: Any  # buffers for 64 rows of Q
+    Q_BUFFERS: Any  # buffers for 64 rows of Q
     GROUP: Any  # heads packed into the rows of a tile (PackGQA)
     VARLEN: Any  # whether queries are packed sequences
     SPLIT: Any  # whether a work tile is a split of its keys, and its result partial
@@ -65,7 +65,7 @@ def forward_hopper_kernel(
     BLOCK_N: gl.constexpr = C.BLOCK_N
     CONSUMERS: gl.constexpr = C.CONSUMERS
     D: gl.constexpr = C.D
-    q_box: gl.constexpr = [C.Q_TILES, 1, 64 // C.GROUP, C.GROUP, D]
+    q_box: gl.constexpr = [C.Q_BUFFERS, 1, 64 // C.GROUP, C.GROUP, D]
     k_box: gl.constexpr = [pipeline.STAGES, 1, BLOCK_N, 1, D]
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, q_box, q_desc.layout)
     k_tiles = gl.allocate_shared_memory(k_desc.dtype, k_box, k_desc.layout)
@@ -74,7 +74,7 @@ def forward_hopper_kernel(
         gl.int32, [2 * scheduler.NUM_FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     q_buffers = pipeline.QBuffers(
-        q_tiles, pipeline.barriers(2 * CONSUMERS, 1), pipeline.barriers(C.Q_TILES, 1)
+        q_tiles, pipeline.barriers(2 * CONSUMERS, 1), pipeline.barriers(C.Q_BUFFERS, 1)
     )
     keys = pipeline.Pipeline(k_tiles, pipeline.barriers(pipeline.STAGES, 1), pipeline.K_EMPTY)
     # One barrier more, for ZERO_V_TAIL. It belongs to this array because Triton would reuse the
@@ -152,7 +152,7 @@ def launch(
         tma_box("out", out, tokens_q, 64 // group, columns, group),
     ]
     config = Config(
-        columns, tiles.block_n, tiles.consumers, tiles.q_tiles, group, packed,
+        columns, tiles.block_n, tiles.consumers, tiles.q_buffers, group, packed,
         plan.partials is not None, plan.skip_max, page_size, plan.zero_v_tail, head_dim,
         score_mode.mode, plan.lazy_rescale, plan.tma_epilogue,
     )  # fmt: skip

@@ -43,9 +43,9 @@ def issue_pv(p, values, n, o, BLOCK_N: gl.constexpr, D: gl.constexpr):
 @gluon.jit
 def wait_q(shared, worked, which: gl.constexpr, factor, C: gl.constexpr):
     """Wait for this consumer's 64 rows of Q, [64, D]; fold the scale into them if "folded"."""
-    slot = pipeline.q_stage(shared.q, worked, which, C.CONSUMERS)
-    mbarrier.wait(pipeline.q_full(shared.q, worked, which, C.CONSUMERS), worked // 2 & 1)
-    q = shared.q.tiles.index(slot).reshape([64, C.D])
+    index = pipeline.q_buffer_index(shared.q_buffers, worked, which, C.CONSUMERS)
+    mbarrier.wait(pipeline.q_full(shared.q_buffers, worked, which, C.CONSUMERS), worked // 2 & 1)
+    q = shared.q_buffers.tiles.index(index).reshape([64, C.D])
     if C.SCORE_MODE == "folded":
         x = q.load(pipeline.FOUR_WARPS_2D)
         q.store((x.to(gl.float32) * factor).to(q.dtype))
@@ -60,8 +60,8 @@ def release_previous_q(shared, worked, which: gl.constexpr, C: gl.constexpr):
     """
     if C.TMA_EPILOGUE and worked > 0:
         tma.store_wait(0)
-        slot = pipeline.q_stage(shared.q, worked - 1, which, C.CONSUMERS)
-        mbarrier.arrive(shared.q.empty.index(slot))
+        index = pipeline.q_buffer_index(shared.q_buffers, worked - 1, which, C.CONSUMERS)
+        mbarrier.arrive(shared.q_buffers.empty.index(index))
 
 
 @gluon.jit
@@ -69,11 +69,11 @@ def unround_single_keys(o, l, q, rows, C: gl.constexpr):
     """o without the rounding of its only weight, where a row sees one key (no maxima)."""
     gl.static_assert(C.GROUP == 1)  # no heads are packed beside a soft cap
     length_k = scheduler.load_field(rows.sched, rows.work_idx, scheduler.LENGTH_K)
-    diagonal = length_k - scheduler.load_field(rows.sched, rows.work_idx, scheduler.ROWS_Q)
-    i = scheduler.load_field(rows.sched, rows.work_idx, scheduler.FIRST_ROW) + 64 * rows.which
+    diagonal = length_k - scheduler.load_field(rows.sched, rows.work_idx, scheduler.NUM_ROWS)
+    i = scheduler.load_field(rows.sched, rows.work_idx, scheduler.M_ROW) + 64 * rows.which
     i += gl.arange(0, 64, l.type.layout)
     seen = mask.num_visible(i, Window(diagonal, rows.left, rows.right, None, length_k))
-    return o * gl.expand_dims(rule.unround_single_keys(l, seen, q.dtype), 1)
+    return o * gl.expand_dims(rule.single_key_factor(l, seen, q.dtype), 1)
 
 
 class OwnBlocks(NamedTuple):
@@ -81,57 +81,57 @@ class OwnBlocks(NamedTuple):
     tiles, in the order of the loop: from the last key to the first.
     """
 
-    done: Any  # number of the first block
+    b0lock: Any  # number of the first block
     stop: Any  # and of the one after the last
     start: Any  # the first block's first key
     full_begin: Any  # keys between which no block needs a mask
     full_end: Any
     skip_from: Any  # number of the first block that may go without maxima
-    first: Any  # the first query's position among the keys; read only where GROUP is 1
+    position: Any  # of the first query among the keys; read only where GROUP is 1
 
 
 @gluon.jit
-def own_blocks(which: gl.constexpr, shared, rows, done, C: gl.constexpr):
+def own_blocks(which: gl.constexpr, shared, rows, blocks_before, C: gl.constexpr):
     """Release the blocks that only other consumers' rows see; the `OwnBlocks` that are left, at
-    least one. `done` blocks came before this work tile.
+    least one. `blocks_before` blocks came before this work tile.
     """
     sched, work_idx = rows.sched, rows.work_idx
     begin = scheduler.load_field(sched, work_idx, scheduler.BEGIN)
-    stop = done + scheduler.load_field(sched, work_idx, scheduler.NUM_BLOCKS)
-    first = scheduler.load_field(sched, work_idx, scheduler.FIRST_ROW) + 64 * which
-    rows_q = scheduler.load_field(sched, work_idx, scheduler.ROWS_Q)
+    stop = blocks_before + scheduler.load_field(sched, work_idx, scheduler.NUM_BLOCKS)
+    consumer_row = scheduler.load_field(sched, work_idx, scheduler.M_ROW) + 64 * which
+    num_rows = scheduler.load_field(sched, work_idx, scheduler.NUM_ROWS)
     length_k = scheduler.load_field(sched, work_idx, scheduler.LENGTH_K)
-    window = Window(length_k - rows_q // C.GROUP, rows.left, rows.right, None, length_k)
-    seen = work.n_block_range(first, rows_q, window, 64, C.BLOCK_N, C.GROUP)
-    own = gl.maximum(done, stop - gl.maximum((seen.end - begin) // C.BLOCK_N, 1))
-    for n in range(done, own):
+    window = Window(length_k - num_rows // C.GROUP, rows.left, rows.right, None, length_k)
+    seen = work.n_block_range(consumer_row, num_rows, window, 64, C.BLOCK_N, C.GROUP)
+    b0lock = gl.maximum(blocks_before, stop - gl.maximum((seen.end - begin) // C.BLOCK_N, 1))
+    for n in range(blocks_before, b0lock):
         pipeline.skip_block(which, shared.k, shared.v, n, C.CONSUMERS)
-    start = begin + (stop - own - 1) * C.BLOCK_N
+    start = begin + (stop - b0lock - 1) * C.BLOCK_N
     skip_from = stop
     if C.SKIP_MAX and scheduler.load_field(sched, work_idx, scheduler.REDO + which) == 0:
         # From the block after that of the last key that all rows see.
         visible = length_k
         if rows.right is not None:
-            visible = gl.minimum(mask.last_visible(first // C.GROUP, window) + 1, length_k)
+            visible = gl.minimum(mask.last_visible(consumer_row // C.GROUP, window) + 1, length_k)
         skip_from -= gl.maximum(gl.cdiv(visible - begin, C.BLOCK_N) - 1, 0)
-    first += length_k - rows_q
-    return OwnBlocks(own, stop, start, seen.full_begin, seen.full_end, skip_from, first)
+    position = consumer_row + (length_k - num_rows)
+    return OwnBlocks(b0lock, stop, start, seen.full_begin, seen.full_end, skip_from, position)
 
 
 @gluon.jit
-def cut_at_left(start, mine, rows):
+def cut_at_left(start, own, rows):
     """Whether the window's left side cuts the block of keys from `start`."""
-    return start < mine.full_begin if rows.left is not None else False
+    return start < own.full_begin if rows.left is not None else False
 
 
 @gluon.jit
 def mainloop(
-    which: gl.constexpr, shared, rows, worked, done, scale, modification, C: gl.constexpr,
+    which: gl.constexpr, shared, rows, worked, blocks_before, scale, modification, C: gl.constexpr,
     SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     """FlashAttention-3's Algorithm 2 for 64 rows of a work tile: (m, l, o), not normalised.
 
-    `worked` work tiles with any keys, and `done` key blocks, came before it.
+    `worked` work tiles with any keys, and `blocks_before` key blocks, came before it.
     """
     CONSUMERS: gl.constexpr = C.CONSUMERS
     D: gl.constexpr = C.D
@@ -143,33 +143,33 @@ def mainloop(
     EXP_BEFORE_PV: gl.constexpr = BOUNDED and D > 128
     keys, values, sched, work_idx = shared.k, shared.v, rows.sched, rows.work_idx
     q = wait_q(shared, worked, which, modification.factor, C)
-    mine = own_blocks(which, shared, rows, done, C)
-    done, stop, start = mine.done, mine.stop, mine.start
+    own = own_blocks(which, shared, rows, blocks_before, C)
+    b0lock, stop, start = own.b0lock, own.stop, own.start
     b = scheduler.load_field(sched, work_idx, scheduler.BATCH)
     head = scheduler.load_field(sched, work_idx, scheduler.HEAD)
     scoring = Scoring(scale, b, head, modification)
 
-    pipeline.consumer_wait(keys, done, True)
+    pipeline.consumer_wait(keys, b0lock, True)
     pipeline.warp_scheduler_barrier_sync(which, CONSUMERS)
-    s = issue_qk(q, keys, done, BLOCK_N, D)
+    s = issue_qk(q, keys, b0lock, BLOCK_N, D)
     pipeline.warp_scheduler_barrier_arrive(which, CONSUMERS)
     release_previous_q(shared, worked, which, C)
     s = warpgroup_mma_wait(0, deps=[s])
-    pipeline.consumer_release(keys, done, CONSUMERS)
+    pipeline.consumer_release(keys, b0lock, CONSUMERS)
     m = gl.full(
         [64], 0.0 if BOUNDED else softmax.LOWEST, gl.float32, gl.SliceLayout(1, s.type.layout)
     )
-    partial = (start >= mine.full_end) | cut_at_left(start, mine, rows)
+    partial = (start >= own.full_end) | cut_at_left(start, own, rows)
     exponent = softmax.Exponent(scale, m)
     m, alpha, scores, exponent = softmax.softmax_step(
-        m, s, exponent, start, partial, True, mine.first, rows, scoring, C, SCORE_MOD
+        m, s, exponent, start, partial, True, own.position, rows, scoring, C, SCORE_MOD
     )
     p = softmax.exp2_scores(scores, exponent, C.SCORE_MODE, s)
     l = softmax.row_sums(p, BLOCK_N)
     o = gl.zeros([64, D], gl.float32, O)
     p = gl.convert_layout(softmax.convert_p(p, q), P)
-    pipeline.consumer_wait(keys, done + 1, done + 1 < stop)
-    for n in range(done + 1, stop):
+    pipeline.consumer_wait(keys, b0lock + 1, b0lock + 1 < stop)
+    for n in range(b0lock + 1, stop):
         start -= BLOCK_N
         pipeline.warp_scheduler_barrier_sync(which, CONSUMERS)
         s = issue_qk(q, keys, n, BLOCK_N, D)  # S = Q Kᵀ
@@ -178,10 +178,10 @@ def mainloop(
         pipeline.warp_scheduler_barrier_arrive(which, CONSUMERS)
         s = warpgroup_mma_wait(1, deps=[s])
         pipeline.consumer_release(keys, n, CONSUMERS)
-        partial = (start >= mine.full_end) | cut_at_left(start, mine, rows)
-        exact = (n < mine.skip_from) | cut_at_left(start, mine, rows)
+        partial = (start >= own.full_end) | cut_at_left(start, own, rows)
+        exact = (n < own.skip_from) | cut_at_left(start, own, rows)
         m, alpha, scores, exponent = softmax.softmax_step(
-            m, s, exponent, start, partial, exact if C.SKIP_MAX else True, mine.first, rows,
+            m, s, exponent, start, partial, exact if C.SKIP_MAX else True, own.position, rows,
             scoring, C, SCORE_MOD,
         )  # fmt: skip
         if EXP_BEFORE_PV:
@@ -197,8 +197,8 @@ def mainloop(
         l += softmax.row_sums(p_next, BLOCK_N)
         p = gl.convert_layout(softmax.convert_p(p_next, q), P)
     if not C.TMA_EPILOGUE:  # else the next work tile does it (`release_previous_q`)
-        slot = pipeline.q_stage(shared.q, worked, which, CONSUMERS)
-        mbarrier.arrive(shared.q.empty.index(slot))
+        index = pipeline.q_buffer_index(shared.q_buffers, worked, which, CONSUMERS)
+        mbarrier.arrive(shared.q_buffers.empty.index(index))
     pipeline.consumer_wait(values, stop - 1, True)
     o = issue_pv(p, values, stop - 1, o, BLOCK_N, D)  # O += P V
     l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, O))

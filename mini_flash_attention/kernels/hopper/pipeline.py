@@ -34,17 +34,17 @@ class QBuffers(NamedTuple):
 
 
 @gluon.jit
-def q_stage(queries, worked, which, CONSUMERS: gl.constexpr):
+def q_buffer_index(q_buffers, worked, which, CONSUMERS: gl.constexpr):
     """The buffer of a consumer's queries: consumers take them in turn."""
-    return (worked * CONSUMERS + which) % queries.tiles.shape[0]
+    return (worked * CONSUMERS + which) % q_buffers.tiles.shape[0]
 
 
 @gluon.jit
-def q_full(queries, worked, which, CONSUMERS: gl.constexpr):
+def q_full(q_buffers, worked, which, CONSUMERS: gl.constexpr):
     """The barrier that says that a consumer's queries are there. Each consumer has two of its own:
     at a shared one, the first to wait could take the other's phase for its own (NOTES 111).
     """
-    return queries.full.index(worked % 2 * CONSUMERS + which)
+    return q_buffers.full.index(worked % 2 * CONSUMERS + which)
 
 
 class Pipeline(NamedTuple):
@@ -62,7 +62,7 @@ class Pipeline(NamedTuple):
 class Shared(NamedTuple):
     """What producer and consumers share."""
 
-    q: Any  # `QBuffers`
+    q_buffers: Any  # `QBuffers`
     k: Any  # `Pipeline`
     v: Any  # `Pipeline`
     sched: Any  # `scheduler.TileScheduler`
@@ -120,7 +120,7 @@ class Source(NamedTuple):
 
     block_table: Any  # the sequence's row; None unless paged
     batch: Any
-    first: Any  # row of the first key
+    offset_k: Any  # row of the first key
     seqlen_k: Any
     head: Any
 
@@ -133,9 +133,8 @@ def load_tile(desc, source, start, tile, barrier, wanted, C: gl.constexpr):
     WHOLE: gl.constexpr = tile.shape[1]
     mbarrier.expect(barrier, WHOLE // N * desc.block_type.nbytes, pred=wanted)
     if PAGE_SIZE == 0:
-        tma_load(
-            desc, [source.batch, source.first + start, source.head, 0], barrier, tile, pred=wanted
-        )
+        at = [source.batch, source.offset_k + start, source.head, 0]
+        tma_load(desc, at, barrier, tile, pred=wanted)
     else:  # invalid pages read as zeros, like everything outside the descriptor
         for group in gl.static_range(0, WHOLE, 4 * N):  # four look-ups in flight
             pages = ()
@@ -172,14 +171,14 @@ def load_stage_zero_tail(pipe, n, desc, source, start, low, times, C: gl.constex
     low, high = low - start, source.seqlen_k - start
     N: gl.constexpr = tile.shape[1]
     D: gl.constexpr = tile.shape[3]
-    for first in gl.static_range(0, N, 8):
-        if (first < low) | (first + 8 > high):
-            row = no_hoist(first) + gl.arange(0, 8, gl.SliceLayout(1, ONE_WARP_2D))
+    for first_row in gl.static_range(0, N, 8):
+        if (first_row < low) | (first_row + 8 > high):
+            row = no_hoist(first_row) + gl.arange(0, 8, gl.SliceLayout(1, ONE_WARP_2D))
             keep = gl.expand_dims((row >= low) & (row < high), 1)
             for column in gl.static_range(0, D, 64):  # few registers
-                part = tile.reshape([N, D]).slice(first, 8).slice(column, 64, 1)
-                x = part.load(ONE_WARP_2D)
-                part.store(gl.where(keep, x, 0.0).to(x.dtype))
+                piece = tile.reshape([N, D]).slice(first_row, 8).slice(column, 64, 1)
+                x = piece.load(ONE_WARP_2D)
+                piece.store(gl.where(keep, x, 0.0).to(x.dtype))
     fence_async_shared()
     mbarrier.arrive(pipe.full.index(stage))
 

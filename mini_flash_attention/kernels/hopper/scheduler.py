@@ -1,8 +1,8 @@
 """The tile scheduler of the Hopper kernel: the producer broadcasts work tiles to the consumers.
 
-The producer writes what the consumers need to know of a work tile to shared memory, into one of two
-slots. A consumer whose sums overflow (`softmax.sums_overflow`) asks for the tile again by a REDO
-field, and gets it two work tiles later, or next if there is no other work.
+The producer writes what the consumers need to know of a work tile to shared memory, in one of two
+sets of fields. A consumer whose sums overflow (`softmax.sums_overflow`) asks for the tile again by
+a REDO field, and gets it two work tiles later, or next if there is no other work.
 """
 
 from typing import Any, NamedTuple
@@ -12,16 +12,16 @@ from .pipeline import FOUR_WARPS, ONE_WARP
 
 
 class TileScheduler(NamedTuple):
-    """NUM_FIELDS integers for each of two slots, with the barriers that say full and empty."""
+    """Two sets of NUM_FIELDS integers, with the barriers that say full and empty."""
 
     fields: Any
     full: Any
     empty: Any
 
 
-# The fields of a slot; from REDO on one for each consumer, which asks for the tile again there.
+# The fields of a set; from REDO on one for each consumer, which asks for the tile again there.
 (
-    BATCH, HEAD, ROW_OFFSET, ROWS_Q, WRITABLE, FIRST_ROW, LENGTH_K, BEGIN, NUM_BLOCKS, TILE_IDX,
+    BATCH, HEAD, RESULT_IDX, NUM_ROWS, WRITABLE, M_ROW, LENGTH_K, BEGIN, NUM_BLOCKS, TILE_IDX,
     REDO,
 ) = map(gl.constexpr, range(11))  # fmt: skip
 NUM_FIELDS = gl.constexpr(REDO.value + 3)
@@ -42,7 +42,7 @@ def load_field(sched, work_idx, n, LAYOUT: gl.constexpr = FOUR_WARPS):
 
 @gluon.jit
 def producer_acquire(sched, work_idx, C: gl.constexpr):
-    """Wait until the consumers have released the slot; whether one asks for its tile again."""
+    """Wait until the consumers have released the set; whether one asks for its tile again."""
     mbarrier.wait(sched.empty.index(work_idx % 2), (work_idx // 2 & 1) ^ 1)
     redo = work_idx < 0  # False, as a tensor
     for c in gl.static_range(C.CONSUMERS if C.SKIP_MAX else 0):
@@ -54,25 +54,25 @@ def producer_acquire(sched, work_idx, C: gl.constexpr):
 def next_work_tile(sched, work_idx, number, total, C: gl.constexpr):
     """(the next work tile, whether it is one to be done again instead of the `number`-th).
 
-    Only C.SKIP_MAX does tiles again. When no work is left, the other slot's tile may be next.
+    Only C.SKIP_MAX does tiles again. When no work is left, the other set's tile may be next.
     """
     redo = producer_acquire(sched, work_idx, C)
-    mine = number
+    tile_idx = number
     if C.SKIP_MAX:
-        mine = gl.where(redo, load_field(sched, work_idx, TILE_IDX, ONE_WARP), number)
-    if C.SKIP_MAX and mine >= total:
+        tile_idx = gl.where(redo, load_field(sched, work_idx, TILE_IDX, ONE_WARP), number)
+    if C.SKIP_MAX and tile_idx >= total:
         redo = producer_acquire(sched, work_idx + 1, C)
-        mine = gl.where(redo, load_field(sched, work_idx + 1, TILE_IDX, ONE_WARP), number)
+        tile_idx = gl.where(redo, load_field(sched, work_idx + 1, TILE_IDX, ONE_WARP), number)
         for c in gl.static_range(C.CONSUMERS):
             asked = load_field(sched, work_idx + 1, REDO + c, ONE_WARP)
             store_field(sched, work_idx, REDO + c, asked, ONE_WARP)
             store_field(sched, work_idx + 1, REDO + c, 0, ONE_WARP)
-    return mine, redo
+    return tile_idx, redo
 
 
 @gluon.jit
 def producer_commit(sched, work_idx, fields):
-    """Write the fields of a slot and tell the consumers; after `next_work_tile`."""
+    """Write the fields of a set and tell the consumers; after `next_work_tile`."""
     for n in gl.static_range(REDO):
         store_field(sched, work_idx, n, fields[n], ONE_WARP)
     mbarrier.arrive(sched.full.index(work_idx % 2))
@@ -80,7 +80,7 @@ def producer_commit(sched, work_idx, fields):
 
 @gluon.jit
 def consumer_wait(sched, work_idx):
-    """Wait for the fields of a slot, which may be read until `consumer_release`."""
+    """Wait for the fields of a set, which may be read until `consumer_release`."""
     mbarrier.wait(sched.full.index(work_idx % 2), work_idx // 2 & 1)
 
 

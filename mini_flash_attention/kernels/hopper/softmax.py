@@ -110,13 +110,12 @@ def from_view(view, s):
 @gluon.jit
 def mask_scores(s, start, rows, C: gl.constexpr):
     """Scores with -inf where the query of a row does not see the key; keys from `start`."""
-    length_k = scheduler.load_field(rows.sched, rows.work_idx, scheduler.LENGTH_K)
-    diagonal = (
-        length_k - scheduler.load_field(rows.sched, rows.work_idx, scheduler.ROWS_Q) // C.GROUP
-    )
-    first = scheduler.load_field(rows.sched, rows.work_idx, scheduler.FIRST_ROW) + 64 * rows.which
+    sched, work_idx = rows.sched, rows.work_idx
+    length_k = scheduler.load_field(sched, work_idx, scheduler.LENGTH_K)
+    diagonal = length_k - scheduler.load_field(sched, work_idx, scheduler.NUM_ROWS) // C.GROUP
+    consumer_row = scheduler.load_field(sched, work_idx, scheduler.M_ROW) + 64 * rows.which
     view, i, shift, n = accumulator_view(s, start, C.BLOCK_N)
-    i = (first + i) // C.GROUP - shift
+    i = (consumer_row + i) // C.GROUP - shift
     window = Window(diagonal, rows.left, rows.right, None, length_k - shift)
     return from_view(gl.where(mask.is_visible(i, n, window), view, float("-inf")), s)
 
@@ -175,25 +174,25 @@ def rescale_o(l, o, alpha, LAZY_RESCALE: gl.constexpr):
 
 
 @gluon.jit
-def sums_overflow(m, l, o, rows, scale, WINDOW: gl.constexpr):
-    """Whether any of the first so many rows has outgrown its reference m, in l or in o.
+def sums_overflow(m, l, o, num_rows, scale, WINDOW: gl.constexpr):
+    """Whether any of the first `num_rows` rows has outgrown its reference m, in l or in o.
 
     Nor can those do without maxima whose factor is not the scale (`rescale`). Behind a window's
     left end sums may have been scaled down again.
     """
-    mine = gl.arange(0, 64, l.type.layout) < rows
+    in_use = gl.arange(0, 64, l.type.layout) < num_rows
     top = gl.where((gl.abs(m) > LARGE / 2 / scale) & (l > 0.0), float("inf"), l)
-    top = gl.max(gl.where(mine, top, 0.0), 0)
+    top = gl.max(gl.where(in_use, top, 0.0), 0)
     found = top > LIMIT
     if WINDOW or top > SAFE:
-        infinite = gl.where(gl.expand_dims(mine, 1) & (not (gl.abs(o) < float("inf"))), 1, 0)
+        infinite = gl.where(gl.expand_dims(in_use, 1) & (not (gl.abs(o) < float("inf"))), 1, 0)
         found |= gl.max(gl.max(infinite, 1), 0) > 0
     return found
 
 
 @gluon.jit
-def alibi_bias(s, first, start, modification, BLOCK_N: gl.constexpr):
-    """ALiBi of queries from `first`: scores, and what `rescale` is still to add to them, [64, 4].
+def alibi_bias(s, position, start, modification, BLOCK_N: gl.constexpr):
+    """ALiBi of queries from `position`: scores, and what `rescale` is to add to them yet, [64, 4].
 
     Before all of the queries, or after them, it is linear in the key: of a thread's part of a row
     all but slope * key inside the tile is the same, and left to the maximum. Keys are counted from
@@ -204,11 +203,11 @@ def alibi_bias(s, first, start, modification, BLOCK_N: gl.constexpr):
     row = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
     column = gl.expand_dims(2 * gl.arange(0, 4, gl.SliceLayout(0, layout)), 0)
     slope = modification.slope * modification.factor
-    bias = slope * (start - first + column - row).to(gl.float32)
-    if (start < first + 64) & (start + BLOCK_N > first):
-        view = modify(view, 0, 0, first + i, shift, n, modification, "linear", None)
+    bias = slope * (start - position + column - row).to(gl.float32)
+    if (start < position + 64) & (start + BLOCK_N > position):
+        view = modify(view, 0, 0, position + i, shift, n, modification, "linear", None)
         bias = gl.zeros_like(bias)
-    elif start < first:
+    elif start < position:
         view = view + slope * (n - BLOCK_N).to(gl.float32)
         bias += slope * BLOCK_N
     else:
@@ -219,13 +218,13 @@ def alibi_bias(s, first, start, modification, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def softmax_step(
-    m, s, exponent, start, partial, exact, first, rows, scoring, C: gl.constexpr,
+    m, s, exponent, start, partial, exact, position, rows, scoring, C: gl.constexpr,
     SCORE_MOD: gl.constexpr,
 ):  # fmt: skip
     """Modify a block of scores, mask it if it is `partial`, and find its new maxima: (m, alpha, the
     scores, their `Exponent`). A block that is not `exact` keeps the `Exponent` of the one before.
 
-    first: where the first of the queries stands. start: the block's first key.
+    position: where the first of the queries stands. start: the block's first key.
     """
     SCORE_MODE: gl.constexpr = C.SCORE_MODE
     LAZY_RESCALE: gl.constexpr = C.LAZY_RESCALE
@@ -233,12 +232,13 @@ def softmax_step(
     factor, reference = exponent.factor, exponent.reference
     bias = None
     if SCORE_MODE == "linear":
-        s, bias = alibi_bias(s, first, start, modification, C.BLOCK_N)
+        s, bias = alibi_bias(s, position, start, modification, C.BLOCK_N)
     elif SCORE_MOD is not None or modification.slope is not None:
         view, i, shift, n = accumulator_view(s, start, C.BLOCK_N)
         view = modify(
-            view, scoring.b, scoring.head, first + i, shift, n, modification, SCORE_MODE, SCORE_MOD
-        )
+            view, scoring.b, scoring.head, position + i, shift, n, modification, SCORE_MODE,
+            SCORE_MOD,
+        )  # fmt: skip
         s = from_view(view, s)
     elif SCORE_MODE != "":
         s = modify(s, 0, 0, 0, 0, 0, modification, SCORE_MODE, SCORE_MOD)

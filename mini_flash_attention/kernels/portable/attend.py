@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ...rules import mask, scores, softmax
-from .loads import find_pages, load_rows, rows, slots
+from .loads import find_pages, load_rows, row_offsets, slots
 
 
 @triton.jit
@@ -35,22 +35,22 @@ def attend(
         j = start + tl.arange(0, C.BLOCK_N)
         if C.PAGE_SIZE:
             slot = slots(start, C)
-            offset_k = page * at.page_stride_k + slot * at.stride_k
-            offset_v = offset_k
+            k_offsets = page * at.page_stride_k + slot * at.stride_k
+            v_offsets = k_offsets
             if not C.SHARED_KV_OFFSETS:
-                offset_v = page * at.page_stride_v + slot * at.stride_v
+                v_offsets = page * at.page_stride_v + slot * at.stride_v
             real = there & (j < window.seqlen_k)
             page, there = find_pages(start + C.BLOCK_N, window.seqlen_k, at, C)
         else:
             real = j < window.seqlen_k
-            offset_k = rows(start, at.stride_k, C)
-            offset_v = offset_k
+            k_offsets = row_offsets(start, at.stride_k, C)
+            v_offsets = k_offsets
             if not C.SHARED_KV_OFFSETS:
-                offset_v = rows(start, at.stride_v, C)
+                v_offsets = row_offsets(start, at.stride_v, C)
         if PARTIAL and window.left is not None:
             real = in_any_window(real, j, i, window)
         WHOLE: tl.constexpr = not (PARTIAL or C.PAGE_SIZE)
-        k = load_rows(at.k, offset_k, real, WHOLE, C.HEAD_DIM, C.D)  # [N, D]
+        k = load_rows(at.k, k_offsets, real, WHOLE, C.HEAD_DIM, C.D)  # [N, D]
         s = tl.dot(q, k.T)  # S = Q Kᵀ  [M, N]
         s = scores.modify(
             s, scoring.b, scoring.head, i[:, None] + window.diagonal, start,
@@ -69,6 +69,6 @@ def attend(
             else:
                 l = l * alpha[:, None] + p
             o = o * alpha[:, None]
-        v = load_rows(at.v, offset_v, real, WHOLE, C.HEAD_DIM_V, C.D_V)  # [N, D]
+        v = load_rows(at.v, v_offsets, real, WHOLE, C.HEAD_DIM_V, C.D_V)  # [N, D]
         o = tl.dot(p.to(v.dtype), v, o)  # O += P V
     return m, l, o

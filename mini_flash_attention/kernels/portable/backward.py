@@ -120,29 +120,26 @@ def head_of(x, b, first, head):
 
 @triton.jit
 def load_block(
-    base, stride, start, count, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, C: tl.constexpr
-):
-    """BLOCK rows from row `start`, zero past HEAD_DIM and from row `count` on.
+    base, stride, start, count, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, C: tl.constexpr,
+    WHOLE: tl.constexpr = False,
+):  # fmt: skip
+    """BLOCK rows from row `start`, zero past HEAD_DIM and from row `count` on. WHOLE: that does not
+    come.
 
     Offsets inside a block fit in 32 bits unless INT64_OFFSETS.
     """
     n = tl.arange(0, BLOCK)
     D: tl.constexpr = C.D if HEAD_DIM == C.HEAD_DIM else C.D_V
-    if C.INT64_OFFSETS:
-        offset = tl.cast(start + n, tl.int64) * stride
-    else:
-        offset = tl.cast(start, tl.int64) * stride + n * stride
-    return load_rows(base, offset, start + n < count, False, HEAD_DIM, D)
+    base += tl.cast(start, tl.int64) * stride
+    offset = tl.cast(n, tl.int64) * stride if C.INT64_OFFSETS else n * stride
+    return load_rows(base, offset, start + n < count, WHOLE, HEAD_DIM, D)
 
 
 @triton.jit
-def modification_of(head, weights):
-    """What the scores of a head are modified with."""
-    inputs = weights.inputs
-    slope = inputs.alibi_slopes
-    if inputs.alibi_slopes is not None:
-        slope = tl.load(slope + tl.cast(weights.b, tl.int64) * inputs.stride_slopes + head)
-    return scores.Modification(inputs.factor, inputs.softcap, slope, inputs.aux)
+def slope_of(head, weights):
+    """ALiBi's slope of a head."""
+    row = tl.cast(weights.b, tl.int64) * weights.inputs.stride_slopes
+    return tl.load(weights.inputs.alibi_slopes + row + head)
 
 
 @triton.jit
@@ -186,48 +183,62 @@ def hide(x, i, j, rows, window):
 
 @triton.jit
 def add_queries(
-    dk, dv, k, v, head_k, start_k, queries, weights, blocks, C: tl.constexpr,
-    SCORE_MOD: tl.constexpr, SCORE_MOD_BWD: tl.constexpr,
+    dk, dv, k, v, head_k, start_k, queries, blocks, weights, PARTIAL: tl.constexpr,
+    C: tl.constexpr, SCORE_MOD: tl.constexpr, SCORE_MOD_BWD: tl.constexpr,
 ):  # fmt: skip
-    """Add to dK [N, D] and dV [N, D_V] what the queries blocks.begin..blocks.end of the KV head's
-    query heads give, all of them in one loop.
+    """Add to dK [N, D] and dV [N, D_V] what blocks of queries give, for all heads of the group.
 
+    PARTIAL: the blocks that may need a mask, else the full ones; with a window, all of them.
     Scores are transposed, [N, M], so that P and dS are what the products need on their left.
     """
+    inputs, window = weights.inputs, weights.window
+    ALL: tl.constexpr = PARTIAL and window.left is not None
     n = tl.arange(0, C.BLOCK_N)[:, None]
     j = start_k + n
-    window = weights.window
-    num_blocks = (blocks.end - blocks.begin) // C.BLOCK_M
+    first, size = blocks.full_begin, blocks.full_end - blocks.full_begin
+    if PARTIAL:
+        first, size = blocks.begin, blocks.end - blocks.begin
+        if not ALL:
+            size -= blocks.full_end - blocks.full_begin
+    num_blocks = size // C.BLOCK_M
     for number in tl.range(0, C.GROUP * num_blocks):
         if C.GROUP == 1:
-            member, start = 0, blocks.begin + number * C.BLOCK_M
+            member, start = 0, first + number * C.BLOCK_M
         else:
-            member, start = number // num_blocks, number % num_blocks * C.BLOCK_M + blocks.begin
+            member, start = number // num_blocks, first + number % num_blocks * C.BLOCK_M
+        if PARTIAL and not ALL:
+            start += tl.where(start < blocks.full_begin, 0, blocks.full_end - blocks.full_begin)
         head = head_k * C.GROUP + member
         member = tl.cast(member, tl.int64)
-        modification = modification_of(head, weights)
+        slope = inputs.alibi_slopes
+        if inputs.alibi_slopes is not None:
+            slope = slope_of(head, weights)
+        modification = scores.Modification(inputs.factor, inputs.softcap, slope, inputs.aux)
         i = start + tl.arange(0, C.BLOCK_M)
         stands = (i + window.diagonal)[None, :]
-        partial = (start < blocks.full_begin) | (start >= blocks.full_end)
         q = queries.q + member * queries.head_stride_q
-        q = load_block(q, queries.stride_q, start, queries.count, C.BLOCK_M, C.HEAD_DIM, C)
+        q = load_block(
+            q, queries.stride_q, start, queries.count, C.BLOCK_M, C.HEAD_DIM, C, not PARTIAL
+        )
         rows = member * queries.head_stride + i
         lse_log2 = tl.load(queries.lse_log2 + rows)[None, :]
         s = tl.dot(k, q.T)  # Sᵀ = K Qᵀ
         p, biased = weigh(
             s, lse_log2, head, stands, start_k, n, modification, weights, C, SCORE_MOD
         )
-        if partial:
+        if PARTIAL:
             p = hide(p, i[None, :], j, queries.count, window)
         do = queries.do + member * queries.head_stride_do
-        do = load_block(do, queries.stride_do, start, queries.count, C.BLOCK_M, C.HEAD_DIM_V, C)
+        do = load_block(
+            do, queries.stride_do, start, queries.count, C.BLOCK_M, C.HEAD_DIM_V, C, not PARTIAL
+        )
         dv = tl.dot(p.to(do.dtype), do, dv)  # dV += Pᵀ dO
         dp = tl.dot(v, do.T)  # dPᵀ = V dOᵀ
         delta = tl.load(queries.delta + rows)[None, :]
         ds = score_gradient(
             s, biased, p, dp, delta, head, stands, j, modification, weights, C, SCORE_MOD_BWD
         )
-        if partial:
+        if PARTIAL:
             ds = hide(ds, i[None, :], j, queries.count, window)
         dk = tl.dot(ds.to(q.dtype), q, dk)  # dK += dSᵀ Q
     return dk, dv
@@ -235,27 +246,41 @@ def add_queries(
 
 @triton.jit
 def add_keys(
-    dq, query, head, keys, weights, blocks, C: tl.constexpr, SCORE_MOD: tl.constexpr,
-    SCORE_MOD_BWD: tl.constexpr,
+    dq, query, head, keys, blocks, weights, PARTIAL: tl.constexpr, C: tl.constexpr,
+    SCORE_MOD: tl.constexpr, SCORE_MOD_BWD: tl.constexpr,
 ):  # fmt: skip
-    """Add to dQ [M, D] what the keys blocks.begin..blocks.end give."""
+    """Add to dQ [M, D] what blocks of keys give: full ones, or those that may need a mask, which
+    with a window are all of them.
+    """
+    inputs, window = weights.inputs, weights.window
+    slope = inputs.alibi_slopes
+    if inputs.alibi_slopes is not None:
+        slope = slope_of(head, weights)
+    modification = scores.Modification(inputs.factor, inputs.softcap, slope, inputs.aux)
     i = query.start + tl.arange(0, C.BLOCK_M)[:, None]
     n = tl.arange(0, C.BLOCK_N)[None, :]
-    window = weights.window
     stands = i + window.diagonal
-    modification = modification_of(head, weights)
     lse_log2, delta = query.lse_log2[:, None], query.delta[:, None]
-    for start in tl.range(blocks.begin, blocks.end, C.BLOCK_N):
-        k = load_block(keys.k, keys.stride_k, start, keys.count, C.BLOCK_N, C.HEAD_DIM, C)
+    begin, end = blocks.begin, blocks.full_end
+    if PARTIAL:
+        end = blocks.end
+        if window.left is None:
+            begin = blocks.full_end
+    for start in tl.range(begin, end, C.BLOCK_N):
+        k = load_block(
+            keys.k, keys.stride_k, start, keys.count, C.BLOCK_N, C.HEAD_DIM, C, not PARTIAL
+        )
         s = tl.dot(query.q, k.T)  # S = Q Kᵀ
         p, biased = weigh(s, lse_log2, head, stands, start, n, modification, weights, C, SCORE_MOD)
-        v = load_block(keys.v, keys.stride_v, start, keys.count, C.BLOCK_N, C.HEAD_DIM_V, C)
+        v = load_block(
+            keys.v, keys.stride_v, start, keys.count, C.BLOCK_N, C.HEAD_DIM_V, C, not PARTIAL
+        )
         dp = tl.dot(query.do, v.T)  # dP = dO Vᵀ
         ds = score_gradient(
             s, biased, p, dp, delta, head, stands, start + n, modification, weights, C,
             SCORE_MOD_BWD,
         )  # fmt: skip
-        if (start < blocks.full_begin) | (start >= blocks.full_end):
+        if PARTIAL:
             ds = hide(ds, i, start + n, query.count, window)
         dq = tl.dot(ds.to(k.dtype), k, dq)  # dQ += dS K
     return dq
@@ -310,11 +335,12 @@ def preprocess_kernel(
 
 
 @triton.jit
-def row_of(b, head, nheads, first_q, lengths):
+def row_of(b, head, nheads, offset_q, total_q, cu_seqlens_q):
     """Where the queries of a head begin in `lse_log2` and `delta`."""
-    if lengths.cu_seqlens_q is None:
-        return (tl.cast(b, tl.int64) * nheads + head) * lengths.total_q + first_q
-    return tl.cast(head, tl.int64) * lengths.total_q + first_q
+    batch_head = tl.cast(head, tl.int64)
+    if cu_seqlens_q is None:
+        batch_head += tl.cast(b, tl.int64) * nheads
+    return batch_head * total_q + offset_q
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -336,45 +362,51 @@ def dkdv_kernel(
     dv = tensor(dv, stride_dv_b, stride_dv_t, stride_dv_h, C.DIVISIBLE_BY_8 & 32)
     BLOCK_N: tl.constexpr = C.BLOCK_N
 
-    # Which keys are mine? The first ones of a head come first: under a causal mask most see them.
-    lengths = sequence.Lengths(
-        cu_seqlens_q, seqused_q, seqlen_q, total_q, cu_seqlens_k, seqused_k, seqlen_k, total_k,
+    # Which keys are mine? The rules know queries that see keys; here keys are what sees queries, so
+    # lengths and window are handed to them with the two exchanged. The first keys of a head come
+    # first: under a causal mask most queries see them.
+    by_key = sequence.Lengths(
+        cu_seqlens_k, seqused_k, seqlen_k, total_k, cu_seqlens_q, seqused_q, seqlen_q, total_q,
         0, None, None, 0,
     )  # fmt: skip
-    by_key = sequence.transposed(lengths)
     table = work.Grid(batch, nheads_k, num_n_blocks, l2_group)
     number = tl.num_programs(0) - 1 - tl.program_id(0)
-    mine = work.work_tile(number, by_key, table, BLOCK_N)
-    b, head_k, num_keys = mine.b, mine.head, mine.rows_q
-    at_k = head_of(k, b, mine.first_q, head_k)
-    at_v = head_of(v, b, mine.first_q, head_k)
-    k_tile = load_block(at_k, k.stride_t, mine.first, num_keys, BLOCK_N, C.HEAD_DIM, C)
-    v_tile = load_block(at_v, v.stride_t, mine.first, num_keys, BLOCK_N, C.HEAD_DIM_V, C)
+    tile = work.work_tile(number, by_key, table, BLOCK_N)
+    b, head_k, num_keys = tile.b, tile.head, tile.num_rows
+    at_k = head_of(k, b, tile.offset_q, head_k)
+    at_v = head_of(v, b, tile.offset_q, head_k)
+    k_tile = load_block(at_k, k.stride_t, tile.m_row, num_keys, BLOCK_N, C.HEAD_DIM, C)
+    v_tile = load_block(at_v, v.stride_t, tile.m_row, num_keys, BLOCK_N, C.HEAD_DIM_V, C)
 
     # Which queries see them?
-    first_q, rows_q = work.key_span(b, by_key, 0)
-    window = Window(num_keys - rows_q, left, right, None, num_keys)
-    seen = work.n_block_range(
-        mine.first, num_keys, mask.transposed(window, rows_q), BLOCK_N, C.BLOCK_M
-    )
+    offset_q, length_q = work.key_span(b, by_key, 0)
+    window = Window(num_keys - length_q, left, right, None, num_keys)
+    from_keys = Window(length_q - num_keys, right, left, None, length_q)
+    seen = work.n_block_range(tile.m_row, num_keys, from_keys, BLOCK_N, C.BLOCK_M)
     dk_tile = tl.zeros([BLOCK_N, C.D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, C.D_V], tl.float32)
-    row = row_of(b, head_k * C.GROUP, nheads_k * C.GROUP, first_q, lengths)
+    row = row_of(b, head_k * C.GROUP, nheads_k * C.GROUP, offset_q, total_q, cu_seqlens_q)
     queries = Queries(
-        head_of(q, b, first_q, head_k * C.GROUP), head_of(dout, b, first_q, head_k * C.GROUP),
+        head_of(q, b, offset_q, head_k * C.GROUP), head_of(dout, b, offset_q, head_k * C.GROUP),
         q.stride_t, dout.stride_t, q.stride_h, dout.stride_h, lse_log2 + row, delta + row,
-        total_q, rows_q,
+        total_q, length_q,
     )  # fmt: skip
     inputs = scores.Inputs(scale, factor, softcap, aux, alibi_slopes, stride_slopes, None)
+    weights = Weights(inputs, b, window)
+    if left is None:  # with a window few blocks are full, and one loop is better than two
+        dk_tile, dv_tile = add_queries(
+            dk_tile, dv_tile, k_tile, v_tile, head_k, tile.m_row, queries, seen, weights, False,
+            C, SCORE_MOD, SCORE_MOD_BWD,
+        )  # fmt: skip
     dk_tile, dv_tile = add_queries(
-        dk_tile, dv_tile, k_tile, v_tile, head_k, mine.first, queries,
-        Weights(inputs, b, window), seen, C, SCORE_MOD, SCORE_MOD_BWD,
+        dk_tile, dv_tile, k_tile, v_tile, head_k, tile.m_row, queries, seen, weights, True, C,
+        SCORE_MOD, SCORE_MOD_BWD,
     )  # fmt: skip
-    at_dk = head_of(dk, b, mine.first_q, head_k)
-    at_dv = head_of(dv, b, mine.first_q, head_k)
+    at_dk = head_of(dk, b, tile.offset_q, head_k)
+    at_dv = head_of(dv, b, tile.offset_q, head_k)
     dk_tile = dk_tile * softmax_scale
-    store_block(at_dk, dk.stride_t, mine.first, dk_tile, num_keys, mine.writable, C.HEAD_DIM)
-    store_block(at_dv, dv.stride_t, mine.first, dv_tile, num_keys, mine.writable, C.HEAD_DIM_V)
+    store_block(at_dk, dk.stride_t, tile.m_row, dk_tile, num_keys, tile.writable, C.HEAD_DIM)
+    store_block(at_dv, dv.stride_t, tile.m_row, dv_tile, num_keys, tile.writable, C.HEAD_DIM_V)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -401,32 +433,36 @@ def dq_kernel(
         0, None, None, 0,
     )  # fmt: skip
     table = work.Grid(batch, nheads, num_m_blocks, l2_group)
-    mine = work.work_tile(tl.program_id(0), lengths, table, BLOCK_M)
-    b, head, rows_q = mine.b, mine.head, mine.rows_q
-    first_k, num_keys = work.key_span(b, lengths, rows_q)
-    window = Window(num_keys - rows_q, left, right, None, num_keys)
-    seen = work.n_block_range(mine.first, rows_q, window, BLOCK_M, C.BLOCK_N)
+    tile = work.work_tile(tl.program_id(0), lengths, table, BLOCK_M)
+    b, head, length_q = tile.b, tile.head, tile.num_rows
+    offset_k, num_keys = work.key_span(b, lengths, length_q)
+    window = Window(num_keys - length_q, left, right, None, num_keys)
+    seen = work.n_block_range(tile.m_row, length_q, window, BLOCK_M, C.BLOCK_N)
 
-    at_q, at_do = head_of(q, b, mine.first_q, head), head_of(dout, b, mine.first_q, head)
-    q_tile = load_block(at_q, q.stride_t, mine.first, rows_q, BLOCK_M, C.HEAD_DIM, C)
-    do_tile = load_block(at_do, dout.stride_t, mine.first, rows_q, BLOCK_M, C.HEAD_DIM_V, C)
-    row = row_of(b, head, nheads, mine.first_q + mine.first, lengths) + tl.arange(0, BLOCK_M)
+    at_q, at_do = head_of(q, b, tile.offset_q, head), head_of(dout, b, tile.offset_q, head)
+    q_tile = load_block(at_q, q.stride_t, tile.m_row, length_q, BLOCK_M, C.HEAD_DIM, C)
+    do_tile = load_block(at_do, dout.stride_t, tile.m_row, length_q, BLOCK_M, C.HEAD_DIM_V, C)
+    row = row_of(b, head, nheads, tile.offset_q + tile.m_row, total_q, cu_seqlens_q)
+    row += tl.arange(0, BLOCK_M)
     query = Query(
-        q_tile, do_tile, tl.load(lse_log2 + row), tl.load(delta + row), mine.first, rows_q
+        q_tile, do_tile, tl.load(lse_log2 + row), tl.load(delta + row), tile.m_row, length_q
     )
     head_k = heads.kv_head(head, C.GROUP)
     keys = Keys(
-        head_of(k, b, first_k, head_k), head_of(v, b, first_k, head_k), k.stride_t, v.stride_t,
+        head_of(k, b, offset_k, head_k), head_of(v, b, offset_k, head_k), k.stride_t, v.stride_t,
         num_keys,
     )  # fmt: skip
     inputs = scores.Inputs(scale, factor, softcap, aux, alibi_slopes, stride_slopes, None)
     dq_tile = tl.zeros([BLOCK_M, C.D], tl.float32)
-    dq_tile = add_keys(
-        dq_tile, query, head, keys, Weights(inputs, b, window), seen, C, SCORE_MOD, SCORE_MOD_BWD
-    )
-    at_dq = head_of(dq, b, mine.first_q, head)
+    weights = Weights(inputs, b, window)
+    if left is None:
+        dq_tile = add_keys(
+            dq_tile, query, head, keys, seen, weights, False, C, SCORE_MOD, SCORE_MOD_BWD
+        )
+    dq_tile = add_keys(dq_tile, query, head, keys, seen, weights, True, C, SCORE_MOD, SCORE_MOD_BWD)
+    at_dq = head_of(dq, b, tile.offset_q, head)
     dq_tile = dq_tile * softmax_scale
-    store_block(at_dq, dq.stride_t, mine.first, dq_tile, rows_q, mine.writable, C.HEAD_DIM)
+    store_block(at_dq, dq.stride_t, tile.m_row, dq_tile, length_q, tile.writable, C.HEAD_DIM)
 
 
 STATISTICS = ("q", "k", "v", "dout", "lse_log2", "delta")

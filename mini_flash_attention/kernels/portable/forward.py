@@ -56,13 +56,13 @@ def forward_kernel(
 
     # Which rows are mine?
     table = work.Grid(batch, nheads, num_m_blocks, l2_group)
-    mine = work.work_tile(tl.program_id(0), lengths, table, BLOCK_M)
-    b = mine.b.to(tl.int64)
-    head = mine.head
-    i = mine.first + tl.arange(0, BLOCK_M)
+    tile = work.work_tile(tl.program_id(0), lengths, table, BLOCK_M)
+    b = tile.b.to(tl.int64)
+    head = tile.head
+    i = tile.m_row + tl.arange(0, BLOCK_M)
 
     # Which keys are theirs?
-    first_k, length_k = work.key_span(b, lengths, mine.rows_q)
+    offset_k, length_k = work.key_span(b, lengths, tile.num_rows)
     row_k, first_key = b, cache_leftpad
     if cache_batch_idx is not None:
         row_k, length_k = work.cache_row(b, lengths, length_k)
@@ -74,13 +74,13 @@ def forward_kernel(
     if s_aux is not None:
         sink = tl.load(s_aux + head).to(tl.float32)
     modification = scores.Modification(factor, softcap, slope, aux)
-    scoring = scores.Scoring(scale, mine.b, head, modification)
+    scoring = scores.Scoring(scale, tile.b, head, modification)
 
     q += b * strides.q_b + head.to(tl.int64) * strides.q_h
-    row_q = (mine.first_q + i).to(tl.int64)
-    q_tile = load_rows(q, row_q * strides.q_t, i < mine.rows_q, False, C.HEAD_DIM, C.D)
+    row_q = (tile.offset_q + i).to(tl.int64)
+    q_tile = load_rows(q, row_q * strides.q_t, i < tile.num_rows, False, C.HEAD_DIM, C.D)
     head_k, row_k = heads.kv_head(head, group).to(tl.int64), row_k.to(tl.int64)
-    k, v = sequence_start(k, v, strides, head_k, row_k, first_k, C)
+    k, v = sequence_start(k, v, strides, head_k, row_k, offset_k, C)
     if C.PAGE_SIZE:
         block_table += row_k * stride_table
     at = KeysValues(
@@ -90,8 +90,8 @@ def forward_kernel(
     m = tl.full([BLOCK_M], 0.0 if C.SCORE_MODE == "bounded" else float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     o = tl.zeros([BLOCK_M, D_V], tl.float32)
-    window = Window(length_k - mine.rows_q, left, right, first_key, length_k)
-    seen = work.n_block_range(mine.first, mine.rows_q, window, BLOCK_M, C.BLOCK_N)
+    window = Window(length_k - tile.num_rows, left, right, first_key, length_k)
+    seen = work.n_block_range(tile.m_row, tile.num_rows, window, BLOCK_M, C.BLOCK_N)
     count = i
     if C.SCORE_MODE == "bounded":  # counting after the loop made ptxas serialise the products
         count = mask.num_visible(i, window)
@@ -105,16 +105,16 @@ def forward_kernel(
         m, l, o = attend(m, l, o, q_tile, i, partial, True, at, window, scoring, C, SCORE_MOD)
 
     if C.SCORE_MODE == "bounded":
-        o = o * softmax.unround_single_keys(l, count, q.dtype.element_ty)[:, None]
+        o = o * softmax.single_key_factor(l, count, q.dtype.element_ty)[:, None]
     o, lse_tile = softmax.finish(m, l, o, scale, sink)
     if cu_seqlens_q is not None:  # rows after the last sequence's end
-        o = tl.where((i < mine.rows_q)[:, None], o, 0.0)
-        lse_tile = tl.where(i < mine.rows_q, lse_tile, float("-inf"))
+        o = tl.where((i < tile.num_rows)[:, None], o, 0.0)
+        lse_tile = tl.where(i < tile.num_rows, lse_tile, float("-inf"))
     out += b * strides.o_b + head.to(tl.int64) * strides.o_h
-    store_rows(out, row_q[:, None] * strides.o_t, o, i < mine.writable, C)
+    store_rows(out, row_q[:, None] * strides.o_t, o, i < tile.writable, C)
     if lse is not None:
         lse += b * stride_lse_b + head.to(tl.int64) * stride_lse_h
-        tl.store(lse + row_q, lse_tile, mask=i < mine.writable)
+        tl.store(lse + row_q, lse_tile, mask=i < tile.writable)
 
 
 POINTERS = (

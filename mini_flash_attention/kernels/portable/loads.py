@@ -95,15 +95,15 @@ def hint_divisibility(s, C: tl.constexpr):
 
 
 @triton.jit
-def sequence_start(k, v, s, head_k, row_k, first_k, C: tl.constexpr):
+def sequence_start(k, v, s, head_k, row_k, offset_k, C: tl.constexpr):
     """k and v, from the tensors' beginnings moved to KV head head_k, and to the first key of one
     sequence unless it is found through the block table. row_k: of a cache.
     """
     k += head_k * s.k_h
     v += head_k * s.v_h
     if C.PAGE_SIZE == 0:
-        k += row_k * s.k_b + tl.cast(first_k, tl.int64) * s.k_t
-        v += row_k * s.v_b + tl.cast(first_k, tl.int64) * s.v_t
+        k += row_k * s.k_b + tl.cast(offset_k, tl.int64) * s.k_t
+        v += row_k * s.v_b + tl.cast(offset_k, tl.int64) * s.v_t
     return k, v
 
 
@@ -111,12 +111,12 @@ def sequence_start(k, v, s, head_k, row_k, first_k, C: tl.constexpr):
 def load_rows(base, offset, row_ok, WHOLE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr):
     """Rows at base + offset as a tile [N, D]; zero past HEAD_DIM, and where row_ok is false."""
     d = tl.arange(0, D)
-    pointers = base + offset[:, None] + d[None, :]
+    row_ptrs = base + offset[:, None] + d[None, :]
     if WHOLE and HEAD_DIM == D:
-        return tl.load(pointers)
+        return tl.load(row_ptrs)
     if WHOLE:
-        return tl.load(pointers, mask=(d < HEAD_DIM)[None, :], other=0.0)
-    return tl.load(pointers, mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(row_ptrs, mask=(d < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(row_ptrs, mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def slots(start, C: tl.constexpr):
 
 
 @triton.jit
-def rows(start, stride, C: tl.constexpr):
+def row_offsets(start, stride, C: tl.constexpr):
     """Offsets of the keys start..start + BLOCK_N.
 
     Offsets inside a block fit in 32 bits unless INT64_OFFSETS, and then stay the same from block to
