@@ -7,11 +7,10 @@ import torch
 from . import cpu_backward, execution, recipes, settings
 from .entries import Entry
 from .plan import gpu as gpus
+from .plan.backward import ROOM
 from .problem import BackwardTensors, Problem, empty_out
 from .recipes import Arguments, Recipe
 from .validate import memory
-
-ROOM = 128  # rows of a block that may be read past the last row of delta
 
 
 class Gradients(NamedTuple):
@@ -67,7 +66,7 @@ def allocate(arguments: Arguments) -> Gradients:
             arguments[f"d{name}"] = empty_out(arguments[name])
     lse = arguments["softmax_lse"]
     rows = lse.numel()
-    statistics = torch.empty(2, rows + ROOM, dtype=torch.float32, device=lse.device)
+    statistics = torch.empty(2, -(-rows // 4) * 4 + ROOM, dtype=torch.float32, device=lse.device)
     arguments["lse_log2"], arguments["delta"] = statistics.unbind(0)
     delta = arguments["delta"][:rows].view(lse.shape)
     return Gradients(arguments["dq"], arguments["dk"], arguments["dv"], delta)

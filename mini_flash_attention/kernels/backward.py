@@ -1,14 +1,22 @@
 """The launches of a backward pass."""
 
-from ..plan.backward import backward as plan_backward
+from .. import settings
+from ..plan import backward as planning
 from ..plan.gpu import Gpu
 from ..problem import BackwardTensors, Problem
 from .launch import Launch
-from .portable import backward
+from .portable import backward as portable
 
 
 def launches_of(
     p: Problem, given: BackwardTensors, gpu: Gpu
 ) -> tuple[list[Launch], dict[str, int]]:
     """The launches in order, and the elements of their workspace."""
-    return backward.launches(p, given, plan_backward(p, gpu)), {}
+    launches = portable.launches(p, given, planning.backward(p, gpu))
+    results = (given.dq, given.dk, given.dv)
+    plan = None if settings.INTERPRETED else planning.hopper(p, given.dout, results, gpu)
+    if plan is None:
+        return launches, {}
+    from .hopper import backward as hopper  # Gluon has no interpreter
+
+    return hopper.launches(p, given, plan, launches)

@@ -9,6 +9,10 @@ from ..plan.layout import strides
 from .gluon import TensorDescriptor, gl
 from .launch import ALIGNMENT, Launch, Tensors
 
+DTYPES = {
+    torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32,
+}  # fmt: skip
+
 
 class TmaBox(NamedTuple):
     """How a descriptor sees a tensor, (batch or page, token, head, head_dim), and what it moves."""
@@ -29,6 +33,22 @@ def tma_box(
     # A dimension of one is never stepped over, but TMA wants a stride that it could take.
     steps = [s if s and n > 1 else 8 for s, n in zip(strides(x), shape, strict=False)]
     return TmaBox(name, shape, [*steps, 1], [1, rows, heads, columns])
+
+
+# TMA sees a packed sequence through a window: two dimensions before the tokens, the first with so
+# large a stride that addresses wrap around at 64 bits, move the sequence's last token to where the
+# tokens' dimension ends for TMA. Past it reads give zeros, and nothing is written.
+WRAP, LAST, ANY = 1 << 34, 1 << 30, (1 << 31) - (1 << 16)
+
+
+def sequence_box(name: str, x: torch.Tensor, rows: int, columns: int) -> TmaBox:
+    """x as a descriptor sees it that stops at the end of a sequence: boxes of `rows` of a head."""
+    if x.dim() == 4:
+        return tma_box(name, x, x.shape[1], rows, columns)
+    box = tma_box(name, x, x.shape[0], rows, columns)
+    _, step, *rest = box.strides
+    shape = [ANY, ANY, LAST, *box.shape[2:]]
+    return TmaBox(name, shape, [WRAP - step, step, step, *rest], [1, *box.box])
 
 
 class RawDescriptor:
@@ -66,7 +86,7 @@ class TmaLaunch(Launch):
         descriptors = []
         for box in self.boxes:
             x: Any = tensors[box.name]
-            dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x.dtype]
+            dtype = DTYPES[x.dtype]
             layout = gl.NVMMASharedLayout.get_default_for(box.box, dtype)
             descriptors.append(TensorDescriptor(x, box.shape, box.strides, box.box, layout))
         return (*descriptors, *super().arguments(tensors))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 _rooms: dict[Hashable, dict[str, torch.Tensor]] = {}
+FLOATS = ("partials", "dq_accum")
 MAX_ROOMS, MAX_KEPT = 16, 8 << 20  # elements of 4 bytes
 
 
@@ -26,7 +27,7 @@ def find(workspace: Mapping[str, int], tensors: dict[str, Any], stream: int | No
         x = room.get(name)
         if x is None or x.numel() < elements:
             make: Any = torch.zeros if name == "counter" else torch.empty
-            dtype = torch.float32 if name == "partials" else torch.int32
+            dtype = torch.float32 if name in FLOATS else torch.int32
             x = make(elements, dtype=dtype, device=device)
             if elements <= MAX_KEPT:
                 room[name] = x

@@ -22,7 +22,7 @@ import triton.language as tl
 from ...plan.backward import Backward, Work
 from ...plan.configs import Tiles
 from ...plan.layout import divisible_by_8, padded, strides
-from ...plan.scores import choose_score_mode
+from ...plan.scores import LOG2E, choose_score_mode
 from ...problem import BackwardTensors, Problem
 from ...rules import heads, mask, scores, sequence, work
 from ...rules.window import Window
@@ -43,6 +43,7 @@ class Facts(NamedTuple):
     BLOCK_N: Any
     SCORE_MODE: Any  # `scores.bias`
     GROUP: Any  # query heads of a KV head
+    ONE_LOOP: Any  # over full and partial blocks: where many are partial, or registers are short
 
 
 class Config(CompileTime, Facts):
@@ -176,9 +177,16 @@ def score_gradient(
 
 
 @triton.jit
-def hide(x, i, j, rows, window):
-    """x where query i, of so many rows, sees key j; elsewhere 0, whatever x is."""
-    return tl.where(mask.is_visible(i, j, window) & (i < rows), x, 0.0)
+def hide(x, i, j, num_rows, window, partial, ONE_LOOP: tl.constexpr):
+    """x where query i, of so many, sees key j; elsewhere 0, whatever x is. ONE_LOOP: only if the
+    block is `partial`, else all are.
+    """
+    if not ONE_LOOP:
+        x = tl.where(mask.is_visible(i, j, window) & (i < num_rows), x, 0.0)
+    else:
+        if partial:
+            x = tl.where(mask.is_visible(i, j, window) & (i < num_rows), x, 0.0)
+    return x
 
 
 @triton.jit
@@ -188,17 +196,16 @@ def add_queries(
 ):  # fmt: skip
     """Add to dK [N, D] and dV [N, D_V] what blocks of queries give, for all heads of the group.
 
-    PARTIAL: the blocks that may need a mask, else the full ones; with a window, all of them.
+    PARTIAL: the blocks that may need a mask, else the full ones; all of them if C.ONE_LOOP.
     Scores are transposed, [N, M], so that P and dS are what the products need on their left.
     """
     inputs, window = weights.inputs, weights.window
-    ALL: tl.constexpr = PARTIAL and window.left is not None
     n = tl.arange(0, C.BLOCK_N)[:, None]
     j = start_k + n
     first, size = blocks.full_begin, blocks.full_end - blocks.full_begin
     if PARTIAL:
         first, size = blocks.begin, blocks.end - blocks.begin
-        if not ALL:
+        if not C.ONE_LOOP:
             size -= blocks.full_end - blocks.full_begin
     num_blocks = size // C.BLOCK_M
     for number in tl.range(0, C.GROUP * num_blocks):
@@ -206,7 +213,7 @@ def add_queries(
             member, start = 0, first + number * C.BLOCK_M
         else:
             member, start = number // num_blocks, first + number % num_blocks * C.BLOCK_M
-        if PARTIAL and not ALL:
+        if PARTIAL and not C.ONE_LOOP:
             start += tl.where(start < blocks.full_begin, 0, blocks.full_end - blocks.full_begin)
         head = head_k * C.GROUP + member
         member = tl.cast(member, tl.int64)
@@ -216,6 +223,7 @@ def add_queries(
         modification = scores.Modification(inputs.factor, inputs.softcap, slope, inputs.aux)
         i = start + tl.arange(0, C.BLOCK_M)
         stands = (i + window.diagonal)[None, :]
+        partial = (start < blocks.full_begin) | (start >= blocks.full_end)
         q = queries.q + member * queries.head_stride_q
         q = load_block(
             q, queries.stride_q, start, queries.count, C.BLOCK_M, C.HEAD_DIM, C, not PARTIAL
@@ -227,7 +235,7 @@ def add_queries(
             s, lse_log2, head, stands, start_k, n, modification, weights, C, SCORE_MOD
         )
         if PARTIAL:
-            p = hide(p, i[None, :], j, queries.count, window)
+            p = hide(p, i[None, :], j, queries.count, window, partial, C.ONE_LOOP)
         do = queries.do + member * queries.head_stride_do
         do = load_block(
             do, queries.stride_do, start, queries.count, C.BLOCK_M, C.HEAD_DIM_V, C, not PARTIAL
@@ -239,7 +247,7 @@ def add_queries(
             s, biased, p, dp, delta, head, stands, j, modification, weights, C, SCORE_MOD_BWD
         )
         if PARTIAL:
-            ds = hide(ds, i[None, :], j, queries.count, window)
+            ds = hide(ds, i[None, :], j, queries.count, window, partial, C.ONE_LOOP)
         dk = tl.dot(ds.to(q.dtype), q, dk)  # dK += dSᵀ Q
     return dk, dv
 
@@ -249,9 +257,7 @@ def add_keys(
     dq, query, head, keys, blocks, weights, PARTIAL: tl.constexpr, C: tl.constexpr,
     SCORE_MOD: tl.constexpr, SCORE_MOD_BWD: tl.constexpr,
 ):  # fmt: skip
-    """Add to dQ [M, D] what blocks of keys give: full ones, or those that may need a mask, which
-    with a window are all of them.
-    """
+    """Add to dQ [M, D] what blocks of keys give. PARTIAL: as in `add_queries`."""
     inputs, window = weights.inputs, weights.window
     slope = inputs.alibi_slopes
     if inputs.alibi_slopes is not None:
@@ -264,9 +270,10 @@ def add_keys(
     begin, end = blocks.begin, blocks.full_end
     if PARTIAL:
         end = blocks.end
-        if window.left is None:
+        if not C.ONE_LOOP:
             begin = blocks.full_end
     for start in tl.range(begin, end, C.BLOCK_N):
+        partial = (start < blocks.full_begin) | (start >= blocks.full_end)
         k = load_block(
             keys.k, keys.stride_k, start, keys.count, C.BLOCK_N, C.HEAD_DIM, C, not PARTIAL
         )
@@ -281,7 +288,7 @@ def add_keys(
             SCORE_MOD_BWD,
         )  # fmt: skip
         if PARTIAL:
-            ds = hide(ds, i, start + n, query.count, window)
+            ds = hide(ds, i, start + n, query.count, window, partial, C.ONE_LOOP)
         dq = tl.dot(ds.to(k.dtype), k, dq)  # dQ += dS K
     return dq
 
@@ -299,15 +306,16 @@ def store_block(base, stride, start, x, used, writable, HEAD_DIM: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def preprocess_kernel(
-    out, dout, lse, dlse, lse_log2, delta,
+    out, dout, lse, dlse, lse_log2, delta, dq_accum,
     stride_o_b, stride_o_t, stride_o_h, stride_do_b, stride_do_t, stride_do_h,
     stride_lse_b, stride_lse_h, stride_dlse_b, stride_dlse_h, stride_dlse_t,
-    nheads, num_m_blocks, seqlen_q,
+    nheads, num_m_blocks, seqlen_q, lse_factor, delta_factor,
     C: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO * O), less the gradient of the LSE, and the LSE in powers of two.
+    """delta = rowsum(dO * O), less the gradient of the LSE; and the LSE, each times a factor.
 
-    Both are 0 in a row that sees no key or belongs to no sequence, whatever its dO holds.
+    Both are 0 in a row that sees no key or belongs to no sequence, whatever its dO holds. dq_accum:
+    None, or an fp32 copy of dQ to clear.
     """
     out = tensor(out, stride_o_b, stride_o_t, stride_o_h, C.DIVISIBLE_BY_8 & 1)
     dout = tensor(dout, stride_do_b, stride_do_t, stride_do_h, C.DIVISIBLE_BY_8 & 2)
@@ -328,10 +336,30 @@ def preprocess_kernel(
         d -= tl.load(at, mask=real, other=0.0)
     top = tl.load(lse + b * stride_lse_b + head * stride_lse_h + i, mask=real, other=0.0)
     empty = top == float("-inf")
-    log2e: tl.constexpr = 1.4426950408889634
     at = batch_head.to(tl.int64) * seqlen_q + i
-    tl.store(lse_log2 + at, tl.where(empty, 0.0, top * log2e), mask=real)
-    tl.store(delta + at, tl.where(empty, 0.0, d), mask=real)
+    tl.store(lse_log2 + at, tl.where(empty, 0.0, top * lse_factor), mask=real)
+    tl.store(delta + at, tl.where(empty, 0.0, d * delta_factor), mask=real)
+    if dq_accum is not None:
+        columns = tl.arange(0, C.D)
+        rows = dq_accum + at[:, None] * C.D + columns[None, :]
+        tl.store(rows, tl.zeros([C.BLOCK_M, C.D], tl.float32), mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def postprocess_kernel(
+    dq_accum, dq, stride_dq_b, stride_dq_t, stride_dq_h, nheads, num_m_blocks, seqlen_q,
+    softmax_scale,
+    C: tl.constexpr,
+):  # fmt: skip
+    """dQ in its own dtype from the fp32 copy, times the softmax scale."""
+    dq = tensor(dq, stride_dq_b, stride_dq_t, stride_dq_h, C.DIVISIBLE_BY_8 & 1)
+    start = tl.program_id(0) % num_m_blocks * C.BLOCK_M
+    batch_head = tl.program_id(0) // num_m_blocks
+    b, head = batch_head // nheads, batch_head % nheads
+    rows = dq_accum + batch_head.to(tl.int64) * seqlen_q * C.D
+    x = load_block(rows, C.D, start, seqlen_q, C.BLOCK_M, C.HEAD_DIM, C) * softmax_scale
+    at = head_of(dq, b, 0, head)
+    store_block(at, dq.stride_t, start, x, seqlen_q, seqlen_q, C.HEAD_DIM)
 
 
 @triton.jit
@@ -393,7 +421,7 @@ def dkdv_kernel(
     )  # fmt: skip
     inputs = scores.Inputs(scale, factor, softcap, aux, alibi_slopes, stride_slopes, None)
     weights = Weights(inputs, b, window)
-    if left is None:  # with a window few blocks are full, and one loop is better than two
+    if not C.ONE_LOOP:
         dk_tile, dv_tile = add_queries(
             dk_tile, dv_tile, k_tile, v_tile, head_k, tile.m_row, queries, seen, weights, False,
             C, SCORE_MOD, SCORE_MOD_BWD,
@@ -455,7 +483,7 @@ def dq_kernel(
     inputs = scores.Inputs(scale, factor, softcap, aux, alibi_slopes, stride_slopes, None)
     dq_tile = tl.zeros([BLOCK_M, C.D], tl.float32)
     weights = Weights(inputs, b, window)
-    if left is None:
+    if not C.ONE_LOOP:
         dq_tile = add_keys(
             dq_tile, query, head, keys, seen, weights, False, C, SCORE_MOD, SCORE_MOD_BWD
         )
@@ -477,7 +505,9 @@ def _config(p: Problem, tiles: Tiles, mode: str, *tensors: torch.Tensor) -> Conf
     return Config(
         head_dim, padded(head_dim, head_dim_v), head_dim_v, padded(head_dim_v, head_dim),
         any(n >= 2**31 for n in reach), divisible_by_8(*tensors), tiles.block_m, tiles.block_n,
-        mode, p.group,
+        mode,
+        p.group,
+        p.options.left is not None or max(head_dim, head_dim_v) > 128,
     )  # fmt: skip
 
 
@@ -489,21 +519,26 @@ def _head_strides(x: torch.Tensor) -> tuple[int, int]:
 def launches(p: Problem, given: BackwardTensors, plan: Backward) -> list[Launch]:
     """The launches that prepare the LSE and delta, and then write dK and dV, and dQ."""
     return [
-        _preprocess(p, given, plan.preprocess),
+        preprocess(p, given, plan.preprocess, LOG2E),
         _launch(p, given, dkdv_kernel, plan.dkdv, p.k.shape[-2], {"dk": given.dk, "dv": given.dv}),
         _launch(p, given, dq_kernel, plan.dq, p.q.shape[-2], {"dq": given.dq}),
     ]
 
 
-def _preprocess(p: Problem, given: BackwardTensors, work: Work) -> Launch:
+def preprocess(
+    p: Problem, given: BackwardTensors, work: Work, lse_factor: float, delta_factor: float = 1.0,
+    accumulates: bool = False,
+) -> Launch:  # fmt: skip
+    """The launch of `preprocess_kernel`; whether it clears an fp32 copy of dQ too."""
     out, dout, dlse = given.out, given.dout, given.dlse
     dlse_strides = (0, 0, 0) if dlse is None else (*_head_strides(dlse), dlse.stride(-1))
     constants = (
         *strides(out), *strides(dout), *_head_strides(given.lse), *dlse_strides,
-        p.q.shape[-2], work.num_blocks, p.q.shape[-3],
+        p.q.shape[-2], work.num_blocks, p.q.shape[-3], lse_factor, delta_factor,
         _config(p, work.tiles, "", out, dout),
     )  # fmt: skip
     pointers = ("out", "dout", "lse", "dlse", "lse_log2", "delta")
+    pointers += ("dq_accum",) if accumulates else ("nothing",)
     return Launch(preprocess_kernel, work.programs, pointers, constants, *work.tiles[2:])
 
 
@@ -525,3 +560,13 @@ def _launch(
     )  # fmt: skip
     pointers = (*STATISTICS, *results, *SCORES)
     return Launch(kernel, work.programs, pointers, constants, *work.tiles[2:])
+
+
+def postprocess(p: Problem, given: BackwardTensors, work: Work) -> Launch:
+    """The launch of `postprocess_kernel`."""
+    constants = (
+        *strides(given.dq), p.q.shape[-2], work.num_blocks, p.q.shape[-3],
+        p.options.softmax_scale, _config(p, work.tiles, "", given.dq),
+    )  # fmt: skip
+    pointers = ("dq_accum", "dq")
+    return Launch(postprocess_kernel, work.programs, pointers, constants, *work.tiles[2:])
