@@ -44,7 +44,8 @@ def flash_attn_func(
         k, v: (batch, seqlen_k, nheads_k, head_dim), nheads_k a divisor of nheads: query heads
             `g * nheads / nheads_k` and the following share KV head g. v may have a head_dim of
             its own, which is then that of the result.
-        dropout_p: 0.0; anything else is not implemented yet.
+        dropout_p: the share of weights to drop, as in training: those that stay are divided by
+            `1 - dropout_p`. Which ones depends on PyTorch's generator and on where a weight stands.
         softmax_scale: factor on the scores; `head_dim ** -0.5` by default. Any finite number.
         causal: query i sees key j when `j <= i + seqlen_k - seqlen_q`: the last query stands on
             the last key.
@@ -85,8 +86,7 @@ def flash_attn_func(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and what to do.
-        NotImplementedError: dropout, second derivatives, and gradients of alibi_slopes and
-            score_mod_args.
+        NotImplementedError: second derivatives, and gradients of alibi_slopes and score_mod_args.
     """
     s_aux = either("flash_attn_func", "s_aux", s_aux, "learnable_sink", learnable_sink)
     arguments = {

@@ -31,6 +31,7 @@ def flash_attn_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor: ...
 @overload
@@ -51,6 +52,7 @@ def flash_attn_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, None]: ...
 @overload
@@ -71,6 +73,7 @@ def flash_attn_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]: ...
 @overload
@@ -99,6 +102,7 @@ def flash_attn_varlen_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     num_splits: int = 0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor: ...
@@ -128,6 +132,7 @@ def flash_attn_varlen_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     num_splits: int = 0,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, None]: ...
@@ -157,6 +162,7 @@ def flash_attn_varlen_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     num_splits: int = 0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]: ...

@@ -65,6 +65,7 @@ def backward(
     """
     arguments = {
         "q": q, "k": k, "v": v, "out": out, "softmax_lse": softmax_lse, "dout": dout,
+        "dropout_p": 0.0, "dropout_seed": None,
         "dsoftmax_lse": dsoftmax_lse, "softmax_scale": softmax_scale, "causal": causal,
         "window_size": window_size, "softcap": softcap, "alibi_slopes": alibi_slopes,
         "deterministic": deterministic, "score_mod": score_mod, "score_mod_args": score_mod_args,

@@ -17,7 +17,7 @@ from .validate.backward import refuse
 # Tensors that have gradients, in the order of the Function's results.
 DIFFERENTIABLE = ("q", "k", "v", "s_aux")
 # What only the forward call is told.
-FORWARD_ONLY = ("out", "block_table", "num_splits", "dropout_p", "return_attn_probs")
+FORWARD_ONLY = ("out", "block_table", "num_splits", "return_attn_probs")
 
 
 @dataclass(frozen=True, slots=True)

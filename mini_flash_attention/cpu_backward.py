@@ -63,8 +63,12 @@ def _sequence(
     visible = cpu.visible(window, q.shape[1], 0)
     hidden = hidden if visible is None else hidden | ~visible
     weights = (scores - lse[..., None]).masked_fill(hidden, float("-inf")).exp()
-    dv = weights.mT @ dout
-    ds = weights * (dout @ v.mT - delta[..., None])
+    used, dp = weights, dout @ v.mT
+    if p.options.dropout_p:
+        kept = cpu.kept(p, b, k.shape[1], biased.shape)[0].to(weights.dtype)
+        used, dp = weights * kept, dp * kept
+    dv = used.mT @ dout
+    ds = weights * (dp - delta[..., None])
     if p.scores.score_mod_bwd is not None:
         ds = cpu.modified(p, p.scores.score_mod_bwd, b, 0, ds[None], biased)[0]
     if softcap:

@@ -29,7 +29,7 @@ LENGTHS = (
     "SymInt? fixed_split_size"
 )
 # Without defaults: a gradient is expected for each argument that was given.
-TRAINING = "str? score_mod_bwd, bool deterministic"
+TRAINING = "str? score_mod_bwd, bool deterministic, float dropout_p, Tensor? dropout_seed"
 SCHEMAS = {
     "dense": f"Tensor q, Tensor k, Tensor v, {SCORES}, {TRAINING}",
     "varlen": (
@@ -52,7 +52,7 @@ _GIVEN = (
     "Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor dout, "
     "Tensor? dsoftmax_lse, float? softmax_scale, bool causal, SymInt[] window_size, "
     "float softcap, Tensor? alibi_slopes, bool deterministic, str? score_mod, "
-    "Tensor[] score_mod_args, str? score_mod_bwd"
+    "Tensor[] score_mod_args, str? score_mod_bwd, float dropout_p, Tensor? dropout_seed"
 )
 BACKWARD = {
     "dense_backward": _GIVEN,
@@ -96,8 +96,6 @@ def run(entry: Entry, arguments: Mapping[str, Any]) -> Result:
     if differentiated:
         refuse(entry.function, given)
     if torch.compiler.is_compiling():
-        if given.get("dropout_p"):
-            raise NotImplementedError(f"{NAMESPACE}: dropout_p: not implemented yet; pass 0.0")
         if given["out"] is not None:
             v = given["v_cache" if "v_cache" in given else "v"]
             shape = (*given["q"].shape[:-1], v.shape[-1])
@@ -108,7 +106,6 @@ def run(entry: Entry, arguments: Mapping[str, Any]) -> Result:
     out = given.pop("out")
     need_lse = given.pop(entry.wants_lse)
     given["need_lse"] = need_lse or differentiated
-    given.pop("dropout_p", None)
     given = _simple(given)
     name = entry.name
     if name == "kvcache":  # no `is`: Dynamo of torch 2.9 copies a NamedTuple
@@ -144,6 +141,8 @@ def _simple(given: dict[str, Any]) -> dict[str, Any]:
     for name in FUNCTIONS:
         if given.get(name) is not None:
             given[name] = name_of(given[name])
+    if "dropout_p" in given:
+        given = {"dropout_seed": None} | given
     for name in LONGEST:
         if name in given:
             late = isinstance(given[name], torch.Tensor)  # read when the operator runs
@@ -168,7 +167,7 @@ def _arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
     given["out"] = None
     need_lse = given.pop("need_lse")
     if name in ("dense", "varlen"):
-        return given | {"return_attn_probs": need_lse, "dropout_p": 0.0}
+        return given | {"return_attn_probs": need_lse}
     number = given.pop("cache_seqlen")
     if number is not None:
         given["cache_seqlens"] = number

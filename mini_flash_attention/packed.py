@@ -20,14 +20,15 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False, *, s_aux: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None, score_mod: Callable[..., Any] | None = None,
-    score_mod_args: tuple[torch.Tensor, ...] = (), out: torch.Tensor | None = None,
+    score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None, out: torch.Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Attention of qkv (batch, seqlen, 3, nheads, head_dim)."""
     q, k, v = _parts("flash_attn_qkvpacked_func", "qkv", qkv, 5, 3)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs, s_aux=s_aux, learnable_sink=learnable_sink,
-        score_mod=score_mod, score_mod_args=score_mod_args, out=out,
+        score_mod=score_mod, score_mod_args=score_mod_args, score_mod_bwd=score_mod_bwd, out=out,
     )  # fmt: skip
 
 
@@ -37,14 +38,15 @@ def flash_attn_kvpacked_func(
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False, *, s_aux: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None, score_mod: Callable[..., Any] | None = None,
-    score_mod_args: tuple[torch.Tensor, ...] = (), out: torch.Tensor | None = None,
+    score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None, out: torch.Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Attention of q to kv (batch, seqlen_k, 2, nheads_k, head_dim)."""
     k, v = _parts("flash_attn_kvpacked_func", "kv", kv, 5, 2)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs, s_aux=s_aux, learnable_sink=learnable_sink,
-        score_mod=score_mod, score_mod_args=score_mod_args, out=out,
+        score_mod=score_mod, score_mod_args=score_mod_args, score_mod_bwd=score_mod_bwd, out=out,
     )  # fmt: skip
 
 
@@ -56,7 +58,8 @@ def flash_attn_varlen_qkvpacked_func(
     seqused_q: torch.Tensor | None = None, seqused_k: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None, learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None, score_mod_args: tuple[torch.Tensor, ...] = (),
-    num_splits: int = 0, out: torch.Tensor | None = None,
+    score_mod_bwd: Callable[..., Any] | None = None, num_splits: int = 0,
+    out: torch.Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Attention of packed sequences, qkv (total, 3, nheads, head_dim)."""
     q, k, v = _parts("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 4, 3)
@@ -64,7 +67,7 @@ def flash_attn_varlen_qkvpacked_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs, seqused_q=seqused_q,
         seqused_k=seqused_k, s_aux=s_aux, learnable_sink=learnable_sink, score_mod=score_mod,
-        score_mod_args=score_mod_args, num_splits=num_splits, out=out,
+        score_mod_args=score_mod_args, score_mod_bwd=score_mod_bwd, num_splits=num_splits, out=out,
     )  # fmt: skip
 
 
@@ -77,7 +80,8 @@ def flash_attn_varlen_kvpacked_func(
     seqused_q: torch.Tensor | None = None, seqused_k: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None, learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None, score_mod_args: tuple[torch.Tensor, ...] = (),
-    num_splits: int = 0, out: torch.Tensor | None = None,
+    score_mod_bwd: Callable[..., Any] | None = None, num_splits: int = 0,
+    out: torch.Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Attention of packed sequences to kv (total_k, 2, nheads_k, head_dim)."""
     k, v = _parts("flash_attn_varlen_kvpacked_func", "kv", kv, 4, 2)
@@ -85,7 +89,8 @@ def flash_attn_varlen_kvpacked_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
         seqused_q=seqused_q, seqused_k=seqused_k, s_aux=s_aux, learnable_sink=learnable_sink,
-        score_mod=score_mod, score_mod_args=score_mod_args, num_splits=num_splits, out=out,
+        score_mod=score_mod, score_mod_args=score_mod_args, score_mod_bwd=score_mod_bwd,
+        num_splits=num_splits, out=out,
     )  # fmt: skip
 
 

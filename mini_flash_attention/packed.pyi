@@ -23,6 +23,7 @@ def flash_attn_qkvpacked_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor: ...
 @overload
@@ -41,6 +42,7 @@ def flash_attn_qkvpacked_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, None]: ...
 @overload
@@ -59,6 +61,7 @@ def flash_attn_qkvpacked_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]: ...
 @overload
@@ -78,6 +81,7 @@ def flash_attn_kvpacked_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor: ...
 @overload
@@ -97,6 +101,7 @@ def flash_attn_kvpacked_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, None]: ...
 @overload
@@ -116,6 +121,7 @@ def flash_attn_kvpacked_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]: ...
 @overload
@@ -138,6 +144,7 @@ def flash_attn_varlen_qkvpacked_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     num_splits: int = 0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor: ...
@@ -161,6 +168,7 @@ def flash_attn_varlen_qkvpacked_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     num_splits: int = 0,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, None]: ...
@@ -184,6 +192,7 @@ def flash_attn_varlen_qkvpacked_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     num_splits: int = 0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]: ...
@@ -210,6 +219,7 @@ def flash_attn_varlen_kvpacked_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     num_splits: int = 0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor: ...
@@ -236,6 +246,7 @@ def flash_attn_varlen_kvpacked_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     num_splits: int = 0,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, None]: ...
@@ -262,6 +273,7 @@ def flash_attn_varlen_kvpacked_func(
     learnable_sink: torch.Tensor | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_args: tuple[torch.Tensor, ...] = (),
+    score_mod_bwd: Callable[..., Any] | None = None,
     num_splits: int = 0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]: ...

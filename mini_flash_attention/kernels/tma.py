@@ -62,25 +62,44 @@ class RawDescriptor:
         self.base, self.shape, self.strides = base, box.shape, box.strides
 
 
+class Launches:
+    """Several launches in the place of one."""
+
+    __slots__ = ("launches",)
+
+    def __init__(self, *launches: Launch) -> None:
+        self.launches = launches
+
+    def bind(self, known: Mapping[str, str]) -> None:
+        for launch in self.launches:
+            launch.bind(known)
+
+    def __call__(self, tensors: Tensors, stream: int | None = None) -> None:
+        for launch in self.launches:
+            launch(tensors, stream)
+
+
 class TmaLaunch(Launch):
     """A launch whose first arguments are descriptors; `fallback` where an address fits none.
 
-    combine_launch: None, or the launch that combines the partials that this one leaves.
+    combine_launch: None, or the launch that makes the result of what this one leaves.
     """
 
     __slots__ = ("boxes", "combine_launch", "fallback")
 
     def __init__(
-        self, *arguments: Any, boxes: list[TmaBox], fallback: Launch, combine_launch: Launch | None
-    ) -> None:
+        self, *arguments: Any, boxes: list[TmaBox], fallback: "Launch | Launches",
+        combine_launch: Launch | None,
+    ) -> None:  # fmt: skip
         super().__init__(*arguments)
         self.boxes, self.fallback, self.combine_launch = boxes, fallback, combine_launch
 
     def bind(self, known: Mapping[str, str]) -> None:
         super().bind(known)
         self.boxes = [box._replace(name=known[box.name]) for box in self.boxes]
-        for launch in filter(None, (self.fallback, self.combine_launch)):
-            launch.bind(known)
+        self.fallback.bind(known)
+        if self.combine_launch is not None:
+            self.combine_launch.bind(known)
 
     def arguments(self, tensors: Tensors) -> tuple[Any, ...]:
         descriptors = []

@@ -19,6 +19,8 @@ def attention(
     p: Problem, out: torch.Tensor, gpu: Gpu, gluon: bool = True
 ) -> Forward | Hopper | Decode:
     """The plan of the kernel that computes a call. gluon: whether kernels in Gluon can run."""
+    if p.options.dropout_p:
+        return forwarding.forward(p, gpu)
     hopper = hoppers.hopper(p, out, gpu) if gluon else None
     if hopper:
         return hopper

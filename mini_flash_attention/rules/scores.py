@@ -32,6 +32,7 @@ class Scoring(NamedTuple):
     b: Any  # the batch entry they are of
     head: Any
     modification: Any
+    dropout: Any  # None without, as in most calls
 
 
 class Inputs(NamedTuple):

@@ -12,21 +12,23 @@ def dense(
     q: Any, k: Any, v: Any, dropout_p: Any, softmax_scale: Any, causal: Any,
     window_size: Any, softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any,
     s_aux: Any, out: Any, score_mod: Any = None, score_mod_args: Any = (),
-    score_mod_bwd: Any = None,
+    score_mod_bwd: Any = None, dropout_seed: Any = None,
 ) -> Problem:  # fmt: skip
-    """The call `flash_attn_func(...)`."""
+    """The call `flash_attn_func(...)`. dropout_seed: made by `dispatch.py`."""
     function = "flash_attn_func"
     tensors.qkv(function, q, k, v, "k v", 4, False)
     if k.shape[0] != q.shape[0]:
         raise wrong_value(function, "k", f"batch {q.shape[0]}, as q", k.shape[0])
-    options.dropout(function, dropout_p)
+    dropped = options.dropout(function, dropout_p)
     options.flags(function, deterministic=deterministic, return_attn_probs=return_attn_probs)
     batch = q.shape[0]
     seqlen_q = options.bounded(function, "q", q.shape[1])
     seqlen_k = options.bounded(function, "k", k.shape[1])
     left, right, asked = options.window(function, causal, window_size, seqlen_q, seqlen_k)
     scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux, score_mod_bwd)
-    chosen = Options(softmax_scale, left, right, asked, return_attn_probs)
+    chosen = Options(
+        softmax_scale, left, right, asked, return_attn_probs, 0, 0, dropped, dropout_seed
+    )
     return _validated(Problem(function, q, k, v, out, batch, seqlen_q, seqlen_k, chosen, scores))
 
 
@@ -36,6 +38,7 @@ def varlen(
     softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any, block_table: Any,
     seqused_k: Any, s_aux: Any, num_splits: Any, out: Any, score_mod: Any = None,
     score_mod_args: Any = (), seqused_q: Any = None, score_mod_bwd: Any = None,
+    dropout_seed: Any = None,
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_varlen_func(...)`."""
     function = "flash_attn_varlen_func"
@@ -51,12 +54,14 @@ def varlen(
             tensors.index_tensor(function, name, used, q, (batch,))
     page_size, capacity = _pages(function, "k", k, block_table, batch, q)
     seqlen_k = min(options.length(function, "max_seqlen_k", max_seqlen_k), capacity)
-    options.dropout(function, dropout_p)
+    dropped = options.dropout(function, dropout_p)
     options.flags(function, deterministic=deterministic, return_attn_probs=return_attn_probs)
     splits = options.splits(function, num_splits)
     left, right, asked = options.window(function, causal, window_size, seqlen_q, seqlen_k)
     scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux, score_mod_bwd)
-    chosen = Options(softmax_scale, left, right, asked, return_attn_probs, splits)
+    chosen = Options(
+        softmax_scale, left, right, asked, return_attn_probs, splits, 0, dropped, dropout_seed
+    )
     lengths = DeviceLengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     cache = Cache(block_table, page_size)
     p = Problem(function, q, k, v, out, batch, seqlen_q, seqlen_k, chosen, scores, lengths, cache)

@@ -9,7 +9,7 @@ import torch
 
 from ..problem import MAX_SPLITS, NARROW
 from ..rules.window import Window, first_visible, last_visible
-from . import kind_of, not_implemented, wrong_type, wrong_value
+from . import kind_of, wrong_type, wrong_value
 from .tensors import strided_tensor
 
 MAX_LENGTH = 2**31 - 2**16
@@ -75,14 +75,14 @@ def real(function: str, name: str, x: Any) -> float:
     return number
 
 
-def dropout(function: str, dropout_p: Any) -> None:
+def dropout(function: str, dropout_p: Any) -> float:
+    """The share of weights to drop."""
     if isinstance(dropout_p, bool):
         hint = "the fourth argument is dropout_p; write causal=True"
         raise wrong_type(function, "dropout_p", "a number", f"{dropout_p}", hint)
     if not 0 <= real(function, "dropout_p", dropout_p) < 1:
         raise wrong_value(function, "dropout_p", "0 <= dropout_p < 1", dropout_p)
-    if dropout_p:
-        raise not_implemented(function, "dropout_p", "0.0")
+    return float(dropout_p)
 
 
 def scale(function: str, softmax_scale: Any, head_dim: int, alibi: bool = False) -> float:

@@ -133,7 +133,7 @@ def decode_tiles(
     if inputs.s_aux is not None:
         sink = sink_of(head, row < num_rows, work_tile.whole, inputs)
     modification = scores.Modification(inputs.factor, inputs.softcap, slope, inputs.aux)
-    scoring = scores.Scoring(inputs.scale, work_tile.b, head[:, None], modification)
+    scoring = scores.Scoring(inputs.scale, work_tile.b, head[:, None], modification, None)
 
     b = work_tile.b.to(tl.int64)
     q, out, lse = tensors.q, tensors.out, tensors.lse

@@ -20,7 +20,6 @@ scales dQ and narrows it.
 Source: FlashAttention-3 (arXiv:2407.08608), section 3, and its backward for SM 90.
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ...plan.backward import HopperBackward
@@ -40,9 +39,9 @@ from ..gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )  # fmt: skip
-from ..launch import SIZES, CompileTime, Launch, Tensors
+from ..launch import SIZES, CompileTime, Launch
 from ..portable.backward import postprocess, preprocess
-from ..tma import ANY, LAST, WRAP, TmaBox, TmaLaunch, sequence_box
+from ..tma import ANY, LAST, WRAP, Launches, TmaBox, TmaLaunch, sequence_box
 from .pipeline import ONE_WARP, accumulator, barriers, named_barrier, no_hoist
 from .softmax import accumulator_view, convert_p, from_view
 
@@ -446,21 +445,6 @@ def backward_hopper_kernel(
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
 
 
-class Alternative:
-    """Launches in the place of one, for addresses that TMA cannot take."""
-
-    def __init__(self, launches: list[Launch]) -> None:
-        self.launches = launches
-
-    def bind(self, known: Mapping[str, str]) -> None:
-        for launch in self.launches:
-            launch.bind(known)
-
-    def __call__(self, tensors: Tensors, stream: int | None = None) -> None:
-        for launch in self.launches:
-            launch(tensors, stream)
-
-
 POINTERS = ("lse_log2", "delta", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 
 
@@ -491,7 +475,7 @@ def launches(
     )  # fmt: skip
     main = TmaLaunch(
         backward_hopper_kernel, plan.work.programs, POINTERS, constants, 4, boxes=boxes,
-        fallback=Alternative(fallback), combine_launch=postprocess(p, given, plan.preprocess),
+        fallback=Launches(*fallback), combine_launch=postprocess(p, given, plan.preprocess),
     )  # fmt: skip
     first = preprocess(p, given, plan.preprocess, -1 / scale, -1.0, True)
     return [first, main], {"dq_accum": rows * D}

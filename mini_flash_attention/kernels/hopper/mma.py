@@ -147,7 +147,7 @@ def mainloop(
     b0lock, stop, start = own.b0lock, own.stop, own.start
     b = scheduler.load_field(sched, work_idx, scheduler.BATCH)
     head = scheduler.load_field(sched, work_idx, scheduler.HEAD)
-    scoring = Scoring(scale, b, head, modification)
+    scoring = Scoring(scale, b, head, modification, None)
 
     pipeline.consumer_wait(keys, b0lock, True)
     pipeline.warp_scheduler_barrier_sync(which, CONSUMERS)

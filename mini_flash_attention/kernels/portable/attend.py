@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ...rules import dropout as dropouts
 from ...rules import mask, scores, softmax
 from .loads import find_pages, load_rows, row_offsets, slots
 
@@ -69,6 +70,11 @@ def attend(
             else:
                 l = l * alpha[:, None] + p
             o = o * alpha[:, None]
+        if scoring.dropout is not None:
+            kept = dropouts.is_kept(
+                scoring.dropout, scoring.b, scoring.head, i[:, None], j[None, :]
+            )
+            p = tl.where(kept, p, 0.0)
         v = load_rows(at.v, v_offsets, real, WHOLE, C.HEAD_DIM_V, C.D_V)  # [N, D]
         o = tl.dot(p.to(v.dtype), v, o)  # O += P V
     return m, l, o

@@ -24,10 +24,11 @@ from ...plan.configs import Tiles
 from ...plan.layout import divisible_by_8, padded, strides
 from ...plan.scores import LOG2E, choose_score_mode
 from ...problem import BackwardTensors, Problem
+from ...rules import dropout as dropouts
 from ...rules import heads, mask, scores, sequence, work
 from ...rules.window import Window
 from ..launch import SIZES, CompileTime, Launch
-from .loads import as_multiples_of_8, load_rows
+from .loads import as_multiples_of_8, dropped, load_rows
 
 
 class Facts(NamedTuple):
@@ -103,6 +104,7 @@ class Weights(NamedTuple):
     inputs: Any
     b: Any
     window: Any
+    dropout: Any  # None without
 
 
 @triton.jit
@@ -234,14 +236,21 @@ def add_queries(
         p, biased = weigh(
             s, lse_log2, head, stands, start_k, n, modification, weights, C, SCORE_MOD
         )
+        if weights.dropout is not None:
+            kept = dropouts.is_kept(weights.dropout, weights.b, head, i[None, :], j)
         if PARTIAL:
             p = hide(p, i[None, :], j, queries.count, window, partial, C.ONE_LOOP)
         do = queries.do + member * queries.head_stride_do
         do = load_block(
             do, queries.stride_do, start, queries.count, C.BLOCK_M, C.HEAD_DIM_V, C, not PARTIAL
         )
-        dv = tl.dot(p.to(do.dtype), do, dv)  # dV += Pᵀ dO
+        used = p
+        if weights.dropout is not None:
+            used = tl.where(kept, p * weights.dropout.scale, 0.0)
+        dv = tl.dot(used.to(do.dtype), do, dv)  # dV += Pᵀ dO
         dp = tl.dot(v, do.T)  # dPᵀ = V dOᵀ
+        if weights.dropout is not None:
+            dp = tl.where(kept, dp * weights.dropout.scale, 0.0)
         delta = tl.load(queries.delta + rows)[None, :]
         ds = score_gradient(
             s, biased, p, dp, delta, head, stands, j, modification, weights, C, SCORE_MOD_BWD
@@ -283,6 +292,9 @@ def add_keys(
             keys.v, keys.stride_v, start, keys.count, C.BLOCK_N, C.HEAD_DIM_V, C, not PARTIAL
         )
         dp = tl.dot(query.do, v.T)  # dP = dO Vᵀ
+        if weights.dropout is not None:
+            kept = dropouts.is_kept(weights.dropout, weights.b, head, i, start + n)
+            dp = tl.where(kept, dp * weights.dropout.scale, 0.0)
         ds = score_gradient(
             s, biased, p, dp, delta, head, stands, start + n, modification, weights, C,
             SCORE_MOD_BWD,
@@ -374,12 +386,12 @@ def row_of(b, head, nheads, offset_q, total_q, cu_seqlens_q):
 @triton.jit(do_not_specialize=SIZES)
 def dkdv_kernel(
     q, k, v, dout, lse_log2, delta, dk, dv,
-    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, aux,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, aux, dropout_seed,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
     stride_v_b, stride_v_t, stride_v_h, stride_do_b, stride_do_t, stride_do_h,
     stride_dk_b, stride_dk_t, stride_dk_h, stride_dv_b, stride_dv_t, stride_dv_h,
     batch, nheads_k, num_n_blocks, l2_group, seqlen_q, seqlen_k, total_q, total_k,
-    scale, left, right, stride_slopes, factor, softcap, softmax_scale,
+    scale, left, right, stride_slopes, factor, softcap, softmax_scale, threshold, kept_scale,
     C: tl.constexpr, SCORE_MOD: tl.constexpr, SCORE_MOD_BWD: tl.constexpr,
 ):  # fmt: skip
     q = tensor(q, stride_q_b, stride_q_t, stride_q_h, C.DIVISIBLE_BY_8 & 1)
@@ -420,7 +432,10 @@ def dkdv_kernel(
         total_q, length_q,
     )  # fmt: skip
     inputs = scores.Inputs(scale, factor, softcap, aux, alibi_slopes, stride_slopes, None)
-    weights = Weights(inputs, b, window)
+    dropout = dropout_seed
+    if dropout_seed is not None:
+        dropout = dropouts.Dropout(tl.load(dropout_seed), threshold, kept_scale)
+    weights = Weights(inputs, b, window, dropout)
     if not C.ONE_LOOP:
         dk_tile, dv_tile = add_queries(
             dk_tile, dv_tile, k_tile, v_tile, head_k, tile.m_row, queries, seen, weights, False,
@@ -440,12 +455,12 @@ def dkdv_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
     q, k, v, dout, lse_log2, delta, dq,
-    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, aux,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, aux, dropout_seed,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
     stride_v_b, stride_v_t, stride_v_h, stride_do_b, stride_do_t, stride_do_h,
     stride_dq_b, stride_dq_t, stride_dq_h,
     batch, nheads, num_m_blocks, l2_group, seqlen_q, seqlen_k, total_q, total_k,
-    scale, left, right, stride_slopes, factor, softcap, softmax_scale,
+    scale, left, right, stride_slopes, factor, softcap, softmax_scale, threshold, kept_scale,
     C: tl.constexpr, SCORE_MOD: tl.constexpr, SCORE_MOD_BWD: tl.constexpr,
 ):  # fmt: skip
     q = tensor(q, stride_q_b, stride_q_t, stride_q_h, C.DIVISIBLE_BY_8 & 1)
@@ -482,7 +497,10 @@ def dq_kernel(
     )  # fmt: skip
     inputs = scores.Inputs(scale, factor, softcap, aux, alibi_slopes, stride_slopes, None)
     dq_tile = tl.zeros([BLOCK_M, C.D], tl.float32)
-    weights = Weights(inputs, b, window)
+    dropout = dropout_seed
+    if dropout_seed is not None:
+        dropout = dropouts.Dropout(tl.load(dropout_seed), threshold, kept_scale)
+    weights = Weights(inputs, b, window, dropout)
     if not C.ONE_LOOP:
         dq_tile = add_keys(
             dq_tile, query, head, keys, seen, weights, False, C, SCORE_MOD, SCORE_MOD_BWD
@@ -494,7 +512,15 @@ def dq_kernel(
 
 
 STATISTICS = ("q", "k", "v", "dout", "lse_log2", "delta")
-SCORES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "aux")
+SCORES = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "alibi_slopes",
+    "aux",
+    "dropout_seed",
+)
 
 
 def _config(p: Problem, tiles: Tiles, mode: str, *tensors: torch.Tensor) -> Config:
@@ -537,8 +563,8 @@ def preprocess(
         p.q.shape[-2], work.num_blocks, p.q.shape[-3], lse_factor, delta_factor,
         _config(p, work.tiles, "", out, dout),
     )  # fmt: skip
-    pointers = ("out", "dout", "lse", "dlse", "lse_log2", "delta")
-    pointers += ("dq_accum",) if accumulates else ("nothing",)
+    accum = "dq_accum" if accumulates else "nothing"
+    pointers = ("out", "dout", "lse", "dlse", "lse_log2", "delta", accum)
     return Launch(preprocess_kernel, work.programs, pointers, constants, *work.tiles[2:])
 
 
@@ -555,6 +581,7 @@ def _launch(
         p.batch, nheads, work.num_blocks, work.l2_group,
         p.seqlen_q, p.seqlen_k, p.q.shape[-3], p.k.shape[-3],
         mode.scale, options.left, options.right, *mode.numbers, options.softmax_scale,
+        *dropped(p),
         _config(p, work.tiles, mode.mode, *tensors),
         p.scores.score_mod, p.scores.score_mod_bwd,
     )  # fmt: skip

@@ -12,11 +12,20 @@ from ...plan.forward import Forward
 from ...plan.layout import strides
 from ...plan.scores import choose_score_mode
 from ...problem import Problem
+from ...rules import dropout as dropouts
 from ...rules import heads, mask, scores, sequence, softmax, work
 from ...rules.window import Window
 from ..launch import MAX_INT, SIZES, Launch, output_strides
 from .attend import attend
-from .loads import KeysValues, Strides, config, hint_divisibility, load_rows, sequence_start
+from .loads import (
+    KeysValues,
+    Strides,
+    config,
+    dropped,
+    hint_divisibility,
+    load_rows,
+    sequence_start,
+)
 
 
 @triton.jit
@@ -31,13 +40,13 @@ def store_rows(out, offset, o, row_ok, C: tl.constexpr):
 def forward_kernel(
     q, k, v, out, lse,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table,
-    cache_batch_idx, cache_leftpad, alibi_slopes, s_aux, aux,
+    cache_batch_idx, cache_leftpad, alibi_slopes, s_aux, aux, dropout_seed,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
     stride_v_b, stride_v_t, stride_v_h, stride_o_b, stride_o_t, stride_o_h,
     stride_lse_b, stride_lse_h, stride_table,
     batch, nheads, group, num_m_blocks, l2_group,
     seqlen_q, seqlen_k, total_q, total_k, num_pages, cache_rows,
-    scale, left, right, appended, stride_slopes, factor, softcap,
+    scale, left, right, appended, stride_slopes, factor, softcap, threshold, kept_scale,
     C: tl.constexpr, SCORE_MOD: tl.constexpr,
 ):  # fmt: skip
     strides = hint_divisibility(
@@ -74,7 +83,10 @@ def forward_kernel(
     if s_aux is not None:
         sink = tl.load(s_aux + head).to(tl.float32)
     modification = scores.Modification(factor, softcap, slope, aux)
-    scoring = scores.Scoring(scale, tile.b, head, modification)
+    dropout = dropout_seed
+    if dropout_seed is not None:
+        dropout = dropouts.Dropout(tl.load(dropout_seed), threshold, kept_scale)
+    scoring = scores.Scoring(scale, tile.b, head, modification, dropout)
 
     q += b * strides.q_b + head.to(tl.int64) * strides.q_h
     row_q = (tile.offset_q + i).to(tl.int64)
@@ -107,6 +119,8 @@ def forward_kernel(
     if C.SCORE_MODE == "bounded":
         o = o * softmax.single_key_factor(l, count, q.dtype.element_ty)[:, None]
     o, lse_tile = softmax.finish(m, l, o, scale, sink)
+    if dropout_seed is not None:
+        o = o * kept_scale
     if cu_seqlens_q is not None:  # rows after the last sequence's end
         o = tl.where((i < tile.num_rows)[:, None], o, 0.0)
         lse_tile = tl.where(i < tile.num_rows, lse_tile, float("-inf"))
@@ -120,6 +134,7 @@ def forward_kernel(
 POINTERS = (
     "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
     "block_table", "cache_batch_idx", "cache_leftpad", "alibi_slopes", "s_aux", "aux",
+    "dropout_seed",
 )  # fmt: skip
 
 
@@ -127,14 +142,15 @@ def launch(p: Problem, out: torch.Tensor, lse: torch.Tensor | None, plan: Forwar
     """The launch that writes attention of p to out, and its LSE where that is wanted."""
     tiles = plan.tiles
     paged = p.cache.block_table is not None
-    score_mode = choose_score_mode(p, "bounded")
+    own = () if p.options.dropout_p else ("bounded",)
+    score_mode = choose_score_mode(p, *own)
     constants = (
         *strides(p.q), *strides(p.k), *strides(p.v), *output_strides(p, out, lse),
         p.batch, p.q.shape[-2], p.group, plan.num_m_blocks, plan.l2_group,
         p.seqlen_q, p.seqlen_k, p.q.shape[0], MAX_INT if paged else p.k.shape[0], p.k.shape[0],
         p.cache_rows,
         score_mode.scale, p.options.left, p.options.right, p.cache.appended, *score_mode.numbers,
-        config(p, out, tiles, score_mode.mode), p.scores.score_mod,
+        *dropped(p), config(p, out, tiles, score_mode.mode), p.scores.score_mod,
     )  # fmt: skip
     return Launch(
         forward_kernel, plan.num_m_blocks * plan.batch_heads, POINTERS, constants, *tiles[2:]

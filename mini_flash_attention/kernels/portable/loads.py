@@ -48,6 +48,12 @@ def config(p: Problem, out: torch.Tensor, tiles: Tiles, mode: str) -> Config:
     )  # fmt: skip
 
 
+def dropped(p: Problem) -> tuple[int | None, float | None]:
+    """(threshold, scale) of `rules.dropout.Dropout`; None and None without dropout."""
+    dropout_p = p.options.dropout_p
+    return (int(dropout_p * 2**31), 1 / (1 - dropout_p)) if dropout_p else (None, None)
+
+
 class Strides(NamedTuple):
     """(batch or page, token, head) strides of q, k, v and out."""
 
