@@ -7,8 +7,8 @@
     torch.nn.attention.restore_flash_attention_impl()
 
 In between, five operators of PyTorch's flash attention are ours on CUDA tensors, and with them
-whatever ends there: `F.scaled_dot_product_attention`, `torch.nn.attention.varlen.varlen_attn`,
-attention of jagged tensors, and ring attention.
+whatever ends there, forward and backward: `F.scaled_dot_product_attention`,
+`torch.nn.attention.varlen.varlen_attn`, attention of jagged tensors, and ring attention.
 
 It stays PyTorch's choice which calls of `F.scaled_dot_product_attention` end there: those in fp16
 and bf16 without a mask, and causal ones only with as many queries as keys. On Hopper and data
@@ -16,18 +16,19 @@ centre Blackwell GPUs it may prefer cuDNN; `torch.nn.attention.sdpa_kernel` says
 
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
 
-Forward only: a backward pass raises NotImplementedError, and so does dropout.
+After `torch.use_deterministic_algorithms(True)` gradients are the same bits in every run. Dropout
+raises NotImplementedError.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.library import Library
 from torch.nn import attention
 
-from .. import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from .. import backward, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from ..problem import empty_out
-from ..validate import invalid, not_implemented, wrong_value
+from ..validate import invalid, not_differentiable, not_implemented, wrong_value
 
 _names: set[str] = set()
 
@@ -75,6 +76,7 @@ class Overrides:
 
 SDPA = "scaled_dot_product_attention"
 FORWARD = "_flash_attention_forward"
+BACKWARD = "_flash_attention_backward"
 
 
 def _scaled_dot_product_flash_attention(
@@ -133,6 +135,11 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, LSE) of batched tensors (batch, seqlen, heads, head_dim) or packed ones."""
     _refuse(FORWARD, dropout_p, return_debug_mask, more)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        unknown = {"seqused_k": seqused_k, "alibi_slopes": alibi_slopes, "block_table": block_table}
+        for name, x in unknown.items():
+            if x is not None:  # PyTorch does not tell the backward pass of it
+                raise not_differentiable(FORWARD, name)
     options: dict[str, Any] = {
         "softmax_scale": scale,
         "causal": is_causal,
@@ -157,11 +164,83 @@ def _attend(
         return result, lse
 
 
-def _backward(*_: Any, **__: Any) -> NoReturn:
-    raise NotImplementedError(
-        f"{SDPA}: backward: not implemented yet; call it under torch.no_grad(), or train with "
-        "PyTorch's own after torch.nn.attention.restore_flash_attention_impl()"
-    )
+def _scaled_dot_product_flash_attention_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    cum_seq_q: None,
+    cum_seq_k: None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    philox_seed: torch.Tensor,
+    philox_offset: torch.Tensor,
+    *,
+    scale: float | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, ...]:
+    _refuse(SDPA, dropout_p, False, more)
+    gradients = [empty_out(x) for x in (query, key, value)]
+    dq, dk, dv = (x.transpose(1, 2) for x in gradients)
+    tensors = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+    _differentiate(*tensors, logsumexp, is_causal, scale, dq=dq, dk=dk, dv=dv)
+    return tuple(gradients)
+
+
+def _flash_attention_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    cum_seq_q: torch.Tensor | None,
+    cum_seq_k: torch.Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    rng_state: torch.Tensor,
+    unused: torch.Tensor,
+    *,
+    scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, ...]:
+    _refuse(BACKWARD, dropout_p, False, more)
+    options: dict[str, Any] = {"window_size": (window_size_left, window_size_right)}
+    if cum_seq_q is not None:
+        options |= {"cu_seqlens_q": cum_seq_q, "cu_seqlens_k": cum_seq_k}
+        options |= {"max_seqlen_q": max_q, "max_seqlen_k": max_k}
+    tensors = (grad_out, query, key, value, out)
+    return _differentiate(*tensors, logsumexp, is_causal, scale, **options)
+
+
+def _differentiate(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    **options: Any,
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of query, key and value, (..., seqlen, heads, head_dim)."""
+    if grad_out.stride(-1) != 1:  # that of a sum is expanded
+        grad_out = grad_out.contiguous()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with torch.no_grad():
+        return backward(
+            grad_out, query, key, value, out, logsumexp, softmax_scale=scale, causal=causal,
+            deterministic=deterministic, **options,
+        )  # fmt: skip
 
 
 def _refuse(function: str, dropout_p: float, return_debug_mask: bool, more: dict[str, Any]) -> None:
@@ -182,8 +261,8 @@ def _undrawn(query: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 OPERATORS = {
     "_scaled_dot_product_flash_attention": _scaled_dot_product_flash_attention,
-    "_scaled_dot_product_flash_attention_backward": _backward,
+    "_scaled_dot_product_flash_attention_backward": _scaled_dot_product_flash_attention_backward,
     "_flash_attention_forward": _flash_attention_forward,
     "_flash_attention_forward_no_dropout_inplace": _flash_attention_forward_no_dropout_inplace,
-    "_flash_attention_backward": _backward,
+    "_flash_attention_backward": _flash_attention_backward,
 }

@@ -1,0 +1,243 @@
+"""The warp roles of the Hopper backward kernel: producer, consumers, and the writer of dQ."""
+
+from typing import Any, NamedTuple
+
+from ...rules import mask
+from ...rules.window import Window
+from ..gluon import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)  # fmt: skip
+from .backward_work import (
+    Rows,
+    add_dq,
+    load,
+    nth_block,
+    num_blocks,
+    partial_block,
+    store,
+    work_of,
+)  # fmt: skip
+from .pipeline import ONE_WARP, accumulator, named_barrier, no_hoist
+from .softmax import accumulator_view, convert_p, from_view
+
+STAGES = gl.constexpr(2)  # of Q and of dO
+# Named barriers; Triton takes 0 to 6 itself.
+BOTH_CONSUMERS = gl.constexpr(7)  # dS of both is in shared memory
+Q_EMPTY, DO_EMPTY = gl.constexpr(8), gl.constexpr(10)  # and the next: a stage is empty
+DQ_FULL, DQ_EMPTY = gl.constexpr(12), gl.constexpr(14)  # and the next: a consumer's dQ
+READERS = gl.constexpr(2 * 128 + 32)  # threads of both consumers and the producer
+WRITERS = gl.constexpr(128 + 32)  # of a consumer and the writer
+
+
+class Descriptors(NamedTuple):
+    """What TMA reads and writes."""
+
+    q: Any
+    k: Any
+    v: Any
+    do: Any
+    dq: Any
+    dk: Any
+    dv: Any
+
+
+class Statistics(NamedTuple):
+    """L and delta, one number a query."""
+
+    lse: Any
+    delta: Any
+
+
+class Tiles(NamedTuple):
+    """Shared memory."""
+
+    q: Any  # of each stage
+    do: Any
+    lse: Any
+    delta: Any
+    k: Any  # of each consumer
+    v: Any
+    ds: Any  # of each stage and consumer: dSᵀ
+    dq: Any  # of each consumer
+
+
+class Barriers(NamedTuple):
+    """mbarriers that loads complete, those of q and do together with the producer."""
+
+    q: Any
+    do: Any
+    kv: Any
+
+
+@gluon.jit
+def load_keys(desc, job, barrier, tiles, VARLEN: gl.constexpr):
+    """Load the keys, or values, of both consumers."""
+    mbarrier.expect(barrier, 2 * desc.block_type.nbytes)
+    for which in gl.static_range(2):
+        row = job.n_row + 64 * which
+        load(desc, job.keys, row, job.head_k, barrier, tiles.index(which), VARLEN)
+
+
+@gluon.jit
+def produce(lengths, table, left, right, descs, statistics, tiles, full, C: gl.constexpr):
+    """Load K and V, and the queries' blocks in turn."""
+    job = work_of(gl.program_id(0), lengths, table, left, right, C)
+    M: gl.constexpr = C.BLOCK_M
+    VARLEN: gl.constexpr = C.VARLEN
+    if num_blocks(job, C) > 0:
+        load_keys(descs.k, job, full.kv.index(0), tiles.k, VARLEN)
+        load_keys(descs.v, job, full.kv.index(1), tiles.v, VARLEN)
+    for n in range(num_blocks(job, C)):
+        stage = n % STAGES
+        member, row = nth_block(n, job, C)
+        head = job.head_k * C.GROUP + member
+        # TMA wants these at multiples of 16 bytes, which packed sequences are not.
+        i = row + gl.arange(0, M, ONE_WARP)
+        at = job.first_row + member.to(gl.int64) * job.head_stride + i
+        lse = gl.load(statistics.lse + at, mask=i < job.queries.count, other=0.0)
+        delta = gl.load(statistics.delta + at, mask=i < job.queries.count, other=0.0)
+        if n >= STAGES:
+            named_barrier("sync", Q_EMPTY + stage, READERS)
+        mbarrier.expect(full.q.index(stage), descs.q.block_type.nbytes)
+        load(descs.q, job.queries, row, head, full.q.index(stage), tiles.q.index(stage), VARLEN)
+        tiles.lse.index(stage).store(lse)
+        mbarrier.arrive(full.q.index(stage))
+        if n >= STAGES:
+            named_barrier("sync", DO_EMPTY + stage, READERS)
+        mbarrier.expect(full.do.index(stage), descs.do.block_type.nbytes)
+        load(descs.do, job.queries, row, head, full.do.index(stage), tiles.do.index(stage), VARLEN)
+        tiles.delta.index(stage).store(delta)
+        mbarrier.arrive(full.do.index(stage))
+
+
+@gluon.jit
+def write(lengths, table, left, right, descs, tiles, C: gl.constexpr):
+    """Add the consumers' blocks of dQ to the fp32 copy."""
+    job = work_of(gl.program_id(0), lengths, table, left, right, C)
+    for n in range(num_blocks(job, C)):
+        member, row = nth_block(n, job, C)
+        for which in gl.static_range(2):
+            named_barrier("sync", DQ_FULL + which, WRITERS)
+            add_dq(descs.dq, job, member, row, which, tiles.dq.index(which), C)
+        for which in gl.static_range(2):
+            tma.store_wait(1 - which)
+            named_barrier("arrive", DQ_EMPTY + which, WRITERS)
+
+
+@gluon.jit
+def product(a, b, row, M: gl.constexpr):
+    """Begin a bᵀ [64, M], each row of it from the `row` of numbers [M]."""
+    S: gl.constexpr = accumulator(M)
+    start = gl.expand_dims(row.load(gl.SliceLayout(0, S)), 0)
+    start = gl.broadcast(start, gl.zeros([64, M], gl.float32, S))[0]
+    return warpgroup_mma(a, b.permute((1, 0)), start, use_acc=True, is_async=True)
+
+
+@gluon.jit
+def hide(x, job, which: gl.constexpr, row, left, right, M: gl.constexpr):
+    """x [64, M], of a consumer's keys, where the M queries from `row` see them; 0 elsewhere."""
+    view, j, shift, i = accumulator_view(x, no_hoist(row), M)
+    j = job.n_row + 64 * which + j - shift
+    length_q = job.queries.count
+    from_keys = Window(length_q - job.keys.count, right, left, None, length_q - shift)
+    return from_view(gl.where(mask.is_visible(j, i, from_keys), view, 0.0), x)
+
+
+@gluon.jit
+def step(
+    which: gl.constexpr, n, dk, dv, job, left, right, scale_log2, shared, PARTIAL: gl.constexpr,
+    C: gl.constexpr,
+):  # fmt: skip
+    """The n-th block of queries. PARTIAL: it may need a mask."""
+    _, tiles, full = shared
+    D: gl.constexpr = C.D
+    M: gl.constexpr = C.BLOCK_M
+    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(D), 2)
+    COLUMNS: gl.constexpr = D // 2 if M == 64 else D
+    stage, phase = n % STAGES, n // STAGES & 1
+    k = tiles.k.index(which).reshape([64, D])
+    v = tiles.v.index(which).reshape([64, D])
+    q = tiles.q.index(stage).reshape([M, D])
+    do = tiles.do.index(stage).reshape([M, D])
+    mbarrier.wait(full.q.index(stage), phase)
+    s = product(k, q, tiles.lse.index(stage), M)  # Sᵀ - L = K Qᵀ - L
+    mbarrier.wait(full.do.index(stage), phase)
+    dp = product(v, do, tiles.delta.index(stage), M)  # dPᵀ - delta = V dOᵀ - delta
+    s = warpgroup_mma_wait(1, deps=[s])
+    # At most 1: where scores are huge, S - L may be far above 0.
+    p = gl.exp2(gl.minimum(s * scale_log2, 0.0))
+    if PARTIAL:
+        p = hide(p, job, which, partial_block(n, job, C)[1], left, right, M)
+    p_operand = gl.convert_layout(convert_p(p, q), P)
+    dp = warpgroup_mma_wait(0, deps=[dp])
+    ds = p * dp
+    if PARTIAL:
+        ds = hide(ds, job, which, partial_block(n, job, C)[1], left, right, M)
+    ds = convert_p(ds, q)
+    tiles.ds.index(stage * 2 + which).store(ds)
+    dv = warpgroup_mma(p_operand, do, dv, is_async=True)  # dV += Pᵀ dO
+    fence_async_shared()
+    named_barrier("sync", BOTH_CONSUMERS, 256)
+    dq = gl.zeros([64, COLUMNS], gl.float32, accumulator(COLUMNS))
+    for other in gl.static_range(2):  # dQ = dS K: 64 rows, or half of the columns
+        ds_t = tiles.ds.index(stage * 2 + other)
+        keys = tiles.k.index(other).reshape([64, D])
+        if M == 64:
+            keys = keys.slice(COLUMNS * which, COLUMNS, 1)
+        else:
+            ds_t = ds_t.slice(64 * which, 64, 1)
+        dq = warpgroup_mma(ds_t.permute((1, 0)), keys, dq, use_acc=other > 0, is_async=True)
+    ds_operand = gl.convert_layout(ds, P)
+    dk = warpgroup_mma(ds_operand, q, dk, is_async=True)  # dK += dSᵀ Q
+    dv, dq, p_operand = warpgroup_mma_wait(1, deps=[dv, dq, p_operand])
+    named_barrier("arrive", DO_EMPTY + stage, READERS)
+    if n > 0:
+        named_barrier("sync", DQ_EMPTY + which, WRITERS)
+    tiles.dq.index(which).reshape([64, COLUMNS]).store(dq)
+    fence_async_shared()
+    named_barrier("arrive", DQ_FULL + which, WRITERS)
+    dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])
+    named_barrier("arrive", Q_EMPTY + stage, READERS)
+    return dk, dv
+
+
+@gluon.jit
+def consume(which: gl.constexpr, lengths, table, left, right, scales, shared, C: gl.constexpr):
+    """64 keys: dK and dV, and a half of dQ."""
+    descs, tiles, full = shared
+    scale_log2, softmax_scale = scales
+    D: gl.constexpr = C.D
+    KV: gl.constexpr = accumulator(D)
+    job = work_of(gl.program_id(0), lengths, table, left, right, C)
+    dk = gl.zeros([64, D], gl.float32, KV)
+    dv = gl.zeros([64, D], gl.float32, KV)
+    all_partial, total = C.GROUP * job.num_partial, num_blocks(job, C)
+    mbarrier.wait(full.kv.index(0), 0, pred=total > 0)
+    mbarrier.wait(full.kv.index(1), 0, pred=total > 0)
+    for n in range(all_partial):
+        dk, dv = step(which, n, dk, dv, job, left, right, scale_log2, shared, True, C)
+    for n in range(all_partial, total):
+        dk, dv = step(which, n, dk, dv, job, left, right, scale_log2, shared, False, C)
+    if total > 0:
+        named_barrier("sync", DQ_EMPTY + which, WRITERS)
+    named_barrier("sync", BOTH_CONSUMERS, 256)  # both have read K
+    # Worked out once more, because it would take registers all along.
+    job = work_of(no_hoist(gl.program_id(0)), lengths, table, left, right, C)
+    n_row = job.n_row + 64 * which
+    key = n_row + gl.arange(0, 64, gl.SliceLayout(1, KV))
+    in_use = gl.expand_dims(key < job.keys.count, 1)
+    k = tiles.k.index(which).reshape([64, D])
+    v = tiles.v.index(which).reshape([64, D])
+    v.store(gl.where(in_use, dv, 0.0).to(v.dtype))
+    k.store(gl.where(in_use, dk * softmax_scale, 0.0).to(k.dtype))
+    fence_async_shared()
+    written = Rows(job.b, job.keys.offset, job.writable)
+    store(descs.dv, written, n_row, job.head_k, tiles.v.index(which), C.VARLEN)
+    store(descs.dk, written, n_row, job.head_k, tiles.k.index(which), C.VARLEN)
+    tma.store_wait(0)

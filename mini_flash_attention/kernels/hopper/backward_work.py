@@ -1,0 +1,150 @@
+"""The work of a program of the Hopper backward kernel: its keys, and the blocks of their queries."""
+
+from typing import Any, NamedTuple
+
+from ...rules import work
+from ...rules.window import Window
+from ..gluon import gl, gluon, tma_add, tma_load, tma_store
+from ..launch import CompileTime
+from ..tma import LAST
+
+END = gl.constexpr(LAST)  # the end of a packed sequence, for TMA (`tma.sequence_box`)
+
+
+class Facts(NamedTuple):
+    """What the kernel is compiled for."""
+
+    D: Any  # columns of a tile of Q and K
+    BLOCK_M: Any
+    GROUP: Any  # query heads of a KV head
+    VARLEN: Any  # whether queries and keys are packed sequences
+
+
+class Config(CompileTime, Facts):
+    """`Facts`, as the kernel takes them."""
+
+    __slots__ = ()
+
+
+class Rows(NamedTuple):
+    """Rows of a sequence."""
+
+    b: Any
+    offset: Any  # the first row, where sequences are packed
+    count: Any
+
+
+class Work(NamedTuple):
+    """128 keys of a KV head, and the queries that see them."""
+
+    b: Any
+    head_k: Any
+    keys: Any  # `Rows` in use
+    writable: Any
+    n_row: Any  # the first of the 128
+    queries: Any  # `Rows`
+    blocks: Any  # of queries: `mask.KeyBlocks`, seen from the keys
+    num_partial: Any  # blocks of a head that may need a mask
+    num_full: Any
+    head_stride: Any  # rows of L and delta from head to head
+    first_row: Any  # of the group's first head in L and delta
+
+
+@gluon.jit
+def work_of(program, lengths, table, left, right, C: gl.constexpr):
+    """The program's work. Keys are handed to the rules as what sees queries (`portable/backward`).
+
+    The first keys of a head come first: under a causal mask most queries see them.
+    """
+    BLOCK_M: gl.constexpr = C.BLOCK_M
+    number = gl.num_programs(0) - 1 - program
+    tile = work.work_tile(number, lengths, table, 128)
+    offset_q, length_q = work.key_span(tile.b, lengths, 0)
+    from_keys = Window(length_q - tile.num_rows, right, left, None, length_q)
+    blocks = work.n_block_range(tile.m_row, tile.num_rows, from_keys, 128, BLOCK_M)
+    num_full = (blocks.full_end - blocks.full_begin) // BLOCK_M
+    num_partial = (blocks.end - blocks.begin) // BLOCK_M - num_full
+    total_q = lengths.total_k
+    head = tile.head * C.GROUP
+    if not C.VARLEN:
+        head += tile.b * table.nheads * C.GROUP
+    return Work(
+        tile.b, tile.head, Rows(tile.b, tile.offset_q, tile.num_rows), tile.writable, tile.m_row,
+        Rows(tile.b, offset_q, length_q), blocks, num_partial, num_full, total_q,
+        head * total_q + offset_q,
+    )  # fmt: skip
+
+
+@gluon.jit
+def partial_block(n, job, C: gl.constexpr):
+    """(member of the group, first query) of the n-th block of queries that may need a mask."""
+    member, block = n * 0, n
+    if C.GROUP > 1:
+        member, block = n // job.num_partial, n % job.num_partial
+    row, blocks = job.blocks.begin + block * C.BLOCK_M, job.blocks
+    return member, row + gl.where(row < blocks.full_begin, 0, blocks.full_end - blocks.full_begin)
+
+
+@gluon.jit
+def full_block(n, job, C: gl.constexpr):
+    """(member of the group, first query) of the n-th full block of queries."""
+    member, block = n * 0, n
+    if C.GROUP > 1:
+        member, block = n // job.num_full, n % job.num_full
+    return member, job.blocks.full_begin + block * C.BLOCK_M
+
+
+@gluon.jit
+def nth_block(n, job, C: gl.constexpr):
+    """(member of the group, first query) of the n-th block: partial ones come first."""
+    all_partial = C.GROUP * job.num_partial
+    if n < all_partial:
+        member, row = partial_block(n, job, C)
+    else:
+        member, row = full_block(n - all_partial, job, C)
+    return member, row
+
+
+@gluon.jit
+def num_blocks(job, C: gl.constexpr):
+    """Blocks of queries, for all heads of the group."""
+    return C.GROUP * (job.num_partial + job.num_full)
+
+
+@gluon.jit
+def load(desc, rows, row, head, barrier, tile, VARLEN: gl.constexpr):
+    """Load rows of a head from the sequence's `row`-th; zeros past its end."""
+    if VARLEN:
+        at = [END, rows.offset + rows.count, END - rows.count + row, head, 0]
+        tma_load(desc, at, barrier, tile)
+    else:
+        tma_load(desc, [rows.b, row, head, 0], barrier, tile)
+
+
+@gluon.jit
+def store(desc, rows, row, head, tile, VARLEN: gl.constexpr):
+    """Store rows of a head from the sequence's `row`-th, up to its end."""
+    if VARLEN:
+        at = [END, rows.offset + rows.count, END - rows.count + row, head, 0]
+        tma_store(desc, at, tile)
+    else:
+        tma_store(desc, [rows.b, row, head, 0], tile)
+
+
+@gluon.jit
+def add_dq(desc, job, member, row, which: gl.constexpr, tile, C: gl.constexpr):
+    """Add a consumer's half of dQ's block, 64 rows or half of the columns, up to the sequence's
+    end.
+    """
+    column = 0
+    if C.BLOCK_M == 64:
+        column = which * (C.D // 2)
+    else:
+        row += 64 * which
+    head = job.head_k * C.GROUP + member
+    queries = job.queries
+    if C.VARLEN:
+        end = queries.offset + queries.count
+        tma_add(desc, [END, end, head, END - queries.count + row, column], tile)
+    else:
+        tma_add(desc, [queries.b, head, row, column], tile)
