@@ -96,9 +96,7 @@ class OnlyOnce(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise _refusal(ctx.call, "second derivatives", "differentiate once")
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, call: Call, *tensors: Any) -> NoReturn:
-        raise _refusal(call, "torch.vmap", "make the mapped dimension the batch")
+    vmap = Attention.vmap
 
 
 def gradients_of(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import triton_on_cpu
+from . import training, triton_on_cpu
 from .problem import Problem, Rotary
 from .rules.window import Window, first_visible, last_visible
 from .validate.memory import overlaps_itself
@@ -93,7 +93,7 @@ def _attention(
         lse = torch.logaddexp(lse, sink).masked_fill(empty, float("-inf"))
     weights = (scores - lse.masked_fill(empty, 0.0)[..., None]).exp()
     if dropout_p:
-        weights = weights * kept(p, b, k.shape[2] + skipped, weights.shape)[..., skipped:]
+        weights = weights * training.kept(p, b, k.shape[2] + skipped, weights.shape)[..., skipped:]
     out = (weights @ _to_heads(v, q).float()).masked_fill(empty[..., None], 0.0)
     return out.to(q.dtype).transpose(1, 2), lse
 
@@ -129,17 +129,6 @@ def modified(p: Problem, function: Any, b: int, skipped: int, *scores: torch.Ten
     heads = torch.arange(nheads, device="cpu")[:, None, None]
     aux = () if p.scores.aux is None else (p.scores.aux,)
     return triton_on_cpu.call(function, *scores, numbers, heads, i.clamp(min=0), j, *aux)
-
-
-def kept(p: Problem, b: int, seqlen_k: int, shape: torch.Size) -> torch.Tensor:
-    """What dropout multiplies weights by, those of keys before every window too: 0, or 1 / (1 - p)
-    where they are kept. shape: that of the weights (B, H, Sq, keys) of sequences from b on.
-    """
-    assert p.options.dropout_seed is not None
-    seed, size = int(p.options.dropout_seed), (*shape[1:3], seqlen_k)
-    generators = (torch.Generator().manual_seed(seed ^ n) for n in range(b, b + shape[0]))
-    numbers = [torch.rand(size, generator=generator) for generator in generators]
-    return (torch.stack(numbers) >= p.options.dropout_p) / (1 - p.options.dropout_p)
 
 
 def visible(window: Window, seqlen_q: int, skipped: int) -> torch.Tensor | None:

@@ -5,7 +5,7 @@ Scores are recomputed in fp32 (float64 for float64 tensors), for all heads of a 
 
 import torch
 
-from . import cpu
+from . import cpu, training
 from .problem import BackwardTensors, Problem
 from .rules.window import Window
 
@@ -65,7 +65,7 @@ def _sequence(
     weights = (scores - lse[..., None]).masked_fill(hidden, float("-inf")).exp()
     used, dp = weights, dout @ v.mT
     if p.options.dropout_p:
-        kept = cpu.kept(p, b, k.shape[1], biased.shape)[0].to(weights.dtype)
+        kept = training.kept(p, b, k.shape[1], biased.shape)[0].to(weights.dtype)
         used, dp = weights * kept, dp * kept
     dv = used.mT @ dout
     ds = weights * (dp - delta[..., None])

@@ -24,6 +24,8 @@ class Gradients(NamedTuple):
 
 def run(entry: Entry, arguments: Arguments, keep: bool = True) -> Gradients:
     """The gradients of a call. keep: the workspace, for the next call."""
+    if torch.are_deterministic_algorithms_enabled():
+        arguments["deterministic"] = True
     key, recipe = recipes.look_up(entry, arguments)
     if recipe is not None:
         if recipe.subclassed:

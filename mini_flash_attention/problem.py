@@ -45,6 +45,7 @@ class Options(NamedTuple):
     need_lse: bool
     num_splits: int = 0
     split_size: int = 0  # keys of a split, 0 where num_splits decides
+    deterministic: bool = False  # gradients are the same in every run
     dropout_p: float = 0.0
     dropout_seed: torch.Tensor | None = None  # (1,), int64
 

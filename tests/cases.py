@@ -4,7 +4,9 @@ A case is built from a seed and a few words, so a failure is reproduced by one l
 that no sequence uses holds NaN, and every output lies between margins of NaN.
 """
 
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import mini_flash_attention as mfa
 from mini_flash_attention import reference, triton_on_cpu
 
 MARGIN = 512
+FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass
@@ -25,6 +28,8 @@ class Case:
     """(index into out, index into lse, q, k, v) of each sequence."""
     meaning: dict[str, Any] = field(default_factory=dict)
     """softmax_scale, causal, window_size and the rest as the reference takes them."""
+    keys: list[Any] = field(default_factory=list)
+    """Index into k and v of each sequence, where these are no pages and no cache."""
 
     def run(self, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
         arguments = self.arguments | changes
@@ -35,16 +40,21 @@ class Case:
 
     def oracle(self, b: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What the definition gives for sequence b."""
-        meaning = self.meaning | more
+        meaning = self.meaning_of(b) | more
+        meaning.pop("score_mod_bwd", None)
+        return reference.attention(*self.rows[b][2:], **meaning)
+
+    def meaning_of(self, b: int) -> dict[str, Any]:
+        """What the reference is told about sequence b."""
+        meaning = dict(self.meaning)
         slopes = meaning.get("alibi_slopes")
         if slopes is not None and slopes.dim() == 2:
             meaning["alibi_slopes"] = slopes[b]
-        if meaning.get("score_mod") is not None:
-            meaning |= {"batch": b}
-            score_mod, aux = meaning["score_mod"], meaning.pop("score_mod_args", ())
-            extra = [aux] if aux else []
-            meaning["score_mod"] = lambda *given: triton_on_cpu.call(score_mod, *given, *extra)
-        return reference.attention(*self.rows[b][2:], **meaning)
+        aux = meaning.pop("score_mod_args", ())
+        for name in ("score_mod", "score_mod_bwd"):
+            if meaning.get(name) is not None:
+                meaning |= {name: partial(_on_tensors, meaning[name], aux), "batch": b}
+        return meaning
 
     def check(self, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Within the numerical promise of the contract, everywhere; 0 and -inf where no key is."""
@@ -66,6 +76,132 @@ class Case:
         assert not out[untouched].any(), "rows of no sequence are not 0"
         if self.arguments["q"].dim() == 3:
             assert (lse[:, untouched[:, 0, 0]] == float("-inf")).all(), "nor is their LSE -inf"
+
+    def dresults(self, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of out and LSE: NaN in rows of no sequence."""
+        g, q = torch.Generator().manual_seed(seed), self.arguments["q"]
+        shape = (*q.shape[:-1], self.arguments["v"].shape[-1])
+        lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+        device = str(q.device)
+        drawn = (
+            randn(g, *shape, dtype=q.dtype, device=device),
+            randn(g, *lse_shape, dtype=torch.float32, device=device),
+        )
+        dout, dlse = (torch.full_like(x, float("nan")) for x in drawn)
+        for at, lse_at, *_ in self.rows:
+            dout[at], dlse[lse_at] = drawn[0][at], drawn[1][lse_at]
+        return dout, dlse
+
+    def differentiate(self, *dresults: torch.Tensor, **changes: Any) -> dict[str, torch.Tensor]:
+        """The gradients of q, k, v and s_aux through autograd, for that of out, or out and LSE."""
+        given = self.arguments | changes
+        names = [name for name in ("q", "k", "v", "s_aux") if given.get(name) is not None]
+        leaves = [given[name].detach().requires_grad_() for name in names]
+        results = self.run(**changes | dict(zip(names, leaves, strict=True)))
+        gradients = torch.autograd.grad(results[: len(dresults)], leaves, dresults)
+        return dict(zip(names, gradients, strict=True))
+
+    def backward(self, dout: torch.Tensor, dlse: torch.Tensor | None = None) -> dict[str, Any]:
+        """The gradients of q, k and v, of which `backward` writes nothing around."""
+        out, lse = self.run()
+        given = dict(self.arguments)
+        for name in ("s_aux", "num_splits"):
+            given.pop(name, None)
+        tensors = [given[name] for name in "qkv"]
+        buffers = [margined(tuple(x.shape), x.dtype, str(x.device)) for x in tensors]
+        into = dict(zip(("dq", "dk", "dv"), buffers, strict=True))
+        found = mfa.backward(dout, out=out, softmax_lse=lse, dsoftmax_lse=dlse, **given, **into)
+        assert all(x is y and margins_intact(y) for x, y in zip(found, buffers, strict=True))
+        return dict(zip("qkv", buffers, strict=True))
+
+    def check_gradients(
+        self, found: dict[str, torch.Tensor], dout: torch.Tensor, dlse: torch.Tensor | None = None
+    ) -> None:
+        """Within the promise, in each sequence; exactly 0 in the rows that none uses."""
+        nobody = {name: torch.ones_like(found[name], dtype=torch.bool) for name in "qkv"}
+        refs = [self._gradients(b, dout, dlse) for b in range(len(self.rows))]
+        errors, sink_error = self._errors_of_plain(dout, dlse)
+        dtype, sink_slack = self.arguments["q"].dtype, 0.0
+        for b, (at, _, q, k, v) in enumerate(self.rows):
+            # What sums in fp32 cost: scores, which weights are made of, and dP and delta.
+            scale = self.meaning.get("softmax_scale")
+            scale = abs(q.shape[-1] ** -0.5 if scale is None else scale)
+            unit = FLOAT32_EPS * (8 + scale * _largest(_products(q.abs(), k.abs())))
+            dp = unit * _largest(_products(dout[at], v))
+            slack = (dp * scale * _largest(k), dp * scale * _largest(q), unit * _largest(dout[at]))
+            sink_slack += dp * q.shape[0] ** 0.5
+            for n, (name, place) in enumerate(zip("qkv", (at, *[self.keys[b]] * 2), strict=True)):
+                nobody[name][place] = False
+                what = f"d{name} of sequence {b}"
+                kept(what, found[name][place], refs[b][n], dtype, errors[b][n], slack[n])
+        for name, rows in nobody.items():
+            assert not found[name][rows].any(), f"d{name}: rows of no sequence are not 0"
+        if "s_aux" in found:
+            ref = sum((x[3] for x in refs), torch.zeros_like(found["s_aux"]).double())
+            kept("ds_aux", found["s_aux"], ref, dtype, sink_error, sink_slack)
+
+    def _gradients(
+        self, b: int, dout: torch.Tensor, dlse: torch.Tensor | None,
+        dtype: torch.dtype = torch.float64,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        """What the definition gives for sequence b."""
+        at, lse_at, *tensors = self.rows[b]
+        dlse = None if dlse is None else dlse[lse_at]
+        return reference.gradients(*tensors, dout[at], dlse, **self.meaning_of(b), dtype=dtype)
+
+    def _errors_of_plain(
+        self, dout: torch.Tensor, dlse: torch.Tensor | None
+    ) -> tuple[list[list[float]], float]:
+        """How wrong the definition is in the input's precision: dq, dk and dv of each sequence, and
+        the sinks' gradient.
+
+        A few numbers may be right by luck, or a row's, which have one dS. Of these the largest
+        error in eight draws of dO's signs counts.
+        """
+        g, dtype = torch.Generator().manual_seed(0), self.arguments["q"].dtype
+        few = any(0 < q.shape[0] * q.shape[1] < 64 for _, _, q, *_ in self.rows)
+        errors, sink_error = [[0.0] * 3 for _ in self.rows], 0.0
+        for draw in range(8 if few or "s_aux" in self.meaning else 1):
+            if draw:
+                dout = dout * _signs(g, dout)
+                dlse = None if dlse is None else dlse * _signs(g, dlse)
+            of_sinks = torch.zeros((), dtype=torch.float64, device=dout.device)
+            for b in range(len(self.rows)):
+                refs, plain = (self._gradients(b, dout, dlse, x) for x in (torch.float64, dtype))
+                apart = [
+                    None if x is None else x.double() - y for x, y in zip(plain, refs, strict=True)
+                ]
+                errors[b] = [max(x, _largest(y)) for x, y in zip(errors[b], apart[:3], strict=True)]
+                of_sinks = of_sinks if apart[3] is None else of_sinks + apart[3]
+            sink_error = max(sink_error, _largest(of_sinks))
+        return errors, sink_error
+
+
+def _signs(g: torch.Generator, x: torch.Tensor) -> torch.Tensor:
+    return torch.randint(2, x.shape, generator=g).to(x.dtype).to(x.device) * 2 - 1
+
+
+def _products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Of all rows of all heads, in float64."""
+    return x.flatten(0, 1).double() @ y.flatten(0, 1).double().mT
+
+
+def _on_tensors(function: Any, aux: tuple[torch.Tensor, ...], *given: Any) -> torch.Tensor:
+    """A score_mod or its gradient, as the reference calls it."""
+    return triton_on_cpu.call(function, *given, *([aux] if aux else []))
+
+
+def kept(
+    what: str, x: torch.Tensor, ref: torch.Tensor, dtype: torch.dtype, plain: float, slack: float
+) -> None:
+    """Hold x to the promise. plain: the error in the input's precision, dtype.
+
+    slack: what fp32 costs. It is little, but in dtype a difference may happen to be exactly 0.
+    """
+    error = _largest(x.double() - ref)
+    promise = 2 * plain + 2 * rounding(ref, dtype) + slack
+    assert math.isfinite(promise), f"{what}: the input's precision does not reach so far"
+    assert error <= promise, f"{what}: error {error:.3g} over {promise:.3g}"
 
 
 def rounding(ref: torch.Tensor, dtype: torch.dtype) -> float:
@@ -122,7 +258,8 @@ def dense(
     dims = (head_dim, head_dim_v or head_dim)
     k, v = (randn(g, batch, seqlen_k, nheads_k, d, dtype=dtype, device=device) for d in dims)
     rows = [(b, b, q[b], k[b], v[b]) for b in range(batch)]
-    return Case("flash_attn_func", {"q": q, "k": k, "v": v} | meaning, rows, meaning)
+    arguments = {"q": q, "k": k, "v": v} | meaning
+    return Case("flash_attn_func", arguments, rows, meaning, list(range(batch)))
 
 
 def _packed(
@@ -160,9 +297,13 @@ def _paged(
 def varlen(
     seed: int, lengths_q: list[int], lengths_k: list[int], page_size: int, nheads: int,
     nheads_k: int, head_dim: int, dtype: torch.dtype, device: str, padding: int = 3,
-    head_dim_v: int = 0, used_q: bool = False, **meaning: Any,
+    head_dim_v: int = 0, used_q: bool = False, used_k: bool = False,
+    longest: tuple[int, int] | None = None, **meaning: Any,
 ) -> Case:  # fmt: skip
-    """used_q: the last queries of some sequences are not in use, and hold NaN."""
+    """used_q, used_k: the last queries or keys of some sequences are not in use, and hold NaN.
+
+    longest: max_seqlen_q and max_seqlen_k; nor are tokens past them.
+    """
     g = torch.Generator().manual_seed(seed)
     q, cu_q = _packed(g, lengths_q, padding, nheads, head_dim, dtype, device)
     starts = cu_q.tolist()
@@ -185,12 +326,24 @@ def varlen(
     if used_q:
         lengths_q = [int(torch.randint(n + 1, (), generator=g)) for n in lengths_q]
         arguments["seqused_q"] = torch.tensor(lengths_q).int().to(device)
+    if used_k:
+        lengths_k = [int(torch.randint(n + 1, (), generator=g)) for n in lengths_k]
+        arguments["seqused_k"] = torch.tensor(lengths_k).int().to(device)
+    if longest is not None:
+        arguments |= {"max_seqlen_q": longest[0], "max_seqlen_k": longest[1]}
+        lengths_q = [min(n, longest[0]) for n in lengths_q]
+        lengths_k = [min(n, longest[1]) for n in lengths_k]
+    places = [slice(start, start + n) for start, n in zip(cu_k.tolist(), lengths_k, strict=False)]
+    if used_k or longest is not None:
+        keys = [(k_b[:n], v_b[:n]) for (k_b, v_b), n in zip(keys, lengths_k, strict=True)]
+        for place, end in zip(places, cu_k.tolist()[1:], strict=True):
+            k[place.stop : end] = v[place.stop : end] = float("nan")
     rows = []
     for b, (k_b, v_b) in enumerate(keys):
         mine = slice(starts[b], starts[b] + lengths_q[b])
         q[mine.stop : starts[b + 1]] = float("nan")
         rows.append((mine, (slice(None), mine), q[mine], k_b, v_b))
-    return Case("flash_attn_varlen_func", arguments, rows, meaning)
+    return Case("flash_attn_varlen_func", arguments, rows, meaning, [] if page_size else places)
 
 
 def kvcache(

@@ -29,10 +29,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import mini_flash_attention as mfa
-from mini_flash_attention import dispatch, recipes, settings
+from mini_flash_attention import dispatch, execution_backward, recipes, settings
 from mini_flash_attention.kernels.launch import Launch
 from mini_flash_attention.kernels.tma import TmaLaunch
 from mini_flash_attention.plan import decode, gpu, hopper
+from mini_flash_attention.problem import BackwardTensors
 
 BATCH, SEQLEN_Q, SEQLEN_K = 2, 1024, 1 << 14
 NHEADS, NHEADS_K = 8, 2
@@ -51,7 +52,8 @@ class Variant(NamedTuple):
     # lot to read; short: if little; many: what plan.hopper does if there are many keys; packs,
     # parts: with few queries, of few keys or many; apart: v has other strides than k; far: 64 bits;
     # unaligned: says that head_dim leaves no load aligned; v=: v's head_dim; softcap, alibi, sinks,
-    # mod, rotary; rows: cache_batch_idx and cache_leftpad
+    # mod, rotary; rows: cache_batch_idx and cache_leftpad; dlse: of the LSE too; alone: each
+    # KV head serves one query head
 
     def __str__(self) -> str:
         return f"{self.kernel} head_dim {self.head_dim}, {self.mask}, {self.keys}, {self.words}"
@@ -154,6 +156,53 @@ ALSO_HOPPER = [  # with one of them:
 ]
 
 
+# Gradients. A call launches `preprocess`, `dkdv` and `dq`, or where it is for Hopper's the others.
+BACKWARD = {"preprocess", "dkdv", "dq", "backward_hopper", "postprocess"}
+# For every architecture,
+TIGHT_BACKWARD = [  # with both Tritons:
+    ("dkdv", (64, 128, 256), "causal", "dense", ""),
+    ("dkdv", (128,), "window", "used", "dlse fp16"),  # masks in every block, lengths on the device
+]
+ALSO_TIGHT_BACKWARD = [  # with one of them:
+    ("dkdv", (96,), "causal", "dense", ""),  # part of a tile is masked away
+    ("dq", (64, 256), "window", "packed", "dlse"),
+    ("dkdv", (64, 128), "none", "dense", "alone"),  # one loop less
+    ("dq", (128,), "causal", "dense", "softcap"),
+    ("dkdv", (64,), "causal", "dense", "alibi"),
+    ("dkdv", (128, 256), "causal", "packed", "mod"),
+    ("dq", (128,), "window", "used", "softcap alibi mod dlse"),
+]
+# For some architecture:
+RARE_BACKWARD = [
+    ("preprocess", (1,), "causal", "dense", "dlse"),  # strides that are 1
+    ("preprocess", (16,), "none", "packed", ""),  # the narrowest tile
+    ("dkdv", (192,), "causal", "dense", "v=128"),
+    ("dkdv", (64,), "none", "packed", "v=128"),
+    ("dkdv", (256,), "none", "dense", "alone"),
+    ("dq", (64, 256), "causal", "dense", "softcap"),
+    ("dkdv", (128, 256), "window", "dense", "alibi"),
+    ("dkdv", (64,), "causal", "packed", "mod"),
+    ("dkdv", (59,), "window", "packed", "unaligned"),
+    ("dq", (201,), "causal", "dense", "unaligned"),
+    ("dkdv", (36,), "none", "packed", "v=12 unaligned"),
+    ("dkdv", (72, 40), "causal", "dense", ""),  # multiples of 8 and not of 16
+    ("dq", (88,), "window", "used", "alone"),
+    ("dkdv", (128,), "causal", "packed", "far"),
+    ("dkdv", (256,), "window", "used", "fp16"),
+    ("dq", (96,), "none", "packed", "mod alone"),
+    ("dkdv", (64,), "window", "dense", "softcap alibi dlse"),
+    ("dq", (256,), "none", "packed", "softcap mod"),
+]
+HOPPER_BACKWARD = [  # on Hopper alone, with both Tritons
+    ("backward_hopper", (128, 64), "causal", "dense", ""),
+    ("backward_hopper", (128, 64), "none", "dense", "fp16"),
+    ("backward_hopper", (128, 64), "window", "used", "dlse"),
+    ("backward_hopper", (128, 96), "none", "packed", "alone"),
+    ("postprocess", (96,), "causal", "packed", ""),
+    ("postprocess", (40,), "causal", "dense", ""),
+]
+
+
 def variants(rows: list[tuple[str, tuple[int, ...], str, str, str]]) -> list[Variant]:
     """One for each head_dim of each row."""
     return [Variant(kernel, d, *row) for kernel, head_dims, *row in rows for d in head_dims]
@@ -191,10 +240,12 @@ def share(arch: int, turn: int) -> list[Variant]:
     def takes(n: int) -> bool:
         return arch not in alike or alike[(n + turn) % 3] == arch
 
+    mine += variants(RARE_BACKWARD)[targets.index((arch, turn)) :: len(targets)]
     if arch == 90:
-        mine += variants(HOPPER) + variants(ALSO_HOPPER)[turn::2]
-    mine += [v for n, v in enumerate(variants(TIGHT)) if takes(n)]
-    half = [(n, v) for n, v in enumerate(variants(ALSO_TIGHT)) if (n + arch // 10) % 2 == turn]
+        mine += variants(HOPPER) + variants(ALSO_HOPPER)[turn::2] + variants(HOPPER_BACKWARD)
+    mine += [v for n, v in enumerate(variants(TIGHT + TIGHT_BACKWARD)) if takes(n)]
+    half = enumerate(variants(ALSO_TIGHT + ALSO_TIGHT_BACKWARD))
+    half = [(n, v) for n, v in half if (n + arch // 10) % 2 == turn]
     return mine + [v for n, v in half if takes(n // 2)]
 
 
@@ -273,6 +324,57 @@ def call(variant: Variant) -> None:
     else:
         q = tokens(BATCH, SEQLEN_Q, heads=nheads)
         mfa.flash_attn_func(q, k, v, **mask, return_attn_probs=lse, **more)
+
+
+def differentiate(variant: Variant) -> None:
+    """Make a call of the backward pass."""
+    words = variant.words.split()
+    number = {name: int(n) for name, _, n in (word.partition("=") for word in words) if n}
+    head_dim, head_dim_v = variant.head_dim, number.get("v", variant.head_dim)
+    nheads = NHEADS if head_dim > 1 else 1
+    nheads_k = nheads if "alone" in words or head_dim == 1 else NHEADS_K
+    dtype = torch.float16 if "fp16" in words else torch.bfloat16
+    settings.PORTABLE = variant.kernel not in ("backward_hopper", "postprocess")
+    packed = variant.keys != "dense"
+
+    def tokens(length: int, heads: int, head_dim: int) -> torch.Tensor:
+        return torch.empty(*([] if packed else [BATCH]), length, heads, head_dim, dtype=dtype)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32)
+
+    q, k = tokens(SEQLEN_Q, nheads, head_dim), tokens(SEQLEN_K, nheads_k, head_dim)
+    v, out = tokens(SEQLEN_K, nheads_k, head_dim_v), tokens(SEQLEN_Q, nheads, head_dim_v)
+    lse = torch.empty(*([] if packed else [BATCH]), nheads, SEQLEN_Q)
+    more: dict[str, Any] = dict(MASKS[variant.mask])
+    if "softcap" in words:
+        more["softcap"] = 30.0
+    if "alibi" in words:
+        more["alibi_slopes"] = torch.empty(BATCH, nheads)
+    if "mod" in words:
+        more |= {"score_mod": curved, "score_mod_bwd": curved_backward}
+        more["score_mod_args"] = (torch.empty(SEQLEN_K),)
+    if "dlse" in words:
+        more["dsoftmax_lse"] = torch.empty_like(lse)
+    if packed:
+        more |= {"cu_seqlens_q": numbers(BATCH + 1), "cu_seqlens_k": numbers(BATCH + 1)}
+        more |= {"max_seqlen_q": SEQLEN_Q, "max_seqlen_k": SEQLEN_K}
+    if variant.keys == "used":
+        more |= {"seqused_q": numbers(BATCH), "seqused_k": numbers(BATCH)}
+    mfa.backward(torch.empty_like(out), q, k, v, out, lse, **more)
+
+
+@triton.jit
+def curved(score, batch, head, q_idx, kv_idx, args):
+    """A score_mod that reads a tensor, and whose derivative depends on the score."""
+    weight = tl.load(args[0] + kv_idx, mask=kv_idx < 16384, other=0.0)
+    return tl.where(weight < 0.0, float("-inf"), weight * tl.sigmoid(score))
+
+
+@triton.jit
+def curved_backward(grad, score, batch, head, q_idx, kv_idx, args):
+    s = tl.sigmoid(score)
+    return grad * tl.load(args[0] + kv_idx, mask=kv_idx < 16384, other=0.0) * s * (1.0 - s)
 
 
 @triton.jit
@@ -411,6 +513,18 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
             p = p._replace(k=far(p.k), v=far(p.v))
         return recipes.follow(recipes.make(entry, p, arguments), arguments)
 
+    def run_backward(entry: Any, arguments: Any) -> Any:
+        p = entry.parse(**arguments)
+        if "far" in variant.words.split():
+            p = p._replace(q=far(p.q), k=far(p.k), v=far(p.v))
+        arguments["score_mod_args"] = p.scores.aux or ()
+        result = execution_backward.allocate(arguments)
+        names = ("out", "dout", "softmax_lse", "dsoftmax_lse", "dq", "dk", "dv")
+        out, dout, lse, dlse, *gradients = (arguments[name] for name in names)
+        given = BackwardTensors(out, dout, lse, dlse, result.delta, *gradients)
+        recipes.launch(execution_backward.make(entry, p, given, arguments), arguments, True)
+        return result
+
     def compile_only(launch: Launch, tensors: Any, stream: Any = None) -> None:
         arguments = launch.arguments(tensors)
         compiled = launch.kernel.warmup(*arguments, grid=(launch.programs,), **launch.options)
@@ -419,9 +533,10 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
             compile_only(launch.combine_launch, tensors)
 
     dispatch.run, Launch.__call__, TmaLaunch.__call__ = run, compile_only, compile_only
+    dispatch.run_backward = run_backward
     start = time.perf_counter()
     try:
-        call(variant)
+        (differentiate if variant.kernel in BACKWARD else call)(variant)
     except Exception as error:
         import os
         import traceback
@@ -438,7 +553,7 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
         if compiled.hash not in seen:
             seen.add(compiled.hash)
             row = {"variant": str(variant), "kernel": name, **launch.options, **measured(compiled)}
-            if name in ("forward", "decode") and aligned(variant):
+            if name in ("forward", "decode", "preprocess", "dkdv", "dq") and aligned(variant):
                 row["narrow"] = len(re.findall(r"\bLDG\.\S*U16\b", machine_code(compiled)))
             if name == "forward_hopper":
                 facts, mod = launch.constants[-2:]
@@ -472,9 +587,9 @@ def main() -> None:
     parser.add_argument("--round", type=int, choices=(0, 1))
     arguments = parser.parse_args()
     arch, turn = arguments.arch, arguments.round
-    everything = (
-        variants(TIGHT + ALSO_TIGHT) + others() + variants(HOPPER + ALSO_HOPPER) * (arch == 90)
-    )
+    everything = variants(TIGHT + ALSO_TIGHT) + others()
+    everything += variants(TIGHT_BACKWARD + ALSO_TIGHT_BACKWARD + RARE_BACKWARD)
+    everything += variants(HOPPER + ALSO_HOPPER + HOPPER_BACKWARD) * (arch == 90)
     todo = everything if turn is None else share(arch, turn)
     driver.set_active(Driver(arch))
     made = gpu.Gpu(f"sm_{arch}", arch, ARCHS[arch], settings.triton_version())

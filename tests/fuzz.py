@@ -2,6 +2,7 @@
 
     python tests/fuzz.py --cases 2000 --jobs 12
     python tests/fuzz.py --seed 0 --case 17
+    python tests/fuzz.py --backward
 
 Memory that no sequence uses holds NaN, also around all that the package allocates, and must hold
 the same bits after the call.
@@ -24,6 +25,7 @@ from cases import Case, dense, kvcache, margined, varlen
 import mini_flash_attention as mfa
 from mini_flash_attention import plan, recipes, settings
 from mini_flash_attention.kernels import workspace
+from mini_flash_attention.plan import backward as planning
 
 try:
     import triton
@@ -50,8 +52,22 @@ def sparse(score, batch, head, q_idx, kv_idx, args):
     return tl.where(bias > 1.0, float("-inf"), score + bias)
 
 
+def curved(score, batch, head, q_idx, kv_idx, args):
+    """As above, and not a straight line."""
+    at = ((q_idx + 7 * kv_idx + 3 * head) % 4096 + 4096) % 4096
+    bias = tl.load(args[0] + at)
+    return tl.where(bias > 1.0, float("-inf"), score + 3.0 * bias * tl.sigmoid(score))
+
+
+def curved_backward(grad, score, batch, head, q_idx, kv_idx, args):
+    at = ((q_idx + 7 * kv_idx + 3 * head) % 4096 + 4096) % 4096
+    bias, s = tl.load(args[0] + at), tl.sigmoid(score)
+    slope = 1.0 + 3.0 * bias * s * (1.0 - s)
+    return tl.where(bias > 1.0, float("nan"), grad * slope)
+
+
 if triton is not None:
-    sparse = triton.jit(sparse)
+    sparse, curved, curved_backward = map(triton.jit, (sparse, curved, curved_backward))
 
 
 def features(
@@ -183,6 +199,53 @@ def prefill(kind: str, words: dict[str, Any], r: random.Random, gpu: bool) -> Ca
     return case
 
 
+def build_backward(seed: int, number: int, gpu: bool) -> tuple[Case, dict[str, Any]]:
+    """A call that has gradients, as `build` makes calls."""
+    c = random.Random(f"backward {seed} {gpu} {number % COMBINATIONS}")
+    dtype = c.choice((torch.float16, torch.bfloat16 if gpu else torch.float32))
+    head_dims = HEAD_DIMS[: 11 if gpu else 8]
+    head_dim, head_dim_v = c.choice(head_dims), c.choice((0, 0, 0, c.choice(head_dims)))
+    kind, mask, dlse = c.choice(("dense", "varlen")), c.choice(MASKS), c.random() < 0.5
+    used = [c.random() < 0.3 for _ in "qk"]
+    r = random.Random(f"backward {seed} {gpu} case {number}")
+    batch = r.randint(1, 12 if gpu else 3)
+    nheads_k = 2 if head_dim % 16 or head_dim_v % 16 else r.choice((1, 2, 5) if gpu else (1, 2))
+    nheads = nheads_k * r.choice((1, 1, 2, 3, 4, *((7, 8) if gpu else ())))
+    most = (2000 if gpu else 80) ** r.random()
+    lengths = [
+        [r.choice((0, *[r.randint(1, int(most) + 9)] * 8)) for _ in range(batch)] for _ in "qk"
+    ]
+    if r.random() < 0.3:
+        lengths[1] = lengths[0]
+    left, right = int(most ** r.random()) - 1, r.randint(0, int(most))
+    windows = {"left": (left, 0), "both": (left, right), "right": (-1, right)}
+    words: dict[str, Any] = {
+        "seed": r.getrandbits(32),
+        "nheads": nheads,
+        "nheads_k": nheads_k,
+        "head_dim": head_dim,
+        "head_dim_v": head_dim_v,
+        "dtype": dtype,
+        "causal": mask in ("causal", "left"),
+        "window_size": windows.get(mask, (-1, -1)),
+        "softmax_scale": r.choice((None, None, None, None, 0.3, -0.5, 0.0)),
+    }
+    words |= features(c, r, gpu, nheads, batch, dtype)
+    if "score_mod" in words:
+        words |= {"score_mod": curved, "score_mod_bwd": curved_backward}
+    if kind == "dense":
+        words |= {"batch": batch, "seqlen_q": lengths[0][0], "seqlen_k": lengths[1][0]}
+        case = dense(**words, device="cpu")
+    else:
+        words |= {"lengths_q": lengths[0], "lengths_k": lengths[1]}
+        words |= {"used_q": used[0], "used_k": used[1], "padding": r.choice((0, 1, 70))}
+        if r.random() < 0.2:
+            words["longest"] = (r.randint(0, int(most)), r.randint(0, int(most)))
+        case = varlen(**words, page_size=0, device="cpu")
+    words |= {"kind": kind, "dlse": dlse, "own": r.random() < 0.4}
+    return case, words | {"blocks": c.choice(((16, 32), (32, 16), (64, 64)))}
+
+
 def with_junk(arguments: dict[str, Any], appended: torch.Tensor, room: int) -> torch.Tensor:
     """The block table and `room` columns, unused entries: no page, one of NaN, another's."""
     table, cache = arguments["block_table"], arguments["k_cache"]
@@ -291,6 +354,41 @@ def call(case: Case, words: dict[str, Any], device: str) -> tuple[torch.Tensor, 
     return result
 
 
+def call_backward(case: Case, words: dict[str, Any], device: str) -> None:
+    """Differentiate the call on copies of its tensors, none of which may change."""
+    dout, dlse = (x.to(device) for x in case.dresults(words["seed"] % 1000))
+    dresults = (dout, dlse) if words["dlse"] else (dout,)
+    given = {name: copied(x, device) for name, x in case.arguments.items()}
+    case.meaning |= {name: given[name] for name in case.meaning if name in given}
+    out, lse, _ = getattr(mfa, case.function)(**given, return_attn_probs=True)
+    own = {name: x for name, x in given.items() if name != "s_aux"}
+    for name in "qkv" if words["own"] else "":
+        *outer, tokens, heads, head_dim = given[name].shape
+        shape = (*(n + 2 for n in outer), tokens + 1, heads + 2, head_dim + 16)
+        around = torch.full(shape, float("nan"), dtype=dout.dtype, device=device)
+        around = around[(*[slice(1, -1)] * len(outer), slice(1, None))]
+        own[f"d{name}"] = around[..., :heads, :head_dim]
+    with poisoned() as made:
+        found = mfa.backward(
+            dout, out=out, softmax_lse=lse, dsoftmax_lse=dlse if words["dlse"] else None, **own
+        )
+    results = {name: x.clone() for name, x in zip("qkv", found, strict=True)}
+    for x in (*made, *found):
+        memory = bits(x.fill_(float("nan")))
+        assert (memory == memory[0]).all(), f"written outside a result of shape {tuple(x.shape)}"
+    for name, x in given.items():
+        same = not isinstance(x, torch.Tensor) or torch.equal(
+            bits(x).cpu(), bits(copied(case.arguments[name], "cpu"))
+        )
+        assert same, f"{name}: changed"
+    case.arguments = given
+    case.check_gradients(results, *dresults)
+    if not settings.INTERPRETED or "s_aux" in given:  # as autograd calls it
+        again = case.differentiate(*dresults)
+        assert all(torch.equal(results[name], again[name]) for name in "qkv"), "other bits"
+        case.check_gradients(again, *dresults)
+
+
 def near(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Equal but for the last digits, NaN where the other is, and the memory around alike."""
     same = torch.isclose(x.float(), y.float(), rtol=0.02, atol=0.02, equal_nan=True).all()
@@ -336,12 +434,38 @@ def check(seed: int, number: int, device: str) -> None:
         raise AssertionError(f"{line}\n  {error!r}\n  {words}") from error
 
 
-def check_all(numbers: range, seed: int, device: str) -> tuple[int, list[str]]:
+def check_backward(seed: int, number: int, device: str) -> None:
+    """`check` for gradients."""
+    words: dict[str, Any] = {}
+    try:
+        case, words = build_backward(seed, number, device == "cuda")
+        case.rows = [(*row[:2], *(x.to(device) for x in row[2:])) for row in case.rows]
+        with ExitStack() as stack:
+            if device == "cpu":  # the interpreter's few tokens, in many blocks
+                few = plan.configs.Tiles(*words["blocks"], 4, 1)
+                choice = planning.Choice(few, few)
+                stack.enter_context(patch.object(planning, "TILES", {}))
+                stack.enter_context(
+                    patch.object(planning, "SMALL", dict.fromkeys((64, 128, 256), choice))
+                )
+            stack.enter_context(patch.object(recipes, "_recipes", {}))
+            stack.enter_context(patch.object(workspace, "MAX_KEPT", 1))
+            stack.enter_context(patch.object(workspace, "_rooms", {}))
+            call_backward(case, words, device)
+    except Exception as error:
+        line = f"python tests/fuzz.py --backward --seed {seed} --case {number} --device {device}"
+        line = f"TRITON_INTERPRET=1 {line}" if settings.INTERPRETED else line
+        raise AssertionError(f"{line}\n  {error!r}\n  {words}") from error
+
+
+def check_all(
+    numbers: range, seed: int, device: str, backward: bool = False
+) -> tuple[int, list[str]]:
     """How many cases were checked, and what failed. After a GPU's fault no more can be."""
     failures: list[str] = []
     for done, number in enumerate(numbers, 1):
         try:
-            check(seed, number, device)
+            (check_backward if backward else check)(seed, number, device)
         except AssertionError as error:
             failures.append(str(error))
             if "CUDA error" in failures[-1] or "[CUDA]" in failures[-1]:
@@ -359,12 +483,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=100, help="how many (100)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is a GPU")
     parser.add_argument("--jobs", type=int, default=1, help="processes (1)")
+    parser.add_argument("--backward", action="store_true", help="gradients instead")
     asked = parser.parse_args(argv)
     parts = [range(i, asked.cases, COMBINATIONS) for i in range(min(COMBINATIONS, asked.cases))]
     if asked.case is not None:
         parts = [range(asked.case, asked.case + 1)]
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    work = partial(check_all, seed=asked.seed, device=device)
+    work = partial(check_all, seed=asked.seed, device=device, backward=asked.backward)
     began, cases, failed = time.monotonic(), 0, 0
     with ExitStack() as stack:
         results: Iterator[tuple[int, list[str]]] = map(work, parts)

@@ -1,4 +1,4 @@
-"""Random decoding calls (fuzz.py), and whether that harness finds mistakes.
+"""Random calls and gradients (fuzz.py), and whether that harness finds mistakes.
 
 Without a GPU twice, as test_functions.py: through PyTorch, and in Triton's interpreter.
 """
@@ -18,12 +18,19 @@ def test_cpu(number):
     fuzz.check(0, number, "cpu")
 
 
+@pytest.mark.parametrize("number", range(fuzz.COMBINATIONS))
+def test_gradients_on_the_cpu(number):
+    fuzz.check_backward(0, number, "cpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gpu(capsys):
+@pytest.mark.parametrize("backward", [False, True])
+def test_gpu(backward, capsys):
     jobs = min(12, os.cpu_count() or 1)
-    status = fuzz.main(["--cases", "300", "--device", "cuda", "--jobs", str(jobs)])
+    asked = ["--cases", "300", "--device", "cuda", "--jobs", str(jobs)]
+    status = fuzz.main(asked + ["--backward"] * backward)
     printed = capsys.readouterr().out
     assert status == 0, printed
     assert printed.startswith("300 cases, 0 failures, ")
@@ -115,6 +122,61 @@ def test_mistakes_are_found(mistake, wanted, monkeypatch):
         fuzz.check(0, number, "cpu")
 
 
+def wrong_gradient(found, given):
+    found[0].view(-1)[0] += 0.1
+
+
+def nan_for_nobody(found, given):
+    found[2][-1] = float("nan")
+
+
+def unwritten_gradient(found, given):
+    found[1][0] = float("nan")
+
+
+def beside_a_gradient(found, given):
+    found[1].as_strided((1,), (1,), found[1].storage_offset() - 1).zero_()
+
+
+def between_rows_of_a_gradient(found, given):
+    found[1].as_strided((1,), (1,), found[1].storage_offset() + found[1].shape[-1]).zero_()
+
+
+def changed_query(found, given):
+    given["q"].view(-1)[0] += 1
+
+
+MISTAKEN_GRADIENTS = [
+    (wrong_gradient, {}),
+    (nan_for_nobody, {"kind": "varlen"}),
+    (unwritten_gradient, {}),
+    (beside_a_gradient, {"own": False}),
+    (beside_a_gradient, {"own": True}),
+    (between_rows_of_a_gradient, {"own": True}),
+    (changed_query, {}),
+]
+
+
+@pytest.mark.parametrize(("mistake", "wanted"), MISTAKEN_GRADIENTS)
+def test_mistaken_gradients_are_found(mistake, wanted, monkeypatch):
+    right = mfa.backward
+
+    def mistaken(dout, **given):
+        found = right(dout, **given)
+        mistake(found, given)
+        return found
+
+    for number in range(1000):
+        case, words = fuzz.build_backward(0, number, False)
+        there = all(case.arguments[name].numel() for name in "qkv")
+        if there and wanted.items() <= words.items() and words.get("padding", 1):
+            break
+    monkeypatch.setattr(mfa, "backward", mistaken)
+    line = f"fuzz.py --backward --seed 0 --case {number} --device cpu\n"
+    with pytest.raises(AssertionError, match=line):
+        fuzz.check_backward(0, number, "cpu")
+
+
 def test_failures_are_listed_and_counted(monkeypatch, capsys):
     right, calls, lost = fuzz.check, [], "CUDA error: the context is lost"
 
@@ -133,11 +195,13 @@ def test_failures_are_listed_and_counted(monkeypatch, capsys):
     assert printed[3].startswith("99 cases, 3 failures, ")
     assert 98 not in calls
     monkeypatch.setattr(fuzz, "check", right)
-    assert fuzz.main(["--case", "3", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("1 cases, 0 failures, ")
+    for more in ([], ["--backward"]):
+        assert fuzz.main(["--case", "3", "--device", "cpu", *more]) == 0
+        assert capsys.readouterr().out.startswith("1 cases, 0 failures, ")
 
 
 @pytest.mark.skipif(settings.INTERPRETED, reason="nothing new, slowly")
 def test_processes(capsys):
-    assert fuzz.main(["--cases", "4", "--device", "cpu", "--jobs", "2"]) == 0
-    assert capsys.readouterr().out.startswith("4 cases, 0 failures, ")
+    for more in ([], ["--backward"]):
+        assert fuzz.main(["--cases", "4", "--device", "cpu", "--jobs", "2", *more]) == 0
+        assert capsys.readouterr().out.startswith("4 cases, 0 failures, ")

@@ -58,6 +58,7 @@ ARROWS = {
         "entries",
         "execution",
         "kernels.backward",
+        "plan.backward",
         "plan.gpu",
         "problem",
         "recipes",
@@ -114,6 +115,7 @@ ARROWS = {
         "kernels.portable.",
         "plan.",
         "problem",
+        "settings",
     },
     "kernels.gluon": set(),
     "kernels.launch": {"plan.layout", "problem", "settings", "validate.memory"},
@@ -142,6 +144,16 @@ ARROWS = {
         "problem",
         "rules.",
     },
+    "kernels.hopper.backward": {
+        "kernels.gluon",
+        "kernels.hopper.",
+        "kernels.launch",
+        "kernels.portable.backward_preprocess",
+        "kernels.tma",
+        "plan.",
+        "problem",
+        "rules.",
+    },
     "rules": set(),
     "rules.": {"rules."},
     "rules.scores": {"settings"},
@@ -163,7 +175,7 @@ NEEDS_TRITON = {
     "rules.",
     *(f"kernels.{x}" for x in ("", "portable.", "decode.", "cache.", "hopper.")),
 }
-# Operators are defined for whoever traces a call, a torch.autograd.Function for who wants gradients,
+# Operators are defined for whoever traces a call, a torch.autograd.Function for who differentiates,
 # kernels imported by who launches one, a library by who registers with it.
 LATE = {
     ("dispatch", f"{PACKAGE}.autograd"),

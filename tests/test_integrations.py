@@ -102,6 +102,15 @@ def heads_first(case):
     return [case.arguments[name].transpose(1, 2) for name in "qkv"]
 
 
+def heads_last(tensors):
+    return [x.transpose(1, 2) for x in tensors]
+
+
+def leaves(tensors):
+    """The same tensors, wanting gradients."""
+    return [x.detach().requires_grad_() for x in tensors]
+
+
 @pytest.mark.parametrize("lengths", [(10, 10), (7, 20), (20, 7), (1, 33)])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("nheads_k", [4, 2, 1])
@@ -110,10 +119,24 @@ def test_sdpa_operator(on_cpu, lengths, causal, nheads_k):
     case = dense(
         0, 2, *lengths, 4, nheads_k, 32, torch.float32, "cpu", causal=causal, softmax_scale=0.3
     )
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(
-        *heads_first(case), 0.0, causal, scale=0.3
-    )
-    case.check(out.transpose(1, 2), lse)
+    q, k, v = leaves(heads_first(case))
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=0.3)
+    case.check(out.detach().transpose(1, 2), lse)
+    dout, _ = case.dresults()
+    found = torch.autograd.grad(out, (q, k, v), dout.transpose(1, 2))
+    case.check_gradients(dict(zip("qkv", heads_last(found), strict=True)), dout)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_are_those_of_the_formulas(on_cpu, causal):
+    """As PyTorch has them. The gradient of a sum is expanded: all its strides are 0."""
+    tensors = leaves(torch.randn(2, 4, 9, 16) for _ in "qkv")
+    out, *_ = aten._scaled_dot_product_flash_attention(*tensors, 0.0, causal)
+    found = torch.autograd.grad(out.sum(), tensors)
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = F.scaled_dot_product_attention(*(x.double() for x in tensors), is_causal=causal)
+    for ours, theirs in zip(found, torch.autograd.grad(exact.sum(), tensors), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-6)
 
 
 def layouts():
@@ -125,25 +148,42 @@ def layouts():
     yield "expanded", torch.randn(1, 4, 10, 16).expand(2, -1, -1, -1)
 
 
-@pytest.mark.parametrize("query", [x for _, x in layouts()], ids=[name for name, _ in layouts()])
-def test_results_are_those_that_compiled_code_expects(on_cpu, query):
-    results = aten._scaled_dot_product_flash_attention(query, query, query)
-    stand_in = torch.empty_strided(query.shape, query.stride(), device="meta")
-    wanted = aten._scaled_dot_product_flash_attention(stand_in, stand_in, stand_in)
+def assert_laid_out_as(results, wanted):
     for result, meta in zip(results, wanted, strict=True):
         if isinstance(meta, torch.Tensor):
             assert (result.shape, result.dtype) == (meta.shape, meta.dtype)
             assert result.stride() == meta.stride()
         else:
             assert result == meta
-    packed = query.transpose(1, 2).flatten(0, 1)
+
+
+@pytest.mark.parametrize("query", [x for _, x in layouts()], ids=[name for name, _ in layouts()])
+def test_results_are_those_that_compiled_code_expects(on_cpu, query):
+    """Compiled code asks PyTorch's functions for tensors without memory."""
+
+    def without_memory(*tensors):
+        return [torch.empty_strided(x.shape, x.stride(), device="meta") for x in tensors]
+
+    forward = aten._scaled_dot_product_flash_attention
+    backward = aten._scaled_dot_product_flash_attention_backward
+    given = query, torch.randn(2, 10, 2, 16).transpose(1, 2), query[:, :2]
+    results, wanted = forward(*given), forward(*without_memory(*given))
+    assert_laid_out_as(results, wanted)
+    saved = query, *given, *results[:2]
+    rest = (None, None, 10, 10, 0.0, False, *results[6:8])
+    assert_laid_out_as(backward(*saved, *rest), backward(*without_memory(*saved), *rest))
+
+    packed = [x.transpose(1, 2).flatten(0, 1) for x in given]
     cu = torch.tensor([0, 10, 20], dtype=torch.int32)
-    arguments = (cu, cu, 10, 10, 0.0, False, False)
-    results = aten._flash_attention_forward(packed, packed, packed, *arguments)
-    stand_in = torch.empty_strided(packed.shape, packed.stride(), device="meta")
-    wanted = aten._flash_attention_forward(stand_in, stand_in, stand_in, *arguments)
+    arguments = (cu, cu, 10, 10, 0.0, False)
+    results = aten._flash_attention_forward(*packed, *arguments, False)
+    wanted = aten._flash_attention_forward(*without_memory(*packed), *arguments, False)
     assert [(x.shape, x.dtype) for x in results] == [(x.shape, x.dtype) for x in wanted]
     assert results[0].stride() == wanted[0].stride()
+    saved = packed[0], *packed, *results[:2]
+    rest = (*arguments, *results[2:4])
+    backward = aten._flash_attention_backward
+    assert_laid_out_as(backward(*saved, *rest), backward(*without_memory(*saved), *rest))
 
 
 def operands(case):
@@ -160,8 +200,14 @@ def test_packed_operator(on_cpu, window):
     )
     options = {"window_size_left": window[0], "window_size_right": window[1]}
     causal = window == (-1, 0)  # which is how varlen_attn says it
-    out, lse, *_ = aten._flash_attention_forward(*operands(case), 0.0, causal, False, **options)
-    case.check(out, lse)
+    *tensors, cu_q, cu_k, max_q, max_k = operands(case)
+    tensors = leaves(tensors)
+    rest = (cu_q, cu_k, max_q, max_k, 0.0, causal, False)
+    out, lse, *_ = aten._flash_attention_forward(*tensors, *rest, **options)
+    case.check(out.detach(), lse)
+    dout, _ = case.dresults()
+    found = torch.autograd.grad(out, tensors, dout)
+    case.check_gradients(dict(zip("qkv", found, strict=True)), dout)
     if hasattr(aten, "_flash_attention_forward_no_dropout_inplace"):
         into = torch.full_like(out, float("nan"))
         again = aten._flash_attention_forward_no_dropout_inplace(
@@ -185,6 +231,18 @@ def test_paged_operator(on_cpu):
 
 
 def test_batched_operator(on_cpu):
+    case = dense(0, 2, 7, 12, 4, 2, 16, torch.float32, "cpu", causal=True, window_size=(5, 0))
+    tensors = leaves(case.arguments[name] for name in "qkv")
+    out, lse, *_ = aten._flash_attention_forward(
+        *tensors, None, None, 7, 12, 0.0, True, False, window_size_left=5
+    )
+    case.check(out.detach(), lse)
+    dout, _ = case.dresults()
+    found = torch.autograd.grad(out, tensors, dout)
+    case.check_gradients(dict(zip("qkv", found, strict=True)), dout)
+
+
+def test_batched_operator_with_lengths(on_cpu):
     case = kvcache(0, 3, [9, 0, 30], 0, 0, 4, 2, 16, torch.float32, "cpu", causal=True)
     a = case.arguments
     out, lse, *_ = aten._flash_attention_forward(
@@ -208,19 +266,121 @@ def varlen_attn(*tensors, causal):
 def test_varlen_attn(on_cpu, causal):
     case = varlen(1, [5, 12], [9, 30], 0, 4, 4, 16, torch.float32, "cpu", 0, causal=causal)
     ours, *_ = case.run()
-    assert torch.equal(varlen_attn(*operands(case), causal=causal), ours)
+    *tensors, cu_q, cu_k, max_q, max_k = operands(case)
+    tensors = leaves(tensors)
+    out = varlen_attn(*tensors, cu_q, cu_k, max_q, max_k, causal=causal)
+    assert torch.equal(out, ours)
+    dout, _ = case.dresults()
+    found = torch.autograd.grad(out, tensors, dout)
+    case.check_gradients(dict(zip("qkv", found, strict=True)), dout)
+
+
+def test_jagged_tensors(on_cpu, monkeypatch):
+    """SDPA of jagged tensors takes flash attention on a GPU alone: it is told to here."""
+    sdpa = pytest.importorskip("torch.nested._internal.sdpa")
+    lengths = [5, 1, 12]
+    tensors = leaves(torch.randn(sum(lengths), 4, 16) for _ in "qkv")
+    offsets = torch.tensor([0, 5, 6, 18])
+    nested = [
+        torch.nested.nested_tensor_from_jagged(x, offsets, max_seqlen=12).transpose(1, 2)
+        for x in tensors
+    ]
+    dout = torch.randn(18, 4, 16)
+    monkeypatch.setattr(sdpa, "_select_sdp_backend", lambda *given: SDPBackend.FLASH_ATTENTION)
+    out = F.scaled_dot_product_attention(*nested, is_causal=True).transpose(1, 2).values()
+    found = torch.autograd.grad(out, tensors, dout)
+    parts = []
+    for rows in zip(*(x.split(lengths) for x in tensors), strict=True):
+        q, k, v = (x.transpose(0, 1) for x in rows)
+        parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1))
+    expected = torch.cat(parts)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, tensors, dout))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_ring_attention(on_cpu, causal):
+    """As context parallelism calls the operators: a block of keys at a time, backward with the
+    result and the LSE of all of them.
+    """
+    case = dense(0, 2, 8, 8, 4, 4, 16, torch.float32, "cpu", causal=causal)
+    q, k, v = heads_first(case)
+    dout, _ = case.dresults()
+    forward = aten._scaled_dot_product_flash_attention
+    backward = aten._scaled_dot_product_flash_attention_backward
+    halves = slice(0, 4), slice(4, 8)
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    out, lse = torch.empty_like(q), torch.empty(2, 4, 8)
+    for mine in halves:
+        blocks = [(keys, causal and keys == mine) for keys in halves if not causal or keys <= mine]
+        parts = [forward(q[:, :, mine], k[:, :, n], v[:, :, n], 0.0, cut) for n, cut in blocks]
+        merged = parts[0][0].transpose(1, 2), parts[0][1]
+        for part_out, part_lse, *_ in parts[1:]:
+            merged = mfa.merge_attention_states(*merged, part_out.transpose(1, 2), part_lse)
+        out[:, :, mine], lse[:, :, mine] = merged[0].transpose(1, 2), merged[1]
+        for (keys, cut), part in zip(blocks, parts, strict=True):
+            found = backward(
+                dout.transpose(1, 2)[:, :, mine], q[:, :, mine], k[:, :, keys], v[:, :, keys],
+                out[:, :, mine], lse[:, :, mine], None, None, 4, 4, 0.0, cut, *part[6:8],
+            )  # fmt: skip
+            for x, at, gradient in zip((dq, dk, dv), (mine, keys, keys), found, strict=True):
+                x[:, :, at] += gradient
+    case.check(out.transpose(1, 2), lse)
+    case.check_gradients(dict(zip("qkv", heads_last((dq, dk, dv)), strict=True)), dout)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_deterministic_gradients(on_cpu, monkeypatch, wanted):
+    """Asked for as everywhere in PyTorch."""
+    seen = []
+
+    def backward(*tensors, deterministic, **options):
+        seen.append(deterministic)
+        return mfa.backward(*tensors, deterministic=deterministic, **options)
+
+    monkeypatch.setattr(registry, "backward", backward)
+    query = torch.randn(1, 2, 5, 16, requires_grad=True)
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        aten._scaled_dot_product_flash_attention(query, query, query)[0].sum().backward()
+        packed = query[0].transpose(0, 1)
+        rest = (None, None, 5, 5, 0.0, False, False)
+        aten._flash_attention_forward(*[packed[None]] * 3, *rest)[0].sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [wanted] * 2
+
+
+def test_compiled_gradients(on_cpu):
+    tensors = leaves(torch.randn(2, 4, 9, 16) for _ in "qkv")
+
+    def attend(q, k, v):
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0].square().sum()
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    found, expected = (torch.autograd.grad(f(*tensors), tensors) for f in (compiled, attend))
+    assert all(map(torch.equal, found, expected))
 
 
 def test_no_gradient_is_lost_in_silence(on_cpu):
-    query = torch.randn(1, 2, 5, 16, requires_grad=True)
-    out = aten._scaled_dot_product_flash_attention(query, query, query)[0]
-    with pytest.raises(NotImplementedError, match=r"backward: not implemented yet.*no_grad"):
-        out.sum().backward()
-    cu = torch.tensor([0, 5], dtype=torch.int32)
-    packed = query[0].transpose(0, 1)
-    out = aten._flash_attention_forward(packed, packed, packed, cu, cu, 5, 5, 0.0, False, False)[0]
-    with pytest.raises(NotImplementedError, match="backward: not implemented yet"):
-        out.sum().backward()
+    """PyTorch's formulas know nothing of some arguments, and of second derivatives."""
+    query = torch.randn(1, 5, 2, 16, requires_grad=True)
+    arguments = (query, query, query, None, None, 5, 5, 0.0, False, False)
+    unknown = {
+        "seqused_k": torch.tensor([3], dtype=torch.int32),
+        "alibi_slopes": torch.ones(2),
+        "block_table": torch.zeros(1, 1, dtype=torch.int32),
+    }
+    for name in unknown.keys() & arguments_of(aten._flash_attention_forward):
+        given = {name: unknown[name]}
+        with pytest.raises(NotImplementedError, match=f"backward: not implemented for {name}; "):
+            aten._flash_attention_forward(*arguments, **given)
+        with torch.no_grad():
+            aten._flash_attention_forward(*arguments, **given)
+    out = aten._flash_attention_forward(*arguments)[0]
+    (gradient,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"derivative for .*_backward is not impl"):
+        gradient.sum().backward()
 
 
 def test_refused_arguments(on_cpu):
@@ -234,7 +394,15 @@ def test_refused_arguments(on_cpu):
         aten._flash_attention_forward(x, x, x, None, None, 2, 2, 0.1, False, False)
     with pytest.raises(NotImplementedError, match="attention: novelty: not implemented yet"):
         registry._scaled_dot_product_flash_attention(x, x, x, novelty=1)
-    registry._scaled_dot_product_flash_attention(x, x, x, novelty=None)
+    results = registry._scaled_dot_product_flash_attention(x, x, x, novelty=None)
+    saved = (x, x, x, x, *results[:6])
+    for function in (
+        registry._scaled_dot_product_flash_attention_backward, registry._flash_attention_backward
+    ):  # fmt: skip
+        with pytest.raises(NotImplementedError, match=r"attention.*: dropout_p: not implemented"):
+            function(*saved, 0.1, False, *results[6:8])
+        with pytest.raises(NotImplementedError, match=r"attention.*: novelty: not implemented"):
+            function(*saved, 0.0, False, *results[6:8], novelty=1)
 
 
 # -- the same on a GPU ----------------------------------------------------------------------------
@@ -254,7 +422,9 @@ def calls(monkeypatch):
 
         return spy
 
-    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
+    for name in (
+        "backward", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"
+    ):  # fmt: skip
         monkeypatch.setattr(registry, name, spied(name))
     return seen
 
@@ -324,14 +494,63 @@ def test_varlen_attn_on_a_gpu(active, calls, causal):
 
 
 @on_gpu
-def test_backward_on_a_gpu(active):
-    q = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("seqlen", "nheads_k", "head_dim"), [(300, 4, 64), (300, 2, 128), (77, 1, 40), (1024, 8, 128)]
+)
+def test_sdpa_gradients_on_a_gpu(active, calls, causal, seqlen, nheads_k, head_dim):
+    nheads = 16 if seqlen == 1024 else 4  # enough for the Hopper kernel
+    case = dense(
+        0, 2, seqlen, seqlen, nheads, nheads_k, head_dim, torch.bfloat16, "cuda", causal=causal
+    )
+    tensors = leaves(heads_first(case))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        out = F.scaled_dot_product_attention(q, q, q)
-        with pytest.raises(NotImplementedError, match="backward: not implemented yet"):
-            out.sum().backward()
-        with pytest.raises(NotImplementedError, match="dropout_p: not implemented yet"):
-            F.scaled_dot_product_attention(q, q, q, dropout_p=0.1)
+        out = F.scaled_dot_product_attention(*tensors, is_causal=causal, enable_gqa=True)
+    dout, _ = case.dresults()
+    found = torch.autograd.grad(out, tensors, dout.transpose(1, 2))
+    assert calls == ["flash_attn_func", "backward"]
+    assert all(x.stride() == y.stride() for x, y in zip(found, tensors, strict=True))
+    case.check_gradients(dict(zip("qkv", heads_last(found), strict=True)), dout)
+
+
+@on_gpu
+@pytest.mark.parametrize("causal", [False, True])
+def test_varlen_gradients_on_a_gpu(active, calls, causal):
+    lengths = [100, 1, 300]
+    case = varlen(0, lengths, lengths, 0, 4, 4, 64, torch.bfloat16, "cuda", 0, causal=causal)
+    *tensors, cu_q, cu_k, max_q, max_k = operands(case)
+    tensors = leaves(tensors)
+    out = varlen_attn(*tensors, cu_q, cu_k, max_q, max_k, causal=causal)
+    dout, _ = case.dresults()
+    found = torch.autograd.grad(out, tensors, dout)
+    assert calls == ["flash_attn_varlen_func", "backward"]
+    case.check_gradients(dict(zip("qkv", found, strict=True)), dout)
+
+
+@on_gpu
+def test_jagged_tensors_on_a_gpu(active, calls):
+    offsets = torch.tensor([0, 100, 101, 401], device="cuda")
+    tensors = leaves(torch.randn(3, 401, 4, 64, device="cuda", dtype=torch.bfloat16).unbind())
+    nested = [torch.nested.nested_tensor_from_jagged(x, offsets).transpose(1, 2) for x in tensors]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = F.scaled_dot_product_attention(*nested).transpose(1, 2).values()
+    dout = torch.randn_like(out)
+    found = torch.autograd.grad(out, tensors, dout)
+    assert calls == ["flash_attn_varlen_func", "backward"]
+    cu = offsets.int()
+    expected = mfa.flash_attn_varlen_func(*tensors, cu, cu, 300, 300)
+    assert torch.equal(out, expected)
+    # On Hopper, dQ is added up in any order.
+    wanted = torch.autograd.grad(expected, tensors, dout)
+    torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
+
+
+@on_gpu
+def test_dropout_on_a_gpu(active):
+    q = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    refused = pytest.raises(NotImplementedError, match="dropout_p: not implemented yet")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), refused:
+        F.scaled_dot_product_attention(q, q, q, dropout_p=0.1)
 
 
 @on_gpu
@@ -362,3 +581,12 @@ def test_graph_and_compiled_code_on_a_gpu(active, calls):
         before = len(calls)
         assert torch.equal(torch.compile(attend)(q), expected)
         assert len(calls) > before
+    q.requires_grad_()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            (expected,) = torch.autograd.grad(attend(q).sum(), q)
+            (found,) = torch.autograd.grad(torch.compile(attend)(q).sum(), q)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found, expected) and calls.count("backward") == 2

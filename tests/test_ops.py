@@ -5,6 +5,7 @@ from functools import partial
 import cases
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import mini_flash_attention as mfa
@@ -12,6 +13,7 @@ from mini_flash_attention import ops, settings
 from mini_flash_attention.kernels import workspace
 
 triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
 from test_features import distance_bias  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -35,6 +37,17 @@ def random(*shape):
 def dense(tokens=8):
     arguments = (random(2, tokens, 4, 32), random(2, tokens, 2, 32), random(2, tokens, 2, 32))
     return lambda q, k, v: mfa.flash_attn_func(q, k, v, causal=True, softcap=3.0), arguments
+
+
+@triton.jit
+def squeezed(score, batch, head, q_idx, kv_idx, args):
+    return tl.sigmoid(score) * tl.load(args[0] + kv_idx, mask=kv_idx < 8, other=0.0)
+
+
+@triton.jit
+def squeezed_backward(grad, score, batch, head, q_idx, kv_idx, args):
+    s = tl.sigmoid(score)
+    return grad * s * (1.0 - s) * tl.load(args[0] + kv_idx, mask=kv_idx < 8, other=0.0)
 
 
 def modified(tokens=8):
@@ -65,10 +78,8 @@ def decoding(tokens=1):
 
 
 OLD = torch.__version__ < "2.13"
-CALLS = [
-    dense, varlen, decoding,
-    pytest.param(modified, marks=pytest.mark.skipif(OLD, reason="Dynamo hands no kernels on")),
-]  # fmt: skip
+HANDED_ON = pytest.mark.skipif(OLD, reason="Dynamo hands no kernels on")
+CALLS = [dense, varlen, decoding, pytest.param(modified, marks=HANDED_ON)]
 
 
 def copies(arguments):
@@ -156,26 +167,157 @@ def test_exported(make):
     same(call, exported.module(), arguments)
 
 
+def sinks(tokens=8):
+    """Everything that has a gradient, and an LSE that has one."""
+
+    def call(q, k, v, sink):
+        out, lse, _ = mfa.flash_attn_func(
+            q, k, v, s_aux=sink, window_size=(3, 1), return_attn_probs=True
+        )
+        return out, lse
+
+    return call, (*dense(tokens)[1], torch.randn(4, device=DEVICE))
+
+
+def differentiable(tokens=8):
+    """A score_mod with its gradient."""
+
+    def call(q, k, v, scales):
+        return mfa.flash_attn_func(
+            q, k, v, score_mod=squeezed, score_mod_args=(scales,), score_mod_bwd=squeezed_backward
+        )
+
+    return call, (*dense(tokens)[1], torch.rand(8, device=DEVICE))
+
+
+# Calls, and how many of their tensors have gradients.
+TRAINED = [
+    (dense, 3), (varlen, 3), (sinks, 4), pytest.param(differentiable, 3, marks=HANDED_ON)
+]  # fmt: skip
+
+
+def differentiated(call, arguments, count, given=None):
+    """(results, gradients) of a call, for those `given` of its results."""
+    leaves = [x.detach().clone().requires_grad_() for x in arguments[:count]]
+    results = call(*leaves, *arguments[count:])
+    results = results if isinstance(results, tuple) else (results,)
+    given = given or [torch.randn_like(x) for x in results]
+    return [x.detach() for x in results], torch.autograd.grad(results, leaves, given), given
+
+
+@pytest.mark.parametrize(("make", "count"), TRAINED)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_gradients(make, count, dynamic):
+    call, arguments = make()
+    *wanted, given = differentiated(call, arguments, count)
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=BACKEND)
+    *got, _ = differentiated(compiled, arguments, count, given)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_compiled_gradients_of_some_arguments():
+    call, (q, k, v) = dense()
+    compiled = torch.compile(call, fullgraph=True, backend=BACKEND)
+    for wanted in ("q", "k", "v", "qv"):
+        given = [
+            x.detach().clone().requires_grad_(name in wanted)
+            for name, x in zip("qkv", (q, k, v), strict=True)
+        ]
+        leaves = [x for x in given if x.requires_grad]
+        ours, theirs = (torch.autograd.grad(f(*given).sum(), leaves) for f in (compiled, call))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_gradients_of_other_lengths_compile_nothing_anew():
+    counter, counts = CompileCounterWithBackend("aot_eager"), []
+    call, _ = varlen()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    for tokens in (24, 32, 48, 99):
+        arguments = varlen(tokens)[1]
+        *wanted, given = differentiated(call, arguments, 3)
+        *got, _ = differentiated(compiled, arguments, 3, given)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
+
+
+def test_compiled_gradients_of_packed_rows_in_use():
+    """Rows of nobody hold NaN, which reaches nothing; max_seqlen lies in a tensor."""
+    q, k, v = random(19, 4, 32), random(19, 2, 32), random(19, 2, 32)
+    for x in (q, k, v):
+        x[16:] = x[3:5] = float("nan")
+
+    def call(q, k, v, cu_seqlens, used, longest):
+        return mfa.flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, seqused_q=used, seqused_k=used
+        )
+
+    compiled = torch.compile(call, fullgraph=True, backend=BACKEND)
+    longest = torch.tensor(11, device=DEVICE)
+    arguments = (q, k, v, ints(0, 5, 16), ints(3, 11), longest)
+    (_,), wanted, given = differentiated(call, arguments, 3)
+    given[0][16:] = given[0][3:5] = float("nan")
+    for function in (call, compiled):
+        (_,), got, _ = differentiated(function, arguments, 3, given)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+        assert all(x.isfinite().all() and not x[16:].any() and not x[3:5].any() for x in got)
+
+
+def test_a_compiled_call_without_gradients_needs_no_lse():
+    call, (q, k, v) = dense()
+    graphs = []
+
+    def looked_at(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(call, fullgraph=True, backend=looked_at)
+    q.requires_grad_()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q, k, v), call(q, k, v), rtol=0, atol=0)
+    (node,) = [x for x in graphs[0].graph.nodes if "mini_flash_attention" in str(x.target)]
+    assert node.kwargs["need_lse"] is False
+
+
 def operators():
+    """Each operator with arguments, and how many of its tensors have gradients."""
     scores = (None, True, [-1, -1], 2.0, torch.rand(4, device=DEVICE), random(4), None, [], True)
+    training = (None, False, 0.25, torch.tensor([7], device=DEVICE))
     q, k, v = dense()[1]
-    yield OPS.dense.default, (q, k, v, *scores)
+    yield OPS.dense.default, (q, k, v, *scores, *training), 3
     q, k, v, cu_seqlens, longest = varlen()[1]
     lengths = (cu_seqlens, cu_seqlens, longest, longest, None, None, 0)
-    yield OPS.varlen.default, (q, k, v, *lengths, *scores)
+    late = (ints(2, 11), None, None)
+    yield OPS.varlen.default, (q, k, v, *lengths, *scores, *late, *training), 3
     q, k_cache, v_cache, k, v, used, table = decoding()[1]
     lengths = (None, None, used, None, None, None, table, 0, None)
-    yield OPS.kvcache.default, (q, k_cache, v_cache, *lengths, *scores)
+    yield OPS.kvcache.default, (q, k_cache, v_cache, *lengths, *scores), 0
     rotary = (None, None, True)
-    yield OPS.kvcache_append.default, (q, k_cache, v_cache, k, v, *rotary, *lengths, *scores)
+    yield OPS.kvcache_append.default, (q, k_cache, v_cache, k, v, *rotary, *lengths, *scores), 0
+    scores = (None, True, [-1, -1], 2.0, torch.rand(4, device=DEVICE), False, None, [], None)
+    scores += (0.0, None)
+    q, k, v = dense()[1]
+    out, lse, _ = mfa.flash_attn_func(q, k, v, causal=True, softcap=2.0, return_attn_probs=True)
+    given = (out, lse, random(*out.shape), torch.randn_like(lse))
+    yield OPS.dense_backward.default, (q, k, v, *given, *scores), 0
+    q, k, v, cu_seqlens, longest = varlen()[1]
+    lengths = (cu_seqlens, cu_seqlens, longest, longest)
+    out, lse, _ = mfa.flash_attn_varlen_func(
+        q, k, v, *lengths, causal=True, softcap=2.0, return_attn_probs=True
+    )
+    given = (out, lse, random(*out.shape), None)
+    arguments = (q, k, v, *given, *scores, *lengths, ints(2, 11), None)
+    yield OPS.varlen_backward.default, arguments, 0
 
 
-@pytest.mark.parametrize("number", range(len(ops.SCHEMAS)))
+@pytest.mark.parametrize("number", range(len(ops.SCHEMAS) + len(ops.BACKWARD)))
 def test_opcheck(number):
     """Schema, autograd's registration, fakes and tracing, as torch.library checks them."""
-    operator, arguments = list(operators())[number]
-    found = torch.library.opcheck(operator, arguments)
-    assert set(found.values()) == {"SUCCESS"} and len(found) == 4
+    operator, arguments, differentiated = list(operators())[number]
+    for wanted in (0, differentiated) if differentiated else (0,):
+        given = [x.requires_grad_(n < wanted) if n < 3 else x for n, x in enumerate(arguments)]
+        found = torch.library.opcheck(operator, tuple(given))
+        assert set(found.values()) == {"SUCCESS"} and len(found) == 4
 
 
 def test_flops_are_counted():
@@ -193,17 +335,81 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == 4 * 4 * (3 + 1 + 20 + 1) * 32
 
 
+@pytest.mark.parametrize("make", [dense, varlen])
+def test_flops_of_gradients_are_counted(make):
+    """Five products instead of two."""
+    call, arguments = make()
+    with FlopCounterMode(display=False) as counter:
+        call(*arguments)
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        differentiated(call, arguments, 3)
+    assert counter.get_total_flops() == forward + 5 * forward // 2
+
+
 def test_what_a_mode_sees_is_checked():
     q, k, v = dense()[1]
     with FlopCounterMode(display=False), pytest.raises(ValueError, match="k: expected head_dim 32"):
         mfa.flash_attn_func(q, k[..., :16], v)
 
 
-def test_gradients_are_refused():
-    call, (q, k, v) = dense()
+def of_slopes(q, k, v):
+    return mfa.flash_attn_func(q, k, v, alibi_slopes=torch.ones(4, device=DEVICE).requires_grad_())
+
+
+def of_a_score_mod(q, k, v):
+    return mfa.flash_attn_func(q, k, v, score_mod=distance_bias)
+
+
+def of_a_cache(q, k, v):
+    return mfa.flash_attn_with_kvcache(q, k, v)
+
+
+def of_pages(q, k, v):
+    return mfa.flash_attn_varlen_func(
+        q.flatten(0, 1), k, v, ints(0, 8, 16), ints(0, 8, 16), 8, 8, block_table=ints(0, 1)[:, None]
+    )
+
+
+def of_out(q, k, v):
+    return mfa.flash_attn_func(q, k, v, out=torch.empty_like(q))
+
+
+REFUSED = [
+    (of_slopes, "alibi_slopes, which has no gradient"), (of_a_cache, "a KV cache"),
+    (of_pages, "block_table"), (of_out, "out"),
+    pytest.param(of_a_score_mod, "a score_mod without score_mod_bwd", marks=HANDED_ON),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "what"), REFUSED)
+def test_gradients_are_refused(call, what):
+    """Where a compiler or a mode looks on, as everywhere."""
+    _, (q, k, v) = dense()
     compiled = torch.compile(call, fullgraph=True, backend=BACKEND)
-    with pytest.raises(Exception, match="not implemented yet"):
+    with pytest.raises(Exception, match=f"backward: not implemented for {what}"):
         compiled(q.requires_grad_(), k, v)
+    with (
+        FlopCounterMode(display=False),
+        pytest.raises(NotImplementedError, match=f"backward: not implemented for {what}"),
+    ):
+        call(q, k, v)
+
+
+def test_operators_want_an_lse_for_gradients():
+    q, k, v = (x.requires_grad_() for x in dense()[1])
+    scores = (None, True, [-1, -1], 0.0, None, None, None, [], False, None, False, 0.0, None)
+    with pytest.raises(ValueError, match="need_lse: expected True where gradients are wanted"):
+        OPS.dense(q, k, v, *scores)
+
+
+def test_second_derivatives_of_operators_are_refused():
+    call, (q, k, v) = dense()
+    q.requires_grad_()
+    with FlopCounterMode(display=False):
+        (dq,) = torch.autograd.grad(call(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        dq.sum().backward()
 
 
 def test_plain_calls_go_past_the_operators(monkeypatch):

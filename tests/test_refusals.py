@@ -70,6 +70,15 @@ def at_it(score, batch, head, q_idx, kv_idx):
     return score
 
 
+class Compiled:
+    """A score_mod as `@triton.jit` makes it, as far as a call looks at it."""
+
+    fn, arg_names = staticmethod(at_it), ("score", "batch", "head", "q_idx", "kv_idx")
+
+
+COMPILED = Compiled()
+
+
 def jagged(x):
     return torch.nested.nested_tensor(list(x), layout=torch.jagged)
 
@@ -261,10 +270,6 @@ for head_dim in (0, 257, 512):
 row("heads-no-kv-heads", dense, ValueError, "k: expected a number of heads .*, got 0",
     k=lambda a: a["k"][:, :, :0], v=lambda a: a["v"][:, :, :0])
 
-for call in (dense, varlen):
-    row(f"dropout-{call.__name__}", call, NotImplementedError,
-        "dropout_p: not implemented yet; pass 0.0", dropout_p=0.1)
-
 for p, got in ((-0.1, "-0.1"), (1.0, "1.0"), (1, "1")):
     row(f"dropout-{p!r}", dense, ValueError, f"dropout_p: expected 0 <= .* < 1, got {got}",
         dropout_p=p)
@@ -378,6 +383,17 @@ for call in (dense, varlen, kvcache):
     row(f"score-mod-plain-on-gpu-{call.__name__}", call, TypeError,
         "score_mod: expected a function, got function .decorate it with @triton.jit",
         on_gpu=True, score_mod=lambda a: at_it)
+    if call is not kvcache:  # which has no gradients
+        for x, got in ((1, "int"), ("relu", "str"), (torch.ones(4), "torch.Tensor")):
+            row(f"score-mod-bwd-{got}-{call.__name__}", call, TypeError,
+                f"score_mod_bwd: expected a function, got {got} .decorate it with @triton.jit",
+                score_mod=lambda a: at_it, score_mod_bwd=x)
+        row(f"score-mod-bwd-alone-{call.__name__}", call, ValueError,
+            "score_mod_bwd: expected None without a score_mod, got a function",
+            score_mod_bwd=lambda a: at_it)
+        row(f"score-mod-bwd-plain-on-gpu-{call.__name__}", call, TypeError,
+            "score_mod_bwd: expected a function, got function .decorate it with @triton.jit",
+            on_gpu=True, score_mod=COMPILED, score_mod_bwd=lambda a: at_it)
     for x, got in ((None, "NoneType"), (torch.ones(4), "torch.Tensor"), ({}, "dict"),
                    (1.0, "float")):
         row(f"score-mod-args-{got}-{call.__name__}", call, TypeError,
@@ -555,21 +571,46 @@ for call in (append, packed_append):
     row(f"append-no-lengths-{call.__name__}", call, ValueError,
         "cache_seqlens: expected lengths when k, v are given", cache_seqlens=None)
 
+# What has no gradient would lose it in silence. A call with `out` is refused for that alone.
+OF_A_CACHE = "backward: not implemented for a KV cache; flash_attn_func and .* have gradients"
+NO_GRAD = "; call it under torch.no_grad.* or detach its tensors"
 for name in ("q", "k_cache", "v_cache", "k", "v"):
-    row(f"gradient-{name}", append, NotImplementedError, "backward: not implemented.*detach",
+    row(f"gradient-{name}", append, NotImplementedError, OF_A_CACHE,
         **{name: lambda a, name=name: a[name].requires_grad_()})
 for name in ("q", "k", "v"):
-    row(f"gradient-packed-{name}", packed_append, NotImplementedError, "backward: not impl.*detach",
+    row(f"gradient-packed-{name}", packed_append, NotImplementedError, OF_A_CACHE,
         **{name: lambda a, name=name: a[name].requires_grad_()})
-for call in (dense, varlen, kvcache):
-    for name in ("alibi_slopes", "s_aux", "learnable_sink"):
-        row(f"gradient-{name}-{call.__name__}", call, NotImplementedError,
-            "backward: not implemented.*detach",
-            **{name: lambda a: torch.ones(4).requires_grad_()})
+for name in ("alibi_slopes", "s_aux", "learnable_sink"):
+    row(f"gradient-{name}-kvcache", kvcache, NotImplementedError, OF_A_CACHE,
+        **{name: lambda a: torch.ones(4).requires_grad_()})
+for name in ("rotary_cos", "rotary_sin"):
+    row(f"gradient-{name}", rotary, NotImplementedError, OF_A_CACHE,
+        **{name: lambda a, name=name: a[name].requires_grad_()})
+row("gradient-score_mod_args-kvcache", kvcache, NotImplementedError, OF_A_CACHE,
+    score_mod=lambda a: at_it, score_mod_args=lambda a: (torch.ones(2).requires_grad_(),))
 for call in (dense, varlen):
-    row(f"gradient-v-{call.__name__}", call, NotImplementedError,
-        "backward: not implemented.*no_grad",
-        v=lambda a: a["v"].requires_grad_())
+    for name in ("q", "k", "v"):
+        row(f"gradient-out-{name}-{call.__name__}", call, NotImplementedError,
+            f"backward: not implemented for out{NO_GRAD}",
+            **{name: lambda a, name=name: a[name].requires_grad_()})
+    for name in ("s_aux", "learnable_sink"):
+        row(f"gradient-out-{name}-{call.__name__}", call, NotImplementedError,
+            f"backward: not implemented for out{NO_GRAD}",
+            **{name: lambda a: torch.ones(4).requires_grad_()})
+    row(f"gradient-alibi_slopes-{call.__name__}", call, NotImplementedError,
+        "backward: not implemented for alibi_slopes, which has no gradient; detach it$",
+        out=None, alibi_slopes=lambda a: torch.ones(4).requires_grad_())
+    row(f"gradient-score_mod_args-{call.__name__}", call, NotImplementedError,
+        "backward: not implemented for score_mod_args, which has no gradient; detach it$",
+        out=None, score_mod=lambda a: at_it, score_mod_bwd=lambda a: at_it,
+        score_mod_args=lambda a: (torch.ones(2), torch.ones(2).requires_grad_()))
+    row(f"gradient-score_mod-{call.__name__}", call, NotImplementedError,
+        f"backward: not implemented for a score_mod without score_mod_bwd{NO_GRAD}",
+        out=None, score_mod=lambda a: at_it, v=lambda a: a["v"].requires_grad_())
+for name in ("q", "k", "v", "s_aux"):
+    row(f"gradient-pages-{name}", paged, NotImplementedError,
+        f"backward: not implemented for block_table{NO_GRAD}", out=None,
+        **{name: lambda a, name=name: a.get(name, torch.ones(4)).requires_grad_()})
 
 for name in ("k_cache", "v_cache"):
     row(f"append-to-an-expanded-{name}", append, ValueError,
@@ -664,7 +705,8 @@ for name in ("alibi_slopes", "s_aux", "score_mod_args"):
             a["out"].view(-1)[:4]
         )
     })
-row("out-requires-grad", dense, NotImplementedError, "backward: not implemented.*no_grad",
+row("out-requires-grad", dense, NotImplementedError,
+    f"backward: not implemented for out{NO_GRAD}",
     out=lambda a: a["out"].requires_grad_())
 
 row("layout-sparse", dense, TypeError,
@@ -752,13 +794,7 @@ def test_refused_after_a_call_that_worked(case, remembered):
     check_refused(case)
 
 
-class Compiled:
-    """A score_mod as `@triton.jit` makes it, as far as a call looks at it."""
-
-    fn, arg_names = staticmethod(at_it), ("score", "batch", "head", "q_idx", "kv_idx")
-
-
-COMPILED, NUMBERS = Compiled(), torch.ones(2)
+NUMBERS = torch.ones(2)
 
 ALIKE = {
     "float-window": ({"window_size": (2, 0)}, {"window_size": (2.0, 0)}),
@@ -909,7 +945,7 @@ def test_tensors_in_one_are_refused_as_others_are(name):
     function, arguments = IN_ONE[name]
     called = "flash_attn_varlen_func" if "varlen" in name else "flash_attn_func"
     for changes, error, message in (
-        ({"dropout_p": 0.1}, NotImplementedError, "dropout_p: not implemented yet; pass 0.0"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p: expected 0 <= "),
         ({"softcap": -1}, ValueError, "softcap: expected 0"),
         ({"s_aux": torch.ones(3)}, ValueError, "s_aux: expected shape"),
     ):

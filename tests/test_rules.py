@@ -25,6 +25,7 @@ from mini_flash_attention.rules.window import Window
 from mini_flash_attention.triton_on_cpu import LANGUAGE, Names, Pointer, Rebuilder, Tile, tensor
 
 tl = pytest.importorskip("triton.language")
+from mini_flash_attention.rules.dropout import Dropout  # noqa: E402
 from mini_flash_attention.rules.scores import INTERPRETED, Modification  # noqa: E402
 from mini_flash_attention.rules.sequence import Lengths  # noqa: E402
 from mini_flash_attention.rules.work import Grid  # noqa: E402
@@ -87,6 +88,19 @@ def cast(x, dtype):
     return x if x.dtype is torch.float64 else LANGUAGE.cast(x, dtype)
 
 
+def philox(seed, *counter):
+    """Four words of 32 bits each: Philox4x32-10 as its authors give it (Salmon et al., 2011)."""
+    words = [tensor(x).numpy().astype(np.uint64) & 0xFFFFFFFF for x in counter]
+    keys = [int(seed) & 0xFFFFFFFF, int(seed) >> 32 & 0xFFFFFFFF]
+    for _ in range(10):
+        one, two = 0xD2511F53 * words[0], 0xCD9E8D57 * words[2]
+        low, high = [x & 0xFFFFFFFF for x in (one, two)], [x >> 32 for x in (one, two)]
+        words = [high[1] ^ words[1] ^ keys[0], low[1], high[0] ^ words[3] ^ keys[1], low[0]]
+        weyl = (0x9E3779B9, 0xBB67AE85)
+        keys = [(key + step) & 0xFFFFFFFF for key, step in zip(keys, weyl, strict=True)]
+    return [Tile(torch.from_numpy(x.astype(np.int64))) for x in words]
+
+
 def extended(names, **more):
     return Names(**{**vars(names), **more})
 
@@ -105,6 +119,7 @@ language = extended(
     ),
     sum=lambda x, axis, keep_dims=False: torch.sum(x, axis, keep_dims),
     expand_dims=torch.unsqueeze,
+    philox=philox,
 )
 of_gluon = extended(
     language,
@@ -150,7 +165,7 @@ def plain(name):
     return types.SimpleNamespace(**made)
 
 
-heads, mask, paging, rotary, scores, sequence, softmax, split, tile_order, work = (
+dropout, heads, mask, paging, rotary, scores, sequence, softmax, split, tile_order, work = (
     plain(name) for name in MODULES if name != "window"
 )
 
@@ -869,6 +884,51 @@ def test_modes_of_a_kernels_own(asked, dtype, mode):
         assert choose_score_mode(call, *own).mode == usual
     options.softmax_scale = 128**-0.5
     assert choose_score_mode(call, "folded").mode == usual
+
+
+# -- dropout --------------------------------------------------------------------------------------
+
+
+def test_philox():
+    """The known answers of its authors' library."""
+    for word, answer in (
+        (0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        (0xFFFFFFFF, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ):
+        found = philox(word << 32 | word, *[torch.tensor([word])] * 4)
+        assert [f"{int(x.values):08x}" for x in found] == answer.split()
+
+
+def dropped(seed, p, b, head, rows, columns):
+    """Which weights of these queries and keys are dropped."""
+    i, j = (Tile(torch.arange(*x, dtype=torch.int32)) for x in (rows, columns))
+    facts = Dropout(seed, int(p * 2**31), 1 / (1 - p))
+    i, j = (Tile(x.values[index]) for x, index in ((i, (..., None)), (j, (None, ...))))
+    return ~dropout.is_kept(facts, b, head, i, j).values
+
+
+@given(
+    seed=st.integers(0, 2**63 - 1), p=st.sampled_from([0.1, 0.5, 0.9]), b=st.integers(0, 99),
+    head=st.integers(0, 99), row=st.integers(0, 2**20), column=st.integers(0, 2**20),
+)  # fmt: skip
+@sampled
+def test_dropout(seed, p, b, head, row, column):
+    """The share that is asked for, decided by the place alone and anew for each place."""
+    rows, columns = (row, row + 64), (column, column + 64)
+    whole = dropped(seed, p, b, head, rows, columns)
+    assert abs(whole.float().mean() - p) < 5 * (p * (1 - p) / whole.numel()) ** 0.5
+    part = dropped(seed, p, b, head, (row + 5, row + 30), (column + 3, column + 20))
+    assert torch.equal(part, whole[5:30, 3:20])
+    assert torch.equal(dropped(seed, p, b, head, rows, columns), whole)
+    others = [(seed ^ 1, b, head), (seed, b + 1, head), (seed, b, head + 1), (seed, head, b)]
+    for other_seed, *where in others:
+        if (other_seed, *where) != (seed, b, head):
+            both = whole & dropped(other_seed, p, *where, rows, columns)
+            assert abs(both.float().mean() - p * p) < 5 * (p * p / both.numel()) ** 0.5
+    for moved in (dropped(seed, p, b, head, columns, rows).mT, whole.roll(1, 0), whole.roll(1, 1)):
+        if row != column:
+            both = (whole & moved).float().mean()
+            assert abs(both - p * p) < 5 * (p * p / whole.numel()) ** 0.5
 
 
 # -- softmax --------------------------------------------------------------------------------------

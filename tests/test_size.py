@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mini_flash_attention"
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 # Lines of code, by the beginning of a file's path; the longest beginning counts.
 BUDGETS = {
-    "": ("host", 1900),
+    "": ("host", 2010),
     "rules/": ("rules", 400),
     "kernels/portable/": ("portable", 600),
     "kernels/hopper/": ("Hopper", 1200),
@@ -23,6 +23,8 @@ BUDGETS = {
     "plan/scores.py": ("cache, launch and TMA", 450),
     "plan/append.py": ("cache, launch and TMA", 450),
     "api_backward.py": ("backward", 1400),
+    "training.py": ("backward", 1400),
+    "ops_backward.py": ("backward", 1400),
     "autograd.py": ("backward", 1400),
     "execution_backward.py": ("backward", 1400),
     "cpu_backward.py": ("backward", 1400),

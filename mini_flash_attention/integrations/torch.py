@@ -186,8 +186,8 @@ def _scaled_dot_product_flash_attention_backward(
     _refuse(SDPA, dropout_p, False, more)
     gradients = [empty_out(x) for x in (query, key, value)]
     dq, dk, dv = (x.transpose(1, 2) for x in gradients)
-    tensors = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
-    _differentiate(*tensors, logsumexp, is_causal, scale, dq=dq, dk=dk, dv=dv)
+    tensors = [x.transpose(1, 2) for x in (grad_out, query, key, value, out)]
+    _differentiate(tensors, logsumexp, is_causal, scale, dq=dq, dk=dk, dv=dv)
     return tuple(gradients)
 
 
@@ -217,22 +217,22 @@ def _flash_attention_backward(
     if cum_seq_q is not None:
         options |= {"cu_seqlens_q": cum_seq_q, "cu_seqlens_k": cum_seq_k}
         options |= {"max_seqlen_q": max_q, "max_seqlen_k": max_k}
-    tensors = (grad_out, query, key, value, out)
-    return _differentiate(*tensors, logsumexp, is_causal, scale, **options)
+    tensors = [grad_out, query, key, value, out]
+    return _differentiate(tensors, logsumexp, is_causal, scale, **options)
 
 
 def _differentiate(
-    grad_out: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
+    tensors: list[torch.Tensor],
     logsumexp: torch.Tensor,
     causal: bool,
     scale: float | None,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """The gradients of query, key and value, (..., seqlen, heads, head_dim)."""
+    """The gradients of query, key and value.
+
+    tensors: grad_out, query, key, value and out, (..., seqlen, heads, head_dim).
+    """
+    grad_out, query, key, value, out = tensors
     if grad_out.stride(-1) != 1:  # that of a sum is expanded
         grad_out = grad_out.contiguous()
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -27,8 +27,17 @@ def dense(
     left, right, asked = options.window(function, causal, window_size, seqlen_q, seqlen_k)
     scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux, score_mod_bwd)
     chosen = Options(
-        softmax_scale, left, right, asked, return_attn_probs, 0, 0, dropped, dropout_seed
-    )
+        softmax_scale,
+        left,
+        right,
+        asked,
+        return_attn_probs,
+        0,
+        0,
+        deterministic,
+        dropped,
+        dropout_seed,
+    )  # fmt: skip
     return _validated(Problem(function, q, k, v, out, batch, seqlen_q, seqlen_k, chosen, scores))
 
 
@@ -60,8 +69,17 @@ def varlen(
     left, right, asked = options.window(function, causal, window_size, seqlen_q, seqlen_k)
     scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux, score_mod_bwd)
     chosen = Options(
-        softmax_scale, left, right, asked, return_attn_probs, splits, 0, dropped, dropout_seed
-    )
+        softmax_scale,
+        left,
+        right,
+        asked,
+        return_attn_probs,
+        splits,
+        0,
+        deterministic,
+        dropped,
+        dropout_seed,
+    )  # fmt: skip
     lengths = DeviceLengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     cache = Cache(block_table, page_size)
     p = Problem(function, q, k, v, out, batch, seqlen_q, seqlen_k, chosen, scores, lengths, cache)

@@ -13,15 +13,18 @@ imported stays hidden until `uninstall()`; one that is already imported is left 
 Everything else is missing, and code with an optional import falls back as it does without
 flash-attn: a missing module raises ModuleNotFoundError, and `importlib.util.find_spec` returns None
 for it; a missing name raises ImportError, and `hasattr` is False. The messages say that
-mini_flash_attention stands in. flash-attn's private functions come with the backward pass.
+mini_flash_attention stands in.
 
 transformers asks which distributions provide `flash_attn` and `flash_attn_interface`, and is told
 flash-attn and flash-attn-3. So on a machine with a CUDA device
 `attn_implementation="flash_attention_2"` and `"flash_attention_3"` work after `install()`. Without
 one transformers refuses them; there use
-`from mini_flash_attention.integrations.transformers import register`. For
-`importlib.metadata.version("flash-attn")` there is still no such distribution: libraries that ask
-in this way import flash-attn's private functions next, and have no fallback from there.
+`from mini_flash_attention.integrations.transformers import register`.
+
+diffusers asks for a version by name: `importlib.metadata.version("flash-attn")` is
+"2.8.3+mini". Of flash-attn-3 there is none by name, since who asks imports another module then.
+Transformer Engine takes no version above 2.8.3, so it does without flash-attn, whose C++ functions
+it would import.
 """
 
 import importlib
@@ -40,7 +43,7 @@ from ... import (
     flash_attn_varlen_qkvpacked_func,
 )
 from ...validate import invalid
-from . import bert_padding, interface2, interface3, losses, rotary, rotary_embedding
+from . import bert_padding, interface2, interface3, losses, private, rotary, rotary_embedding
 from .stand_in import Contents, Finder
 
 # The release whose signatures these are. Programs compare it to learn what arguments there are:
@@ -58,6 +61,11 @@ FUNCTIONS = (
     flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func, flash_attn_varlen_qkvpacked_func,
     interface2.flash_attn_with_kvcache,
+)  # fmt: skip
+# And these once more, with `_wrapped` before their names: there as operators of torch.library.
+PRIVATE = (
+    private._flash_attn_forward, private._flash_attn_backward,
+    private._flash_attn_varlen_forward, private._flash_attn_varlen_backward,
 )  # fmt: skip
 
 
@@ -78,7 +86,7 @@ CONTENTS = {
         interface2.__file__, *FUNCTIONS, interface2.flash_attn_unpadded_func,
         interface2.flash_attn_unpadded_kvpacked_func,
         interface2.flash_attn_unpadded_qkvpacked_func, interface2.maybe_contiguous,
-        interface2.round_multiple,
+        interface2.round_multiple, *PRIVATE, **{f"_wrapped{f.__name__}": f for f in PRIVATE},
     ),
     "flash_attn.layers": _contents(None),
     "flash_attn.layers.rotary": _contents(

@@ -4,12 +4,13 @@ Results are FlashAttention-3's: out alone, or `(out, softmax_lse)`; `flash_attn_
 `return_softmax_lse` returns `(out, softmax_lse, out_accum, softmax_lse_accum)`, the last two empty.
 Shapes, dtypes and errors are those of this package's functions of the same names.
 
-`pack_gqa`, `sm_margin`, `scheduler_metadata` and `deterministic` are hints that change no result;
-they are accepted and ignored. `num_splits` means the same to both: 0 decides from the shapes, 1
-splits no keys, so that a sequence gets bitwise the same result in every batch, and more than 128
-counts as 128. `flash_attn_func` ignores it and always decides itself; where the bits matter,
-`flash_attn_with_kvcache(q, k, v, num_splits=1)` computes the same. `qv`, the descales and
-`attention_chunk` are refused. `s_aux`, this package's attention sinks, is an addition.
+`pack_gqa`, `sm_margin` and `scheduler_metadata` are hints that change no result; they are accepted
+and ignored. `deterministic` concerns the backward pass alone. `num_splits` means the same to both:
+0 decides from the shapes, 1 splits no keys, so that a sequence gets bitwise the same result in
+every batch, and more than 128 counts as 128. `flash_attn_func` ignores it and always decides
+itself; where the bits matter, `flash_attn_with_kvcache(q, k, v, num_splits=1)` computes the same.
+`qv`, the descales and `attention_chunk` are refused. `s_aux`, this package's attention sinks, is an
+addition.
 """
 
 from typing import Any
@@ -68,7 +69,8 @@ def flash_attn_func(
     )  # fmt: skip
     result = dense(
         q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
-        softcap=softcap, return_attn_probs=return_attn_probs, s_aux=s_aux,
+        softcap=softcap, deterministic=deterministic, return_attn_probs=return_attn_probs,
+        s_aux=s_aux,
     )  # fmt: skip
     return result[:2] if return_attn_probs else result
 
@@ -111,7 +113,8 @@ def flash_attn_qkvpacked_func(
         raise wrong_value(function, "qkv", wanted, got)
     return flash_attn_func(
         q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size,
-        attention_chunk, softcap, return_attn_probs=return_attn_probs,
+        attention_chunk, softcap, deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
     )  # fmt: skip
 
 
@@ -158,8 +161,8 @@ def flash_attn_varlen_func(
     result = varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
-        return_attn_probs=return_attn_probs, seqused_q=seqused_q, seqused_k=seqused_k,
-        s_aux=s_aux, num_splits=_splits(num_splits),
+        deterministic=deterministic, return_attn_probs=return_attn_probs, seqused_q=seqused_q,
+        seqused_k=seqused_k, s_aux=s_aux, num_splits=_splits(num_splits),
     )  # fmt: skip
     return result[:2] if return_attn_probs else result
 

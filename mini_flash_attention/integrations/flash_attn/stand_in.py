@@ -109,10 +109,11 @@ class Finder(DistributionFinder, Loader):
     ) -> Iterator[Distribution]:
         """All in a listing, as importlib.metadata.packages_distributions() makes one.
 
-        None by name: libraries that look flash-attn up by name import its private functions then.
+        By name only what is called like its module: who asks for flash-attn-3 imports flash_attn_3.
         """
-        if context.name is None:
-            for module, (name, version) in self.distributions.items():
+        wanted = context.name and context.name.lower().replace("-", "_")
+        for module, (name, version) in self.distributions.items():
+            if wanted is None or wanted == module == name.replace("-", "_"):
                 yield Listed(name, version, module)
 
 

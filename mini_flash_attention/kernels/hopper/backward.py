@@ -28,16 +28,7 @@ from ..gluon import fence_async_shared, gl, gluon
 from ..launch import SIZES, Launch
 from ..portable.backward_preprocess import postprocess, preprocess
 from ..tma import ANY, LAST, WRAP, Launches, TmaBox, TmaLaunch, sequence_box
-from .backward_roles import (
-    STAGES,
-    Barriers,
-    Descriptors,
-    Statistics,
-    Tiles,
-    consume,
-    produce,
-    write,
-)  # fmt: skip
+from . import backward_roles as roles
 from .backward_work import Config
 from .pipeline import barriers
 
@@ -52,25 +43,25 @@ def backward_hopper_kernel(
 ):  # fmt: skip
     M: gl.constexpr = C.BLOCK_M
     dtype: gl.constexpr = q_desc.dtype
-    q_box: gl.constexpr = [STAGES] + q_desc.block_shape  # noqa: RUF005
+    q_box: gl.constexpr = [roles.STAGES] + q_desc.block_shape  # noqa: RUF005
     k_box: gl.constexpr = [2] + k_desc.block_shape  # noqa: RUF005
     dq_box: gl.constexpr = [2] + dq_desc.block_shape  # noqa: RUF005
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, M], dtype)
     row_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    tiles = Tiles(
+    tiles = roles.Tiles(
         gl.allocate_shared_memory(dtype, q_box, q_desc.layout),
         gl.allocate_shared_memory(dtype, q_box, do_desc.layout),
-        gl.allocate_shared_memory(gl.float32, [STAGES, M], row_layout),
-        gl.allocate_shared_memory(gl.float32, [STAGES, M], row_layout),
+        gl.allocate_shared_memory(gl.float32, [roles.STAGES, M], row_layout),
+        gl.allocate_shared_memory(gl.float32, [roles.STAGES, M], row_layout),
         gl.allocate_shared_memory(dtype, k_box, k_desc.layout),
         gl.allocate_shared_memory(dtype, k_box, v_desc.layout),
-        gl.allocate_shared_memory(dtype, [2 * STAGES, 64, M], ds_layout),
+        gl.allocate_shared_memory(dtype, [2 * roles.STAGES, 64, M], ds_layout),
         gl.allocate_shared_memory(gl.float32, dq_box, dq_desc.layout),
     )
-    full = Barriers(barriers(STAGES, 2), barriers(STAGES, 2), barriers(2, 1))
+    full = roles.Barriers(barriers(roles.STAGES, 2), barriers(roles.STAGES, 2), barriers(2, 1))
     fence_async_shared()
-    descs = Descriptors(q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc)
-    statistics = Statistics(lse, delta)
+    descs = roles.Descriptors(q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc)
+    statistics = roles.Statistics(lse, delta)
     lengths = sequence.Lengths(
         cu_seqlens_k, seqused_k, seqlen_k, total_k, cu_seqlens_q, seqused_q, seqlen_q, total_q,
         0, None, None, 0,
@@ -78,10 +69,10 @@ def backward_hopper_kernel(
     table = work.Grid(batch, nheads_k, num_n_blocks, l2_group)
     scales, shared = (scale, softmax_scale), (descs, tiles, full)
     gl.warp_specialize([
-        (consume, (0, lengths, table, left, right, scales, shared, C)),
-        (consume, (1, lengths, table, left, right, scales, shared, C)),
-        (produce, (lengths, table, left, right, descs, statistics, tiles, full, C)),
-        (write, (lengths, table, left, right, descs, tiles, C)),
+        (roles.consume, (0, lengths, table, left, right, scales, shared, C)),
+        (roles.consume, (1, lengths, table, left, right, scales, shared, C)),
+        (roles.produce, (lengths, table, left, right, descs, statistics, tiles, full, C)),
+        (roles.write, (lengths, table, left, right, descs, tiles, C)),
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
 
 

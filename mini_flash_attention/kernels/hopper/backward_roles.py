@@ -13,16 +13,7 @@ from ..gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )  # fmt: skip
-from .backward_work import (
-    Rows,
-    add_dq,
-    load,
-    nth_block,
-    num_blocks,
-    partial_block,
-    store,
-    work_of,
-)  # fmt: skip
+from . import backward_work as jobs
 from .pipeline import ONE_WARP, accumulator, named_barrier, no_hoist
 from .softmax import accumulator_view, convert_p, from_view
 
@@ -81,21 +72,21 @@ def load_keys(desc, job, barrier, tiles, VARLEN: gl.constexpr):
     mbarrier.expect(barrier, 2 * desc.block_type.nbytes)
     for which in gl.static_range(2):
         row = job.n_row + 64 * which
-        load(desc, job.keys, row, job.head_k, barrier, tiles.index(which), VARLEN)
+        jobs.load(desc, job.keys, row, job.head_k, barrier, tiles.index(which), VARLEN)
 
 
 @gluon.jit
 def produce(lengths, table, left, right, descs, statistics, tiles, full, C: gl.constexpr):
     """Load K and V, and the queries' blocks in turn."""
-    job = work_of(gl.program_id(0), lengths, table, left, right, C)
+    job = jobs.work_of(gl.program_id(0), lengths, table, left, right, C)
     M: gl.constexpr = C.BLOCK_M
     VARLEN: gl.constexpr = C.VARLEN
-    if num_blocks(job, C) > 0:
+    if jobs.num_blocks(job, C) > 0:
         load_keys(descs.k, job, full.kv.index(0), tiles.k, VARLEN)
         load_keys(descs.v, job, full.kv.index(1), tiles.v, VARLEN)
-    for n in range(num_blocks(job, C)):
+    for n in range(jobs.num_blocks(job, C)):
         stage = n % STAGES
-        member, row = nth_block(n, job, C)
+        member, row = jobs.nth_block(n, job, C)
         head = job.head_k * C.GROUP + member
         # TMA wants these at multiples of 16 bytes, which packed sequences are not.
         i = row + gl.arange(0, M, ONE_WARP)
@@ -105,13 +96,17 @@ def produce(lengths, table, left, right, descs, statistics, tiles, full, C: gl.c
         if n >= STAGES:
             named_barrier("sync", Q_EMPTY + stage, READERS)
         mbarrier.expect(full.q.index(stage), descs.q.block_type.nbytes)
-        load(descs.q, job.queries, row, head, full.q.index(stage), tiles.q.index(stage), VARLEN)
+        jobs.load(
+            descs.q, job.queries, row, head, full.q.index(stage), tiles.q.index(stage), VARLEN
+        )
         tiles.lse.index(stage).store(lse)
         mbarrier.arrive(full.q.index(stage))
         if n >= STAGES:
             named_barrier("sync", DO_EMPTY + stage, READERS)
         mbarrier.expect(full.do.index(stage), descs.do.block_type.nbytes)
-        load(descs.do, job.queries, row, head, full.do.index(stage), tiles.do.index(stage), VARLEN)
+        jobs.load(
+            descs.do, job.queries, row, head, full.do.index(stage), tiles.do.index(stage), VARLEN
+        )
         tiles.delta.index(stage).store(delta)
         mbarrier.arrive(full.do.index(stage))
 
@@ -119,12 +114,12 @@ def produce(lengths, table, left, right, descs, statistics, tiles, full, C: gl.c
 @gluon.jit
 def write(lengths, table, left, right, descs, tiles, C: gl.constexpr):
     """Add the consumers' blocks of dQ to the fp32 copy."""
-    job = work_of(gl.program_id(0), lengths, table, left, right, C)
-    for n in range(num_blocks(job, C)):
-        member, row = nth_block(n, job, C)
+    job = jobs.work_of(gl.program_id(0), lengths, table, left, right, C)
+    for n in range(jobs.num_blocks(job, C)):
+        member, row = jobs.nth_block(n, job, C)
         for which in gl.static_range(2):
             named_barrier("sync", DQ_FULL + which, WRITERS)
-            add_dq(descs.dq, job, member, row, which, tiles.dq.index(which), C)
+            jobs.add_dq(descs.dq, job, member, row, which, tiles.dq.index(which), C)
         for which in gl.static_range(2):
             tma.store_wait(1 - which)
             named_barrier("arrive", DQ_EMPTY + which, WRITERS)
@@ -173,12 +168,12 @@ def step(
     # At most 1: where scores are huge, S - L may be far above 0.
     p = gl.exp2(gl.minimum(s * scale_log2, 0.0))
     if PARTIAL:
-        p = hide(p, job, which, partial_block(n, job, C)[1], left, right, M)
+        p = hide(p, job, which, jobs.partial_block(n, job, C)[1], left, right, M)
     p_operand = gl.convert_layout(convert_p(p, q), P)
     dp = warpgroup_mma_wait(0, deps=[dp])
     ds = p * dp
     if PARTIAL:
-        ds = hide(ds, job, which, partial_block(n, job, C)[1], left, right, M)
+        ds = hide(ds, job, which, jobs.partial_block(n, job, C)[1], left, right, M)
     ds = convert_p(ds, q)
     tiles.ds.index(stage * 2 + which).store(ds)
     dv = warpgroup_mma(p_operand, do, dv, is_async=True)  # dV += Pᵀ dO
@@ -214,10 +209,10 @@ def consume(which: gl.constexpr, lengths, table, left, right, scales, shared, C:
     scale_log2, softmax_scale = scales
     D: gl.constexpr = C.D
     KV: gl.constexpr = accumulator(D)
-    job = work_of(gl.program_id(0), lengths, table, left, right, C)
+    job = jobs.work_of(gl.program_id(0), lengths, table, left, right, C)
     dk = gl.zeros([64, D], gl.float32, KV)
     dv = gl.zeros([64, D], gl.float32, KV)
-    all_partial, total = C.GROUP * job.num_partial, num_blocks(job, C)
+    all_partial, total = C.GROUP * job.num_partial, jobs.num_blocks(job, C)
     mbarrier.wait(full.kv.index(0), 0, pred=total > 0)
     mbarrier.wait(full.kv.index(1), 0, pred=total > 0)
     for n in range(all_partial):
@@ -228,7 +223,7 @@ def consume(which: gl.constexpr, lengths, table, left, right, scales, shared, C:
         named_barrier("sync", DQ_EMPTY + which, WRITERS)
     named_barrier("sync", BOTH_CONSUMERS, 256)  # both have read K
     # Worked out once more, because it would take registers all along.
-    job = work_of(no_hoist(gl.program_id(0)), lengths, table, left, right, C)
+    job = jobs.work_of(no_hoist(gl.program_id(0)), lengths, table, left, right, C)
     n_row = job.n_row + 64 * which
     key = n_row + gl.arange(0, 64, gl.SliceLayout(1, KV))
     in_use = gl.expand_dims(key < job.keys.count, 1)
@@ -237,7 +232,7 @@ def consume(which: gl.constexpr, lengths, table, left, right, scales, shared, C:
     v.store(gl.where(in_use, dv, 0.0).to(v.dtype))
     k.store(gl.where(in_use, dk * softmax_scale, 0.0).to(k.dtype))
     fence_async_shared()
-    written = Rows(job.b, job.keys.offset, job.writable)
-    store(descs.dv, written, n_row, job.head_k, tiles.v.index(which), C.VARLEN)
-    store(descs.dk, written, n_row, job.head_k, tiles.k.index(which), C.VARLEN)
+    written = jobs.Rows(job.b, job.keys.offset, job.writable)
+    jobs.store(descs.dv, written, n_row, job.head_k, tiles.v.index(which), C.VARLEN)
+    jobs.store(descs.dk, written, n_row, job.head_k, tiles.k.index(which), C.VARLEN)
     tma.store_wait(0)

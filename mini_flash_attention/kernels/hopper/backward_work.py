@@ -1,4 +1,4 @@
-"""The work of a program of the Hopper backward kernel: its keys, and the blocks of their queries."""
+"""What a program of the Hopper backward kernel does: its keys, and the blocks of their queries."""
 
 from typing import Any, NamedTuple
 

@@ -28,7 +28,7 @@ from ...rules import heads, scores, sequence, work
 from ...rules.window import Window
 from ..launch import SIZES, Launch
 from .backward_loads import config, head_of, load_block, store_block, tensor
-from .backward_loops import Keys, Queries, Query, Weights, add_keys, add_queries
+from .backward_loops import KeyBlock, Keys, Queries, Query, Weights, add_keys, add_queries
 from .backward_preprocess import preprocess
 from .loads import dropped
 
@@ -94,16 +94,11 @@ def dkdv_kernel(
     dropout = dropout_seed
     if dropout_seed is not None:
         dropout = dropouts.Dropout(tl.load(dropout_seed), threshold, kept_scale)
-    weights = Weights(inputs, b, window, dropout)
+    weights = Weights(inputs, b, window, dropout, SCORE_MOD, SCORE_MOD_BWD)
+    keys = KeyBlock(k_tile, v_tile, head_k, tile.m_row)
     if not C.ONE_LOOP:
-        dk_tile, dv_tile = add_queries(
-            dk_tile, dv_tile, k_tile, v_tile, head_k, tile.m_row, queries, seen, weights, False,
-            C, SCORE_MOD, SCORE_MOD_BWD,
-        )  # fmt: skip
-    dk_tile, dv_tile = add_queries(
-        dk_tile, dv_tile, k_tile, v_tile, head_k, tile.m_row, queries, seen, weights, True, C,
-        SCORE_MOD, SCORE_MOD_BWD,
-    )  # fmt: skip
+        dk_tile, dv_tile = add_queries(dk_tile, dv_tile, keys, queries, seen, weights, False, C)
+    dk_tile, dv_tile = add_queries(dk_tile, dv_tile, keys, queries, seen, weights, True, C)
     at_dk = head_of(dk, b, tile.offset_q, head_k)
     at_dv = head_of(dv, b, tile.offset_q, head_k)
     dk_tile = dk_tile * softmax_scale
@@ -159,29 +154,19 @@ def dq_kernel(
     dropout = dropout_seed
     if dropout_seed is not None:
         dropout = dropouts.Dropout(tl.load(dropout_seed), threshold, kept_scale)
-    weights = Weights(inputs, b, window, dropout)
+    weights = Weights(inputs, b, window, dropout, SCORE_MOD, SCORE_MOD_BWD)
     if not C.ONE_LOOP:
-        dq_tile = add_keys(
-            dq_tile, query, head, keys, seen, weights, False, C, SCORE_MOD, SCORE_MOD_BWD
-        )
-    dq_tile = add_keys(dq_tile, query, head, keys, seen, weights, True, C, SCORE_MOD, SCORE_MOD_BWD)
+        dq_tile = add_keys(dq_tile, query, head, keys, seen, weights, False, C)
+    dq_tile = add_keys(dq_tile, query, head, keys, seen, weights, True, C)
     at_dq = head_of(dq, b, tile.offset_q, head)
     dq_tile = dq_tile * softmax_scale
     store_block(at_dq, dq.stride_t, tile.m_row, dq_tile, length_q, tile.writable, C.HEAD_DIM)
 
 
 STATISTICS = ("q", "k", "v", "dout", "lse_log2", "delta")
-
-
-SCORES = (
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "seqused_q",
-    "seqused_k",
-    "alibi_slopes",
-    "aux",
-    "dropout_seed",
-)
+OPTIONS = (
+    "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "aux", "dropout_seed",
+)  # fmt: skip
 
 
 def launches(p: Problem, given: BackwardTensors, plan: Backward) -> list[Launch]:
@@ -210,5 +195,5 @@ def _launch(
         config(p, work.tiles, mode.mode, *tensors),
         p.scores.score_mod, p.scores.score_mod_bwd,
     )  # fmt: skip
-    pointers = (*STATISTICS, *results, *SCORES)
+    pointers = (*STATISTICS, *results, *OPTIONS)
     return Launch(kernel, work.programs, pointers, constants, *work.tiles[2:])

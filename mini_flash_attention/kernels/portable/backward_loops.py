@@ -55,6 +55,17 @@ class Weights(NamedTuple):
     b: Any
     window: Any
     dropout: Any  # None without
+    SCORE_MOD: Any
+    SCORE_MOD_BWD: Any
+
+
+class KeyBlock(NamedTuple):
+    """A block of keys, loaded."""
+
+    k: Any  # [N, D]
+    v: Any  # [N, D_V]
+    head: Any  # of k
+    start: Any  # the first one
 
 
 @triton.jit
@@ -65,34 +76,29 @@ def slope_of(head, weights):
 
 
 @triton.jit
-def weigh(
-    s, lse_log2, head, i, start, n, modification, weights, C: tl.constexpr, SCORE_MOD: tl.constexpr
-):
+def weigh(s, lse_log2, head, i, start, n, modification, weights, C: tl.constexpr):
     """(the weights P of raw scores s, the scores that a score_mod is given).
 
     P is at most 1. The LSE is rounded, and S is not computed by the forward's product: where scores
     are huge, their difference may be far above 0, and its exponential infinite.
     """
-    biased = scores.bias(s, i, start, n, modification, C.SCORE_MODE, SCORE_MOD)
+    biased = scores.bias(s, i, start, n, modification, C.SCORE_MODE, weights.SCORE_MOD)
     changed = biased
-    if SCORE_MOD is not None:
+    if weights.SCORE_MOD is not None:
         aux = modification.aux
-        changed = scores.apply(biased, weights.b, head, i, start + n, aux, SCORE_MOD)
+        changed = scores.apply(biased, weights.b, head, i, start + n, aux, weights.SCORE_MOD)
     return tl.exp2(tl.minimum(changed * weights.inputs.scale - lse_log2, 0.0)), biased
 
 
 @triton.jit
-def score_gradient(
-    s, biased, p, dp, delta, head, i, j, modification, weights, C: tl.constexpr,
-    SCORE_MOD_BWD: tl.constexpr,
-):  # fmt: skip
+def score_gradient(s, biased, p, dp, delta, head, i, j, modification, weights, C: tl.constexpr):
     """dS, of the scaled scores, for P and dP. i and j: where queries and keys stand."""
     ds = p * (dp - delta)
-    if SCORE_MOD_BWD is not None or C.SCORE_MODE == "softcap":
+    if weights.SCORE_MOD_BWD is not None or C.SCORE_MODE == "softcap":
         ds = scores.differentiate(
-            ds, s, biased, weights.b, head, i, j, modification, C.SCORE_MODE, SCORE_MOD_BWD
+            ds, s, biased, weights.b, head, i, j, modification, C.SCORE_MODE, weights.SCORE_MOD_BWD
         )
-    if SCORE_MOD_BWD is not None:  # by selection: it may be given anything where P is 0
+    if weights.SCORE_MOD_BWD is not None:  # by selection: it may be given anything where P is 0
         ds = tl.where(p == 0.0, 0.0, ds)
     return ds
 
@@ -111,10 +117,7 @@ def hide(x, i, j, num_rows, window, partial, ONE_LOOP: tl.constexpr):
 
 
 @triton.jit
-def add_queries(
-    dk, dv, k, v, head_k, start_k, queries, blocks, weights, PARTIAL: tl.constexpr,
-    C: tl.constexpr, SCORE_MOD: tl.constexpr, SCORE_MOD_BWD: tl.constexpr,
-):  # fmt: skip
+def add_queries(dk, dv, keys, queries, blocks, weights, PARTIAL: tl.constexpr, C: tl.constexpr):
     """Add to dK [N, D] and dV [N, D_V] what blocks of queries give, for all heads of the group.
 
     PARTIAL: the blocks that may need a mask, else the full ones; all of them if C.ONE_LOOP.
@@ -122,7 +125,7 @@ def add_queries(
     """
     inputs, window = weights.inputs, weights.window
     n = tl.arange(0, C.BLOCK_N)[:, None]
-    j = start_k + n
+    j = keys.start + n
     first, size = blocks.full_begin, blocks.full_end - blocks.full_begin
     if PARTIAL:
         first, size = blocks.begin, blocks.end - blocks.begin
@@ -136,7 +139,7 @@ def add_queries(
             member, start = number // num_blocks, first + number % num_blocks * C.BLOCK_M
         if PARTIAL and not C.ONE_LOOP:
             start += tl.where(start < blocks.full_begin, 0, blocks.full_end - blocks.full_begin)
-        head = head_k * C.GROUP + member
+        head = keys.head * C.GROUP + member
         member = tl.cast(member, tl.int64)
         slope = inputs.alibi_slopes
         if inputs.alibi_slopes is not None:
@@ -151,10 +154,8 @@ def add_queries(
         )
         rows = member * queries.head_stride + i
         lse_log2 = tl.load(queries.lse_log2 + rows)[None, :]
-        s = tl.dot(k, q.T)  # Sᵀ = K Qᵀ
-        p, biased = weigh(
-            s, lse_log2, head, stands, start_k, n, modification, weights, C, SCORE_MOD
-        )
+        s = tl.dot(keys.k, q.T)  # Sᵀ = K Qᵀ
+        p, biased = weigh(s, lse_log2, head, stands, keys.start, n, modification, weights, C)
         if weights.dropout is not None:
             kept = dropouts.is_kept(weights.dropout, weights.b, head, i[None, :], j)
         if PARTIAL:
@@ -167,13 +168,11 @@ def add_queries(
         if weights.dropout is not None:
             used = tl.where(kept, p * weights.dropout.scale, 0.0)
         dv = tl.dot(used.to(do.dtype), do, dv)  # dV += Pᵀ dO
-        dp = tl.dot(v, do.T)  # dPᵀ = V dOᵀ
+        dp = tl.dot(keys.v, do.T)  # dPᵀ = V dOᵀ
         if weights.dropout is not None:
             dp = tl.where(kept, dp * weights.dropout.scale, 0.0)
         delta = tl.load(queries.delta + rows)[None, :]
-        ds = score_gradient(
-            s, biased, p, dp, delta, head, stands, j, modification, weights, C, SCORE_MOD_BWD
-        )
+        ds = score_gradient(s, biased, p, dp, delta, head, stands, j, modification, weights, C)
         if PARTIAL:
             ds = hide(ds, i[None, :], j, queries.count, window, partial, C.ONE_LOOP)
         dk = tl.dot(ds.to(q.dtype), q, dk)  # dK += dSᵀ Q
@@ -181,10 +180,7 @@ def add_queries(
 
 
 @triton.jit
-def add_keys(
-    dq, query, head, keys, blocks, weights, PARTIAL: tl.constexpr, C: tl.constexpr,
-    SCORE_MOD: tl.constexpr, SCORE_MOD_BWD: tl.constexpr,
-):  # fmt: skip
+def add_keys(dq, query, head, keys, blocks, weights, PARTIAL: tl.constexpr, C: tl.constexpr):
     """Add to dQ [M, D] what blocks of keys give. PARTIAL: as in `add_queries`."""
     inputs, window = weights.inputs, weights.window
     slope = inputs.alibi_slopes
@@ -206,7 +202,7 @@ def add_keys(
             keys.k, keys.stride_k, start, keys.count, C.BLOCK_N, C.HEAD_DIM, C, not PARTIAL
         )
         s = tl.dot(query.q, k.T)  # S = Q Kᵀ
-        p, biased = weigh(s, lse_log2, head, stands, start, n, modification, weights, C, SCORE_MOD)
+        p, biased = weigh(s, lse_log2, head, stands, start, n, modification, weights, C)
         v = load_block(
             keys.v, keys.stride_v, start, keys.count, C.BLOCK_N, C.HEAD_DIM_V, C, not PARTIAL
         )
@@ -215,8 +211,7 @@ def add_keys(
             kept = dropouts.is_kept(weights.dropout, weights.b, head, i, start + n)
             dp = tl.where(kept, dp * weights.dropout.scale, 0.0)
         ds = score_gradient(
-            s, biased, p, dp, delta, head, stands, start + n, modification, weights, C,
-            SCORE_MOD_BWD,
+            s, biased, p, dp, delta, head, stands, start + n, modification, weights, C
         )  # fmt: skip
         if PARTIAL:
             ds = hide(ds, i, start + n, query.count, window, partial, C.ONE_LOOP)
