@@ -27,7 +27,7 @@ in_venv := $(VENV)/bin/python
 make_env := $(PYTHON) tools/make_env.py $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo quick test compile bench clean
+.PHONY: help env demo train quick test compile bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ env: ## set up the environment and nothing else
 
 demo: env ## a language model answers prompts; arguments in ARGS='--prompt "Hello" --max-tokens 20'
 	@$(in_venv) examples/generate.py $(ARGS)
+
+train: env ## a small GPT learns this repository, twice: through this package and PyTorch; two minutes
+	@$(in_venv) examples/train.py $(ARGS)
 
 quick: env ## rules, plan, functions, refusals and a dozen calls in the interpreter; a minute
 	OMP_NUM_THREADS=1 $(in_venv) -m pytest -n $(JOBS) --dist worksteal -q $(quick)

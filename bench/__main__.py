@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     add = parser.add_argument
-    add("suite", nargs="?", choices=SUITES, help="the suite to measure")
+    suites = (*SUITES, "backward")
+    add("suite", nargs="?", choices=suites, help="the suite to measure")
     add("--list", action="store_true", help="list suites and workloads, and stop")
     add("--host", action="store_true", help="measure the CPU's side of small calls instead")
     add("--only", metavar="PATTERN", help="workloads whose name contains this (* and ? allowed)")
@@ -159,6 +160,23 @@ def run_host(options: argparse.Namespace) -> int:
     return int(any("error" in row for row in rows if row["implementation"] == "mini"))
 
 
+def run_backward(options: argparse.Namespace) -> int:
+    import torch
+
+    from bench import backward, report
+
+    names = options.impl.split(",") if options.impl else ["mini", "portable", "cudnn", "fa2"]
+    jobs = min(options.jobs, os.cpu_count() or 1)
+    print("TFLOP/s; in brackets a peer's time over ours, above 1 ours is faster")
+    rows = backward.run(names, options.rounds, jobs, options.only)
+    gpu = torch.cuda.get_device_name()
+    name = "backward.partial.json" if options.only or options.impl else "backward.json"
+    path = options.out / report.gpu_folder(gpu) / name
+    report.write(path, report.heading(gpu, options.commit or report.commit()), rows)
+    print(path)
+    return int(any("error" in row for row in rows if row["implementation"] == "mini"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     if options.list:
@@ -171,6 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.exit(f"bench {what}: needs PyTorch, which is not installed")
     if not torch.cuda.is_available():
         sys.exit(f"bench {what}: needs a CUDA GPU, and PyTorch sees none here")
+    if options.suite == "backward":
+        return run_backward(options)
     return run_host(options) if options.host else run_suite(options)
 
 

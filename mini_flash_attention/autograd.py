@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from . import execution, execution_backward
 from .entries import DENSE, DENSE_BACKWARD, VARLEN_BACKWARD, Entry
@@ -64,12 +65,13 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
-        given = (ctx.call, dout, dlse, *ctx.saved_tensors)
+        saved = ctx.saved_tensors  # once: a checkpoint unpacks them then
+        given = (ctx.call, dout, dlse, *saved)
         # Only where a graph of the gradients is asked for, to refuse to differentiate it.
         once = torch.is_grad_enabled()
         apply: Any = OnlyOnce.apply if once else gradients_of
         gradients = apply(*given)
-        nothing = len(ctx.saved_tensors) - len(DIFFERENTIABLE) - 2
+        nothing = len(saved) - len(DIFFERENTIABLE) - 2
         return None, *gradients, *[None] * nothing
 
     @staticmethod
@@ -105,6 +107,8 @@ def gradients_of(
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     """The gradients of q, k, v and s_aux, for those of out and softmax_lse."""
     *tensors, out, lse = saved
+    if any(isinstance(x, torch.Tensor) and is_batched(x) for x in (dout, dlse)):
+        raise _refusal(call, "torch.vmap", "differentiate one at a time")
     assert out is not None and lse is not None
     arguments = call.arguments(tuple(tensors))
     sink = arguments.pop("s_aux")
@@ -115,6 +119,10 @@ def gradients_of(
     entry = DENSE_BACKWARD if call.entry is DENSE else VARLEN_BACKWARD
     gradients = execution_backward.run(entry, arguments | own)
     return *gradients[:3], None if sink is None else sink_gradient(sink, lse, gradients.delta)
+
+
+def is_batched(x: torch.Tensor) -> bool:
+    return is_batchedtensor(x) or is_legacy_batchedtensor(x)
 
 
 def _refusal(call: Call, what: str, hint: str) -> NotImplementedError:

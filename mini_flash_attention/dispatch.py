@@ -40,4 +40,5 @@ def run_backward(entry: Entry, arguments: Arguments) -> execution_backward.Gradi
         from . import ops_backward
 
         return ops_backward.run_backward(entry, arguments)
-    return execution_backward.run(entry, arguments)
+    with torch.no_grad():
+        return execution_backward.run(entry, arguments)

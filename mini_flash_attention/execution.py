@@ -47,7 +47,8 @@ def run_known(
         arguments, key = {**arguments, "q": p.q}, None  # a recipe would need the new q
     settings.warn_of_late_switch()
     if not (p.q.is_cuda or settings.INTERPRETED):
-        return cpu.run(p)
+        with torch.autocast("cpu", enabled=False):  # what is in fp32 there is so on purpose
+            return cpu.run(p)
     recipe = recipes.make(entry, p, arguments)
     if key is not None:
         recipes.remember(key, recipe)

@@ -55,7 +55,8 @@ def run(entry: Entry, arguments: Arguments, keep: bool = True) -> Gradients:
             recipes.remember(key, recipe)
         recipes.launch(recipe, arguments, keep)
     else:
-        cpu_backward.run(p, given)
+        with torch.autocast("cpu", enabled=False):
+            cpu_backward.run(p, given)
     if zero:
         result.dq.zero_()
     return result

@@ -485,6 +485,15 @@ def test_strides_of_dout(name, place):
     case.check_gradients(found, dout)
 
 
+def test_dout_may_be_out(leaves):
+    """They are inputs both, and may share memory."""
+    out = attend(*leaves)
+    found = torch.autograd.grad(out, leaves, out.detach())
+    out = attend(*leaves)
+    wanted = torch.autograd.grad(out, leaves, out.detach().clone())
+    assert all(map(same, found, wanted))
+
+
 def test_sum(place):
     device, dtype, head_dim, n = place
     case = varlen(1, [9 * n, 20 * n], [9 * n, 20 * n], 0, 4, 2, head_dim, dtype, device, padding=0)
@@ -891,6 +900,20 @@ def test_some_gradients(wanted, place):
         assert x.grad is None if name[0] not in wanted else same(x.grad, every[name])
 
 
+@pytest.mark.parametrize("wanted", ["q", "v", "dout"])
+def test_the_function_adds_nothing_to_a_graph(wanted, place):
+    """Its results are plain tensors, whatever the tensors that it is given require."""
+    device, dtype, head_dim, _ = place
+    case = dense(1, 1, 5, 9, NHEADS, NHEADS_K, head_dim, dtype, device)
+    dout, _ = case.dresults()
+    out, lse = case.run()
+    given = {x: case.arguments[x] for x in "qkv"} | {"dout": dout}
+    given[wanted].requires_grad_()
+    for x in mfa.backward(**given, out=out, softmax_lse=lse):
+        assert not x.requires_grad
+    assert recipes.GRADIENT not in recipes._recipes
+
+
 def test_no_graph_where_none_is_wanted(leaves):
     q, k, v = leaves
     with torch.no_grad():
@@ -954,6 +977,110 @@ def test_autocast(dtype, place):
         assert same(attend(*cast), wanted)
     with torch.autocast(device, dtype, enabled=False):
         assert device == "cuda" or attend(*tensors).dtype is torch.float32
+
+
+# -- dropout --------------------------------------------------------------------------------------
+
+
+def seeded(function, *arguments, **options):
+    torch.manual_seed(5)
+    return function(*arguments, **options)
+
+
+def dropped(share, lengths, nheads, mask, place, cu=None):
+    """What weights are multiplied by, (batch, nheads, seqlen_q, seqlen_k), seen by way of values
+    that are rows of the identity. With `cu` packed sequences, as if each were a batch entry.
+    """
+    device, dtype, head_dim, _ = place
+    seqlen_q, seqlen_k = lengths
+    q = torch.zeros(BATCH, seqlen_q, nheads, head_dim, dtype=dtype, device=device)
+    k = q.new_zeros(BATCH, seqlen_k, 1, head_dim)
+    v = torch.eye(seqlen_k, dtype=dtype, device=device)[None, :, None].expand(BATCH, -1, -1, -1)
+    if cu is None:
+        out = seeded(mfa.flash_attn_func, q, k, v, share, **mask)
+    else:
+        flat = [x.flatten(0, 1) for x in (q, k, v)]
+        sizes = (*cu, seqlen_q, seqlen_k)
+        out = seeded(mfa.flash_attn_varlen_func, *flat, *sizes, share, **mask).view(
+            BATCH, seqlen_q, nheads, seqlen_k
+        )
+    return (out != 0).double().transpose(1, 2) / (1 - share)
+
+
+@pytest.mark.parametrize("mask", MASKS[:2], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_dropout(share, packed, mask, place):
+    """The weights that stay are divided by their share, and gradients are those of what was
+    computed. The LSE is that of all weights.
+    """
+    device, dtype, head_dim, n = place
+    seqlen_q, seqlen_k = lengths = (20, 33) if n == 1 else (150, 200)
+    case = dense(1, BATCH, *lengths, NHEADS, NHEADS_K, head_dim, dtype, device, **mask)
+    leaves = [case.arguments[x].requires_grad_() for x in "qkv"]
+    dout, dlse = case.dresults()
+    steps = torch.arange(BATCH + 1, dtype=torch.int32, device=device)
+    cu = (steps * seqlen_q, steps * seqlen_k)
+    multiplied = dropped(share, lengths, NHEADS, mask, place, cu if packed else None)
+    if packed:
+        flat = [x.flatten(0, 1) for x in leaves]
+        sizes = (*cu, *lengths)
+        out, lse, _ = seeded(
+            mfa.flash_attn_varlen_func, *flat, *sizes, share, **mask, return_attn_probs=True
+        )
+        out, lse = out.unflatten(0, (BATCH, -1)), lse.unflatten(1, (BATCH, -1)).transpose(0, 1)
+    else:
+        out, lse, _ = seeded(mfa.flash_attn_func, *leaves, share, **mask, return_attn_probs=True)
+    found = torch.autograd.grad((out, lse), leaves, (dout, dlse))
+
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    q, k, v = (x.transpose(1, 2) for x in wide)
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    scores = q @ k.mT * head_dim**-0.5
+    visible = reference.visibility(*lengths, mask.get("causal", False), (-1, -1)).to(device)
+    scores = scores.masked_fill(~visible, -INF)
+    ref = ((scores.softmax(3) * multiplied) @ v).transpose(1, 2)
+    ref_lse = scores.logsumexp(3)
+    wanted = torch.autograd.grad((ref, ref_lse), wide, (dout.double(), dlse.double()))
+    torch.testing.assert_close(lse.double(), ref_lse, rtol=1e-5, atol=1e-5)
+    for x, y in zip((out, *found), (ref, *wanted), strict=True):
+        assert (x - y).abs().max() <= 4 * torch.finfo(dtype).eps * y.abs().max()
+    seen = multiplied[visible.expand_as(multiplied)] > 0
+    assert abs(seen.double().mean() - (1 - share)) < 5 * (share * (1 - share) / len(seen)) ** 0.5
+
+
+def test_dropout_is_drawn_anew(leaves):
+    """From PyTorch's generator, for each call; none is drawn where nothing is dropped."""
+    q, k, v = (x.detach() for x in leaves)
+    device = q.device.type
+    once, again = (seeded(mfa.flash_attn_func, q, k, v, 0.5) for _ in range(2))
+    assert torch.equal(once, again)
+    assert not torch.equal(mfa.flash_attn_func(q, k, v, 0.5), once)
+    generator = torch.cuda if device == "cuda" else torch
+    before = generator.get_rng_state()
+    assert torch.equal(mfa.flash_attn_func(q, k, v, 0.0), mfa.flash_attn_func(q, k, v))
+    assert torch.equal(generator.get_rng_state(), before)
+    qkv = torch.stack([q[:, :5], k[:, :5].repeat(1, 1, 2, 1), v[:, :5].repeat(1, 1, 2, 1)], 2)
+    packed = seeded(mfa.flash_attn_qkvpacked_func, qkv, 0.5)
+    assert torch.equal(packed, seeded(mfa.flash_attn_func, *qkv.unbind(2), 0.5))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints_with_dropout(use_reentrant, leaves):
+    """The second forward pass drops what the first has dropped."""
+
+    def attend(q, k, v):
+        return mfa.flash_attn_func(q, k, v, 0.3)
+
+    out = seeded(attend, *leaves)
+    dout = torch.ones_like(out)
+    wanted = torch.autograd.grad(out, leaves, dout)
+    checkpoint = torch.utils.checkpoint.checkpoint
+    again = seeded(checkpoint, attend, *leaves, use_reentrant=use_reentrant)
+    torch.rand(3, device=again.device)  # the generator moves on
+    again.backward(dout)
+    assert torch.equal(again, out)
+    assert all(same(x.grad, ref) for x, ref in zip(leaves, wanted, strict=True))
 
 
 # -- the formulas on the CPU, in float64 ----------------------------------------------------------

@@ -23,6 +23,7 @@ from mini_flash_attention.integrations.flash_attn import (
     interface2,
     interface3,
     losses,
+    private,
     rotary,
     rotary_embedding,
 )
@@ -65,6 +66,24 @@ FUNCTIONS = {
         " rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False"
     ),
 }
+# Without defaults, as they are there.
+MEANING = "softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes"
+PRIVATE = {
+    "flash_attn_forward": f"q, k, v, dropout_p, {MEANING}, return_softmax",
+    "flash_attn_varlen_forward": (
+        f"q, k, v, {LENGTHS}, dropout_p, softmax_scale, causal, window_size_left=-1,"
+        " window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,"
+        " block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False"
+    ),
+    "flash_attn_backward": (
+        f"dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, {MEANING}, deterministic,"
+        " rng_state=None"
+    ),
+    "flash_attn_varlen_backward": (
+        f"dout, q, k, v, out, softmax_lse, dq, dk, dv, {LENGTHS}, dropout_p, {MEANING},"
+        " deterministic, rng_state=None, zero_tensors=False"
+    ),
+}
 UNPADDED = (
     "dropout_p, softmax_scale=None, causal=False, return_attn_probs=False, deterministic=False"
 )
@@ -85,6 +104,7 @@ SIGNATURES = {
         "flash_attn_unpadded_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {UNPADDED}",
         "maybe_contiguous": "x",
         "round_multiple": "x, m",
+        **{f"{before}_{name}": x for name, x in PRIVATE.items() for before in ("", "_wrapped")},
     },
     "flash_attn.bert_padding": {
         "index_first_axis": "input, indices",
@@ -285,7 +305,7 @@ def test_missing_modules(flash_attn, name):
         "flash_attn.cute",
         "flash_attn.nothing",
         "flash_attn.bert_padding.nothing",
-        "flash_attn.flash_attn_interface._flash_attn_forward",
+        "flash_attn.flash_attn_interface.flash_attn_gpu",
         "flash_attn.layers.patch_embed",
         "flash_attn_interface._flash_attn_backward",
     ],
@@ -312,12 +332,12 @@ def test_optional_imports_fall_back(flash_attn):
         "except ImportError:\n"
         "    from flash_attn import flash_attn_func\n"
         "try:\n"
-        "    from flash_attn.flash_attn_interface import _flash_attn_forward as forward\n"
+        "    from flash_attn.flash_attn_interface import flash_attn_gpu as gpu\n"
         "except ImportError:\n"
-        "    forward = None\n",
+        "    gpu = None\n",
         scope,
     )
-    assert scope["flash_attn_func"] is mfa.flash_attn_func and scope["forward"] is None
+    assert scope["flash_attn_func"] is mfa.flash_attn_func and scope["gpu"] is None
 
 
 def test_rearrange_is_that_of_einops(flash_attn, monkeypatch):
@@ -346,9 +366,10 @@ def test_the_version_passes_for_a_release(flash_attn):
     assert version.parse("2.8.0") <= version.parse(flash_attn.__version__) < version.parse("3")
 
 
-def test_distributions_are_listed_by_module_and_not_by_name(flash_attn):
-    """transformers asks which distribution provides a module. diffusers and Transformer Engine ask
-    for a version by name, and import private functions if there is one.
+def test_distributions_are_listed_by_module_and_one_by_name(flash_attn):
+    """transformers asks which distribution provides a module, diffusers and Transformer Engine for
+    a version by name. The latter goes on to import flash_attn_2_cuda where the version is not above
+    2.8.3, and flash_attn_3 where flash-attn-3 has any: so that one has none.
     """
     provided = importlib.metadata.packages_distributions()
     assert "flash-attn" in provided["flash_attn"]
@@ -362,9 +383,14 @@ def test_distributions_are_listed_by_module_and_not_by_name(flash_attn):
     stand_in.install()
     names = [d.metadata["Name"] for d in importlib.metadata.distributions()]
     assert names.count("flash-attn") == before + 1
-    if not before:
-        with pytest.raises(importlib.metadata.PackageNotFoundError):
-            importlib.metadata.version("flash-attn")
+    for name in ("flash-attn", "flash_attn", "Flash_Attn"):
+        assert importlib.metadata.version(name) == "2.8.3+mini"
+    version = pytest.importorskip("packaging.version")
+    assert version.parse("2.8.3+mini") > version.parse("2.8.3")
+    if names.count("flash-attn-3") == 1:
+        for name in ("flash-attn-3", "flash_attn_3", "flash_attn_interface"):
+            with pytest.raises(importlib.metadata.PackageNotFoundError):
+                importlib.metadata.version(name)
 
 
 def test_modules_can_be_inspected_reloaded_and_copied(flash_attn):
@@ -436,7 +462,7 @@ VARLEN, FUNC, CACHE = "flash_attn_varlen_func", "flash_attn_func", "flash_attn_w
 QKV, KV = "flash_attn_varlen_qkvpacked_func", "flash_attn_varlen_kvpacked_func"
 PAD, PAD3 = "pad_input unpad_input", "index_first_axis pad_input unpad_input"
 BACKWARD, FORWARD = "_flash_attn_backward", "_flash_attn_forward"
-PRIVATE = "_flash_attn_varlen_backward _flash_attn_varlen_forward"
+PACKED = "_flash_attn_varlen_backward _flash_attn_varlen_forward"
 CE = "CrossEntropyLoss"
 APPLICATIONS = {
     "Bagel": {"": VARLEN},
@@ -448,9 +474,9 @@ APPLICATIONS = {
     "nano-vllm": {"": f"{VARLEN} {CACHE}"},
     "HunyuanVideo": {"": "", "flash_attn_interface": f"{FORWARD} {VARLEN}"},
     "Open-Sora": {"": FUNC, "flash_attn_interface": f"{BACKWARD} {FORWARD}"},
-    "ms-swift": {"flash_attn_interface": f" {PRIVATE}"},
+    "ms-swift": {"flash_attn_interface": f" {PACKED}"},
     "DeepSpeed": {"": "", "flash_attn_interface": f"{BACKWARD} {FORWARD} {VARLEN}"},
-    "MoBA": {"": f"{FUNC} {VARLEN}", "flash_attn_interface": PRIVATE},
+    "MoBA": {"": f"{FUNC} {VARLEN}", "flash_attn_interface": PACKED},
     "diffusers": {
         "": f"{FUNC} {VARLEN}",
         "flash_attn_interface": "_wrapped_flash_attn_backward _wrapped_flash_attn_forward",
@@ -559,7 +585,7 @@ APPLICATIONS = {
         "cute": f"{FUNC} {VARLEN} utils",
         "cute.block_sparsity": "BlockSparseTensorsTorch fast_sampling",
         "cute.interface": f"_flash_attn_bwd _flash_attn_fwd {FUNC}",
-        "flash_attn_interface": f"{BACKWARD} {PRIVATE}",
+        "flash_attn_interface": f"{BACKWARD} {PACKED}",
         "layers.rotary": "apply_rotary_emb",
     },
     "contrastors": {
@@ -582,10 +608,9 @@ APPLICATIONS = {
 }
 WHOLE = {
     "Bagel", "Pointcept", "lmdeploy", "Wan2.1", "mamba", "mdlm", "nano-vllm", "Lumina-T2X",
-    "FastChat", "FlagEmbedding", "duo-attention", "verl",
+    "FastChat", "FlagEmbedding", "duo-attention", "verl", "HunyuanVideo", "Open-Sora", "ms-swift",
+    "DeepSpeed", "MoBA", "diffusers",
 }  # fmt: skip
-# What the backward pass will bring.
-NEED_PRIVATE = {"HunyuanVideo", "Open-Sora", "ms-swift", "DeepSpeed", "MoBA", "diffusers"}
 
 
 def statements(imports):
@@ -611,9 +636,7 @@ def test_applications_import_whole_or_learn_what_is_missing(flash_attn, monkeypa
                 failed.setdefault(application, {})[statement] = str(error)
     for messages in failed.values():
         assert all(m.startswith(f"{SENTENCE} and has no flash_attn.") for m in messages.values())
-    assert APPLICATIONS.keys() - failed.keys() == WHOLE and len(WHOLE) >= 12
-    for application in NEED_PRIVATE:
-        assert all(" _" in statement for statement in failed[application])
+    assert APPLICATIONS.keys() - failed.keys() == WHOLE and len(WHOLE) >= 18
 
 
 # -- flash_attn.bert_padding ----------------------------------------------------------------------
@@ -758,6 +781,295 @@ def test_helpers():
     assert interface2.maybe_contiguous(None) is None and interface2.maybe_contiguous(x) is x
     assert interface2.maybe_contiguous(x.T).is_contiguous()
     assert [interface2.round_multiple(n, 8) for n in (0, 1, 8, 9)] == [0, 8, 8, 16]
+
+
+# -- the private functions of flash_attn.flash_attn_interface --------------------------------------
+
+SLOPES = torch.tensor([0.1, 0.2, 0.3, 0.4])
+# softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes
+MEANINGS = {
+    "plain": (0.3, False, -1, -1, 0.0, None),
+    "causal": (0.3, True, -1, -1, 0.0, None),
+    "window": (0.3, True, 3, 0, 0.0, None),
+    "cap": (0.5, False, 2, 4, 3.0, None),
+    "slopes": (0.5, True, -1, -1, 0.0, SLOPES),
+}
+
+
+def named(meaning):
+    """What the public functions call it."""
+    scale, causal, left, right, softcap, slopes = meaning
+    return {
+        "softmax_scale": scale, "causal": causal, "window_size": (left, right),
+        "softcap": softcap, "alibi_slopes": slopes,
+    }  # fmt: skip
+
+
+def leaves(*shapes):
+    return [torch.randn(*shape, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("wrapped", ["", "_wrapped"])
+@pytest.mark.parametrize("meaning", MEANINGS.values(), ids=MEANINGS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_private_functions(flash_attn, meaning, packed, wrapped):
+    """As autograd Functions of other libraries call them; results as in the public functions."""
+    interface, kind = flash_attn.flash_attn_interface, "_varlen" if packed else ""
+    forward = getattr(interface, f"{wrapped}_flash_attn{kind}_forward")
+    backward = getattr(interface, f"{wrapped}_flash_attn{kind}_backward")
+    if packed:
+        cu_q, cu_k = ints(0, 4, 4, 9), ints(0, 6, 8, 13)
+        tensors, lengths = leaves((11, 4, 8), (14, 2, 8), (14, 2, 8)), (cu_q, cu_k, 5, 6)
+        public = mfa.flash_attn_varlen_func
+    else:
+        tensors, lengths = leaves((2, 5, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8)), ()
+        public = mfa.flash_attn_func
+    options = named(meaning) | {"return_attn_probs": True}
+    expected, expected_lse, _ = public(*tensors, *lengths, **options)
+    dout = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, tensors, dout)
+    with torch.no_grad():
+        out, lse, mask, state = forward(*tensors, *lengths, 0.0, *meaning, False)
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    assert mask.shape == (0,) and mask.dtype is out.dtype
+    assert state.shape == (2,) and state.dtype is torch.int64
+    # Into parts of one tensor, as for packed projections.
+    buffers = [torch.full((*x.shape[:-2], 3, *x.shape[-2:]), float("nan")) for x in tensors]
+    into = [x.select(-3, n) for n, x in enumerate(buffers)]
+    given = (dout, *tensors, out, lse)
+    softmax_d = backward(*given, *into, *lengths, 0.0, *meaning, False, rng_state=state)
+    for x, gradient in zip(into, gradients, strict=True):
+        assert torch.equal(x, gradient)
+    assert sum(int(x.isnan().sum()) for x in buffers) == 2 * sum(x.numel() for x in tensors)
+    assert softmax_d.dtype is torch.float32 and softmax_d.shape == lse.shape
+    torch.testing.assert_close(softmax_d, (dout * out).sum(-1).transpose(-1, -2))
+    again = backward(*given, None, None, None, *lengths, 0, *meaning, True)
+    assert torch.equal(again, softmax_d) and not again.requires_grad
+
+
+def test_private_functions_have_gradients_where_they_are_wanted():
+    q, k, v = leaves((2, 5, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8))
+    out, *_ = private._flash_attn_forward(q, k, v, 0.0, *MEANINGS["causal"], False)
+    expected = mfa.flash_attn_func(q, k, v, softmax_scale=0.3, causal=True)
+    found, wanted = (torch.autograd.grad(x.sum(), (q, k, v)) for x in (out, expected))
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_private_functions_compile():
+    """Within a Function, as libraries have them."""
+    meaning = MEANINGS["window"]
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            out, lse, _, state = private._flash_attn_forward(q, k, v, 0.0, *meaning, False)
+            ctx.save_for_backward(q, k, v, out, lse, state)
+            return out
+
+        @staticmethod
+        def backward(ctx, dout):
+            *given, state = ctx.saved_tensors
+            gradients = [torch.empty_like(x) for x in given[:3]]
+            private._flash_attn_backward(
+                dout, *given, *gradients, 0.0, *meaning, False, rng_state=state
+            )
+            return tuple(gradients)
+
+    tensors = leaves((2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8))
+
+    def loss(*tensors):
+        return Attention.apply(*tensors).square().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    found, expected = (torch.autograd.grad(f(*tensors), tensors) for f in (compiled, loss))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_private_forward_of_pages():
+    """And of sequences that are shorter than their place."""
+    q, cu, lengths = torch.randn(5, 4, 8), ints(0, 2, 5), ints(3, 6)
+    k, v = (torch.randn(4, 3, 2, 8) for _ in "kv")
+    call = (q, k, v, cu, ints(0, 3, 9), 3, 6)
+    options = {"block_table": ints(3, 0, 1, 2).view(2, 2), "seqused_k": lengths}
+    out, lse, *_ = private._flash_attn_varlen_forward(*call, 0.0, 0.3, True, **options)
+    expected, expected_lse, _ = mfa.flash_attn_varlen_func(
+        *call, softmax_scale=0.3, causal=True, return_attn_probs=True, **options
+    )
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    q.requires_grad_()
+    with pytest.raises(NotImplementedError, match="backward: not implemented for block_table"):
+        private._flash_attn_varlen_forward(*call, 0.0, 0.3, True, **options)
+
+
+def test_private_functions_copy_what_is_not_contiguous():
+    q, k, v, dout = (torch.randn(1, 5, 8, 4).transpose(2, 3) for _ in range(4))
+    meaning = MEANINGS["causal"]
+    out, lse, *_ = private._flash_attn_forward(q, k, v, 0.0, *meaning, False)
+    dense = [x.contiguous() for x in (q, k, v)]
+    expected, *_ = private._flash_attn_forward(*dense, 0.0, *meaning, False)
+    assert torch.equal(out, expected)
+    grads = [[torch.empty(1, 5, 4, 8) for _ in "qkv"] for _ in range(2)]
+    strided = out.transpose(2, 3).contiguous().transpose(2, 3)
+    private._flash_attn_backward(dout, q, k, v, strided, lse, *grads[0], 0.0, *meaning, False)
+    given = (dout.contiguous(), *dense, out, lse)
+    private._flash_attn_backward(*given, *grads[1], 0.0, *meaning, False)
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 8), (2, 4, 4, 8), (2, 1, 4, 8), (1, 5, 1, 8)])
+def test_private_backward_takes_diffusers_lse(shape):
+    """Which exchanges two dimensions of it; flash-attn reads its memory."""
+    q, k, v, dout = torch.randn(4, *shape).unbind()
+    meaning = MEANINGS["plain"]
+    out, lse, *_ = private._flash_attn_forward(q, k, v, 0.0, *meaning, False)
+    grads = [[torch.empty(shape) for _ in "qkv"] for _ in range(3)]
+    strided = torch.empty(shape[0], shape[2], shape[1] + 3)[..., : shape[1]].copy_(lse)
+    for into, statistics in zip(grads, (lse, lse.permute(0, 2, 1), strided), strict=True):
+        given = (dout, q, k, v, out, statistics)
+        private._flash_attn_backward(*given, *into, 0.0, *meaning, False)
+    for x, y, z in zip(*grads, strict=True):
+        assert torch.equal(x, y) and torch.equal(x, z)
+
+
+def test_private_functions_refuse():
+    q, cu = torch.randn(1, 5, 2, 8), ints(0, 5)
+    meaning, lengths = MEANINGS["plain"], (cu, cu, 5, 5)
+    out, lse, *_ = private._flash_attn_forward(q, q, q, 0.0, *meaning, False)
+    given = (q, q, q, q, out, lse, None, None, None)
+    packed = tuple(x[0] if isinstance(x, torch.Tensor) else x for x in given)
+    forward, varlen = private._flash_attn_forward, private._flash_attn_varlen_forward
+    for message, call in (
+        ("forward: dropout_p: not", lambda: forward(q, q, q, 0.1, *meaning, False)),
+        ("forward: return_softmax: not", lambda: forward(q, q, q, 0.0, *meaning, True)),
+        ("varlen_forward: dropout_p: ", lambda: varlen(q, q, q, *lengths, 0.1, 0.3, False)),
+        (
+            "varlen_forward: leftpad_k: ",
+            lambda: varlen(q, q, q, *lengths, 0.0, 0.3, False, leftpad_k=cu),
+        ),
+        (
+            "_flash_attn_backward: dropout_p: ",
+            lambda: private._flash_attn_backward(*given, 0.1, *meaning, False),
+        ),
+        (
+            "varlen_backward: dropout_p: ",
+            lambda: private._flash_attn_varlen_backward(*packed, *lengths, 0.1, *meaning, False),
+        ),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            call()
+    with pytest.raises(TypeError, match=r"softmax_lse: expected a .*Tensor, got NoneType"):
+        private._flash_attn_backward(*given[:5], None, *[None] * 3, 0.0, *meaning, False)
+    with pytest.raises(TypeError, match=r"dout: expected a torch\.Tensor, got int"):
+        private._flash_attn_backward(3, *given[1:], 0.0, *meaning, False)
+
+
+def merged(out, lse, block_out, block_lse):
+    """As ring-flash-attention puts blocks together, in fp32, with a dimension for head_dim."""
+    block_lse = block_lse.transpose(-2, -1)[..., None]
+    if out is None:
+        return block_out.float(), block_lse
+    out = out - torch.sigmoid(block_lse - lse) * (out - block_out.float())
+    return out, lse - F.logsigmoid(lse - block_lse)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ring_attention(flash_attn, packed, causal, ranks, deterministic):
+    """All ranks of a ring in one process: each has a block of every sequence, and sees the blocks
+    of keys of the ranks before it. Arguments by name, unknown ones from the signature.
+    """
+    interface = flash_attn.flash_attn_interface
+    kind, lengths = ("_varlen", [6, 12]) if packed else ("", [12, 12])
+    forward = getattr(interface, f"_flash_attn{kind}_forward")
+    backward = getattr(interface, f"_flash_attn{kind}_backward")
+    q, k, v = leaves((sum(lengths), 4, 8), (sum(lengths), 2, 8), (sum(lengths), 2, 8))
+    cu = F.pad(ints(*lengths).cumsum(0), (1, 0)).int()
+    expected, expected_lse, _ = mfa.flash_attn_varlen_func(
+        q, k, v, cu, cu, 12, 12, softmax_scale=0.3, causal=causal, return_attn_probs=True
+    )
+    dout = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, (q, k, v), dout)
+    starts = cu.tolist()[:-1]
+    share = [n // ranks for n in lengths]
+
+    def rows(rank):
+        """Where a rank's tokens stand."""
+        firsts = [at + n * rank for at, n in zip(starts, share, strict=True)]
+        return torch.cat([torch.arange(i, i + n) for i, n in zip(firsts, share, strict=True)])
+
+    def local(x, rank):
+        x = x.detach()[rows(rank)]
+        return x if packed else x.unflatten(0, (2, -1))
+
+    def call(function, step, **tensors):
+        given = dict.fromkeys(inspect.signature(function).parameters) | {
+            "dropout_p": 0, "softmax_scale": 0.3, "causal": causal and step == 0, "softcap": 0.0,
+            "window_size_left": -1, "window_size_right": -1, **tensors,
+        }  # fmt: skip
+        if packed:
+            ends = F.pad(ints(*share).cumsum(0), (1, 0)).int()
+            given |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+            given |= {"max_seqlen_q": max(share), "max_seqlen_k": max(share)}
+        return function(**given)
+
+    found = [torch.zeros_like(x) for x in (q, k, v)]
+    for rank in range(ranks):
+        sources = [(step, (rank - step) % ranks) for step in range(ranks)]
+        sources = [(step, n) for step, n in sources if not causal or step <= rank]
+        queries = local(q, rank)
+        out = lse = None
+        for step, n in sources:
+            block = call(forward, step, q=queries, k=local(k, n), v=local(v, n))
+            out, lse = merged(out, lse, *block[:2])
+        lse = lse.squeeze(-1).transpose(-2, -1)
+        whole = expected_lse[:, rows(rank)]
+        whole = whole if packed else whole.unflatten(1, (2, -1)).transpose(0, 1)
+        torch.testing.assert_close(out.flatten(0, -3), expected[rows(rank)], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse, whole, atol=1e-5, rtol=1e-5)
+        for step, n in sources:
+            blocks = [torch.empty_like(local(x, at)) for x, at in ((q, rank), (k, n), (v, n))]
+            call(
+                backward, step, dout=local(dout, rank), q=queries, k=local(k, n), v=local(v, n),
+                out=out, softmax_lse=lse, dq=blocks[0], dk=blocks[1], dv=blocks[2],
+                deterministic=deterministic,
+            )  # fmt: skip
+            for x, at, gradient in zip(found, (rank, n, n), blocks, strict=True):
+                x[rows(at)] += gradient.flatten(0, -3)
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_deterministic_reaches_the_backward_pass(monkeypatch, wanted):
+    """From every signature that has the argument."""
+    seen = []
+
+    def spy(*arguments, deterministic, **options):
+        seen.append(deterministic)
+
+    for module, names in (
+        (private, "backward"),
+        (interface2, f"{VARLEN} {KV} {QKV}"),
+        (interface3, "dense varlen"),
+    ):
+        for name in names.split():
+            monkeypatch.setattr(module, name, spy)
+    x, cu = torch.randn(1, 5, 2, 8), ints(0, 5)
+    packed, three = (x[0], x[0], x[0]), torch.stack((x, x, x), 2)
+    option = {"deterministic": wanted}
+    interface2.flash_attn_unpadded_func(*packed, cu, cu, 5, 5, 0.0, **option)
+    interface2.flash_attn_unpadded_kvpacked_func(x[0], three[0, :, 1:], cu, cu, 5, 5, 0.0, **option)
+    interface2.flash_attn_unpadded_qkvpacked_func(three[0], cu, 5, 0.0, **option)
+    interface3.flash_attn_func(x, x, x, **option)
+    interface3.flash_attn_qkvpacked_func(three, **option)
+    interface3.flash_attn_varlen_func(*packed, cu, cu, 5, 5, **option)
+    given = (x, x, x, x, x, torch.zeros(1, 2, 5), None, None, None)
+    private._flash_attn_backward(*given, 0.0, *MEANINGS["plain"], wanted)
+    given = (*[x[0]] * 5, torch.zeros(2, 5), None, None, None)
+    private._flash_attn_varlen_backward(*given, cu, cu, 5, 5, 0.0, *MEANINGS["plain"], wanted)
+    assert seen == [wanted] * 8
 
 
 # -- flash_attn.layers.rotary ---------------------------------------------------------------------
@@ -1253,6 +1565,23 @@ def test_fa3_sinks():
     cu = ints(0, 5)
     packed = interface3.flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, 5, 5, **options)
     near(packed, expected)
+
+
+def test_fa3_has_gradients():
+    qkv = torch.randn(2, 5, 3, 4, 8, requires_grad=True)
+    q, k, v = qkv.unbind(2)
+    meaning = {"softmax_scale": 0.3, "window_size": (3, 1), "softcap": 2.0}
+    plain = mfa.flash_attn_func(q, k, v, **meaning)
+    expected = torch.autograd.grad(plain.sum(), qkv)
+    cu, used = ints(0, 5, 10), ints(5, 5)
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    lengths = {"seqused_q": used, "seqused_k": used}
+    for out in (
+        interface3.flash_attn_func(q, k, v, **meaning),
+        interface3.flash_attn_qkvpacked_func(qkv, **meaning),
+        interface3.flash_attn_varlen_func(*packed, cu, cu, 5, 5, **lengths, **meaning),
+    ):
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), qkv), expected)
 
 
 @pytest.mark.parametrize("name", ["qv", "q_descale", "k_descale", "v_descale", "attention_chunk"])

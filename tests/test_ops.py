@@ -215,6 +215,29 @@ def test_compiled_gradients(make, count, dynamic):
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("make", [dense, varlen])
+def test_compiled_dropout(make):
+    """The graph draws anew in every call, and its gradients are those of what was drawn."""
+
+    def call(q, k, v, *lengths):
+        if lengths:
+            cu, longest = lengths
+            return mfa.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, 0.4, causal=True)
+        return mfa.flash_attn_func(q, k, v, 0.4, causal=True)
+
+    arguments = make()[1]
+    compiled = torch.compile(
+        call, fullgraph=True, backend="aot_eager"
+    )  # which draws as PyTorch does
+    torch.manual_seed(0)
+    *wanted, given = differentiated(call, arguments, 3)
+    torch.manual_seed(0)
+    *got, _ = differentiated(compiled, arguments, 3, given)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    (another,), _, _ = differentiated(compiled, arguments, 3, given)
+    assert not torch.equal(another, got[0][0])
+
+
 def test_compiled_gradients_of_some_arguments():
     call, (q, k, v) = dense()
     compiled = torch.compile(call, fullgraph=True, backend=BACKEND)

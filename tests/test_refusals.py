@@ -955,6 +955,123 @@ def test_tensors_in_one_are_refused_as_others_are(name):
         function(**arguments, nonsense=1)
 
 
+# -- the backward pass as a function --------------------------------------------------------------
+
+
+def differentiated(call):
+    """The arguments of `backward` for a call, with tensors to write to."""
+    function, arguments = call()
+    out, lse, _ = function(**arguments, return_attn_probs=True)
+    own = {f"d{n}": torch.full_like(arguments[n], 7.0) for n in "qkv"}
+    return arguments | own | {"dout": torch.ones_like(out), "out": out, "softmax_lse": lse}
+
+
+MEMORY = "expected memory apart from the inputs', got an overlap"
+BACKWARD_REFUSED = {
+    "dout-none": (dense, {"dout": None}, TypeError, f"dout: {A_TENSOR} NoneType"),
+    "dout-shape": (
+        dense, {"dout": lambda a: a["dout"][:1]}, ValueError,
+        r"dout: expected shape \(2, 3, 4, 16\), got \(1, 3, 4, 16\)",
+    ),
+    "dout-rank": (varlen, {"dout": lambda a: a["dout"][None]}, ValueError, f"dout: {PACK}"),
+    "dout-dtype": (
+        dense, {"dout": lambda a: a["dout"].float()}, TypeError,
+        "dout: expected dtype torch.float16, as q, got torch.float32",
+    ),
+    "dout-device": (
+        dense, {"dout": lambda a: a["dout"].to("meta")}, ValueError,
+        "dout: expected a tensor on cpu, as q, got meta",
+    ),
+    "dout-strided": (
+        dense, {"dout": lambda a: a["dout"].mT.contiguous().mT}, ValueError,
+        "dout: expected a contiguous last dimension",
+    ),
+    "out-shape": (
+        varlen, {"out": lambda a: a["out"][..., :8]}, ValueError,
+        r"out: expected shape \(5, 4, 16\), got \(5, 4, 8\)",
+    ),
+    "lse-none": (dense, {"softmax_lse": None}, TypeError, f"softmax_lse: {A_TENSOR} NoneType"),
+    "lse-dtype": (
+        dense, {"softmax_lse": lambda a: a["softmax_lse"].half()}, TypeError,
+        "softmax_lse: expected dtype torch.float32, got torch.float16",
+    ),
+    "lse-shape": (
+        varlen, {"softmax_lse": lambda a: a["softmax_lse"].t()}, ValueError,
+        r"softmax_lse: expected shape \(4, 5\), got \(5, 4\)",
+    ),
+    "lse-strided": (
+        dense, {"softmax_lse": lambda a: a["softmax_lse"].mT.contiguous().mT}, ValueError,
+        "softmax_lse: expected contiguous rows",
+    ),
+    "dlse-shape": (
+        dense, {"dsoftmax_lse": lambda a: a["softmax_lse"][0]}, ValueError,
+        r"dsoftmax_lse: expected shape \(2, 4, 3\), got \(4, 3\)",
+    ),
+    "dlse-dtype": (
+        dense, {"dsoftmax_lse": lambda a: a["softmax_lse"].half()}, TypeError,
+        "dsoftmax_lse: expected dtype torch.float32",
+    ),
+    "dq-shape": (
+        dense, {"dq": lambda a: a["dq"][:1]}, ValueError,
+        r"dq: expected shape \(2, 3, 4, 16\), got \(1, 3, 4, 16\)",
+    ),
+    "dk-dtype": (
+        varlen, {"dk": lambda a: a["dk"].float()}, TypeError,
+        "dk: expected dtype torch.float16, as q, got torch.float32",
+    ),
+    "dv-expanded": (
+        dense, {"dv": lambda a: a["dv"][:1].expand(2, -1, -1, -1)}, ValueError,
+        "dv: expected elements that don't overlap",
+    ),
+    "dq-is-q": (dense, {"dq": lambda a: a["q"]}, ValueError, f"dq: {MEMORY}"),
+    "dk-is-v": (varlen, {"dk": lambda a: a["v"]}, ValueError, f"dk: {MEMORY}"),
+    "dv-is-dk": (dense, {"dv": lambda a: a["dk"]}, ValueError, "dv: expected memory apart"),
+    "score-mod-alone": (
+        dense, {"score_mod": at_it}, NotImplementedError,
+        "backward: not implemented for a score_mod without score_mod_bwd",
+    ),
+    "score-mod-bwd-alone": (
+        dense, {"score_mod_bwd": lambda a: at_it}, ValueError,
+        "score_mod_bwd: expected None without a score_mod",
+    ),
+    "lengths-of-batched-tensors": (dense, {"max_seqlen_q": 3}, ValueError, f"q: {PACK}"),
+    "deterministic": (dense, {"deterministic": 1}, TypeError, "deterministic: expected a bool"),
+    "window": (varlen, {"window_size": 3}, TypeError, TWO_INTS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BACKWARD_REFUSED)
+def test_backward_refused(name):
+    call, changes, error, message = BACKWARD_REFUSED[name]
+    arguments = differentiated(call)
+    mfa.backward(**arguments)  # works without the change
+    before = [arguments[x].clone() for x in ("dq", "dk", "dv", "q", "k", "v")]
+    bad = {
+        n: x(arguments) if inspect.isfunction(x) and x is not at_it else x
+        for n, x in changes.items()
+    }
+    with pytest.raises(error, match=rf"^\w+: {message}"):
+        mfa.backward(**arguments | bad)
+    after = [arguments[x] for x in ("dq", "dk", "dv", "q", "k", "v")]
+    assert all(map(torch.equal, before, after)), "nothing was written"
+
+
+@pytest.mark.parametrize("call", [dense, varlen], ids=lambda call: call.__name__)
+def test_backward_is_refused_under_its_own_name(call):
+    arguments = differentiated(call)
+    for bad in ({"dout": None}, {"softcap": -1.0}):
+        with pytest.raises((TypeError, ValueError), match=r"^backward: "):
+            mfa.backward(**arguments | bad)
+
+
+def test_backward_takes_names_of_arguments_alone():
+    arguments = differentiated(dense)
+    given = [arguments.pop(x) for x in ("dout", "q", "k", "v", "out", "softmax_lse")]
+    mfa.backward(*given, **arguments)
+    with pytest.raises(TypeError, match="positional arguments"):
+        mfa.backward(*given, torch.ones(1))
+
+
 @pytest.mark.parametrize("call", [dense, varlen, kvcache], ids=lambda call: call.__name__)
 def test_every_argument_can_be_refused(call):
     """Each function's each argument is at fault in some row, and no two rows share a name."""

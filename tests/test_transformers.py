@@ -8,6 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from mini_flash_attention import flash_attn_func  # noqa: E402
 from mini_flash_attention.integrations import transformers as integration  # noqa: E402
 from mini_flash_attention.integrations.transformers import register  # noqa: E402
 
@@ -387,6 +388,195 @@ def test_a_decoding_step_compiles_without_a_break(family):
     assert_close(decode(step), decode(model))
 
 
+# -- training -------------------------------------------------------------------------------------
+
+# Of the largest gradient of a parameter. In fp32 both sides differ by 1e-6 to 1e-4 of it.
+NEAR = 1e-3
+CHECKPOINTING = {"none": None, "reentrant": True, "not reentrant": False}
+
+
+def gradients(model, attention, run, real, checkpointing="none"):
+    """Of all parameters, for random gradients of the logits of real tokens."""
+    model.set_attn_implementation(attention)
+    model.train().zero_grad()
+    if checkpointing != "none":
+        # Older releases have the other name.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+        enable({"use_reentrant": CHECKPOINTING[checkpointing]})
+    scores = run(model)
+    weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(2))
+    (scores * weights.to(scores))[real.bool()].sum().backward()
+    return {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+
+
+def assert_near(ours, theirs, limit=NEAR):
+    """Some gradients are 0 but for rounding: those of a key's bias."""
+    assert ours.keys() == theirs.keys()
+    largest = max(x.abs().max() for x in theirs.values())
+    for name, x in theirs.items():
+        error = (ours[name] - x).abs().max()
+        assert error <= limit * x.abs().max() + 1e-6 * largest, name
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients(family, padding, calls):
+    model = build(family)
+    ids, mask = batch(padding)
+
+    def run(model):
+        return model(ids, attention_mask=mask, use_cache=False).logits
+
+    theirs = gradients(model, "eager", run, mask)
+    assert not calls and any(name.endswith("sinks") for name in theirs) == (family == "gpt_oss")
+    ours = gradients(model, "mini", run, mask)
+    used = "flash_attn_func" if padding == "none" else "flash_attn_varlen_func"
+    assert calls == [used] * SIZES["num_hidden_layers"]
+    assert_near(ours, theirs)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_gradient_checkpointing(family, padding, checkpointing, calls):
+    """What the first pass drops is computed again, with the dropout that it had."""
+    dropout = 0.0 if family == "gpt_oss" else 0.2
+    model = build(family, attention_dropout=dropout)
+    ids, mask = batch(padding)
+
+    def run(model):
+        torch.manual_seed(5)
+        return model(ids, attention_mask=mask, use_cache=False).logits
+
+    plain = gradients(model, "mini", run, mask)
+    layers = len(calls)
+    again = gradients(model, "mini", run, mask, checkpointing)
+    assert len(calls) == layers * (2 if checkpointing == "none" else 3)
+    assert all(torch.equal(again[name], x) for name, x in plain.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_gradients_of_packed_sequences(family):
+    """Told by positions, and by lengths."""
+    model = build(family)
+    ids, mask = batch("none")
+    positions = torch.cat([torch.arange(n) for n in (12, 1, 8)])[None]
+    starts = torch.tensor([0, 12, 13, 21], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+    lengths |= {"max_length_q": 12, "max_length_k": 12}
+
+    def run(model, **more):
+        return model(ids[:1], position_ids=positions, use_cache=False, **more).logits
+
+    theirs = gradients(model, "eager", run, mask[:1])
+    assert_near(gradients(model, "mini", run, mask[:1]), theirs)
+    if family == "llama":
+        told = gradients(model, "mini", lambda model: run(model, **lengths), mask[:1])
+        assert_near(told, theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "mistral"])
+def test_gradients_with_padding_between_tokens(family):
+    """Beside a window each query gets a copy of its keys: pages have no gradients."""
+    model = build(family)
+    ids, mask = batch("left")
+    mask[0, 3:6] = mask[1, 10:13] = mask[3, -3] = 0
+
+    def run(model):
+        return model(ids, attention_mask=mask, use_cache=False).logits
+
+    assert_near(gradients(model, "mini", run, mask), gradients(model, "eager", run, mask))
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_gradients_of_an_encoder_and_its_decoder(padding):
+    """No causality, causality, and keys of another sequence."""
+    config = transformers.BartConfig(
+        vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48,
+        decoder_ffn_dim=48, encoder_attention_heads=2, decoder_attention_heads=2, init_std=0.4,
+        max_position_embeddings=64, dropout=0.0, bos_token_id=1, eos_token_id=2,
+        forced_eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BartForConditionalGeneration(config)
+    ids, mask = batch(padding)
+
+    def run(model):
+        return model(ids, attention_mask=mask, decoder_input_ids=ids[:, :9], use_cache=False).logits
+
+    real = torch.ones_like(ids[:, :9])
+    assert_near(gradients(model, "mini", run, real), gradients(model, "eager", run, real))
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_gradients_under_autocast(padding):
+    """Rotated queries and keys come in fp32 then, and values in bf16."""
+    model = build("llama")
+    ids, mask = batch(padding)
+
+    def run(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(ids, attention_mask=mask, use_cache=False).logits.float()
+
+    coarse = gradients(model, "sdpa", run, mask)
+    assert_near(gradients(model, "mini", run, mask), coarse, limit=0.2)
+
+
+def test_dropout():
+    """Another in each call, and the expected logits on average."""
+    ids, mask = batch("left")
+    model = build("llama", attention_dropout=0.1).train()
+    options = {"attention_mask": mask}
+    results = [logits(model, "mini", ids, **options)[mask.bool()] for _ in range(2)]
+    assert not torch.equal(*results)
+    torch.manual_seed(3)
+    first = logits(model, "mini", ids, **options)
+    torch.manual_seed(3)
+    assert torch.equal(logits(model, "mini", ids, **options), first)
+    past = transformers.StaticCache(config=model.config, max_cache_len=32)
+    with pytest.raises(NotImplementedError, match=r"attention: dropout: expected 0.0, got 0.1"):
+        logits(model, "mini", ids, past_key_values=past)
+
+
+def test_a_static_cache_has_no_gradients():
+    ids, _ = batch("none")
+    model = build("llama", "mini")
+    past = transformers.StaticCache(config=model.config, max_cache_len=32)
+    with pytest.raises(NotImplementedError, match="backward: not implemented for a KV cache"):
+        model(ids, past_key_values=past)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_deterministic_gradients(wanted, monkeypatch):
+    seen = []
+
+    def spy(*arguments, deterministic, **options):
+        seen.append(deterministic)
+        return flash_attn_func(*arguments, deterministic=deterministic, **options)
+
+    monkeypatch.setattr(integration, "flash_attn_func", spy)
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        logits(build("llama"), "mini", batch("none")[0])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [wanted] * SIZES["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_compiled_training(padding):
+    """The graph breaks where a mask is made, and beside padding in every layer."""
+    model = build("llama", "mini")
+    ids, mask = batch(padding)
+    options = {"attention_mask": mask, "use_cache": False}
+    expected = gradients(model, "mini", lambda model: model(ids, **options).logits, mask)
+    torch.compiler.reset()
+    step = torch.compile(model.forward, backend="aot_eager")
+    found = gradients(model, "mini", lambda _: step(ids, **options).logits, mask)
+    assert_near(found, expected)
+
+
 # -- on a GPU -----------------------------------------------------------------------------------
 
 
@@ -440,6 +630,25 @@ def test_gpu_logits(family, padding):
             logits(exact, "eager", ids, attention_mask=mask),
             mask,
         )
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("family", gpu_params(*FAMILIES))
+def test_gpu_gradients(family, padding):
+    """About as far from those of eager attention in fp32 as eager attention's in bf16 are."""
+    coarse, exact = coarse_and_exact(family)
+    ids, mask = batch(padding, device=exact.device)
+
+    def run(model):
+        return model(ids, attention_mask=mask, use_cache=False).logits
+
+    wanted = gradients(exact, "eager", run, mask)
+    errors = []
+    for attention in ("mini", "eager"):
+        found = gradients(coarse, attention, run, mask)
+        apart = [(found[name] - x).float().square().sum() for name, x in wanted.items()]
+        errors.append(torch.stack(apart).sum().sqrt())
+    assert errors[0] <= 1.5 * errors[1], errors
 
 
 # In logits, what a greedy choice in bf16 may cost. Eager attention in bf16 costs up to 0.03 here,
@@ -520,17 +729,6 @@ def test_mask_of_four_dimensions():
     square = torch.ones(2, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
     with pytest.raises(ValueError, match="attention: attention_mask: expected shape"):
         logits(build("llama"), "mini", ids, attention_mask=square)
-
-
-@pytest.mark.parametrize("padding", ["none", "left"])
-def test_dropout(padding):
-    ids, mask = batch(padding)
-    model = build("llama", attention_dropout=0.1).train()
-    with pytest.raises(NotImplementedError, match="dropout"):
-        logits(model, "mini", ids, attention_mask=mask)
-    past = transformers.StaticCache(config=model.config, max_cache_len=32)
-    with pytest.raises(NotImplementedError, match="dropout"):
-        logits(model, "mini", ids, past_key_values=past)
 
 
 def test_masks_of_another_making():

@@ -9,15 +9,20 @@
 are those of eager attention, with padding, windows, soft-capped scores, sinks, cross attention and
 dynamic and static caches. Models whose masks are made of anything else, that add a bias to their
 scores or compute attention themselves are refused. Attention weights are not returned. On a GPU the
-model must be in fp16 or bf16.
+model must be in fp16 or bf16, or run under torch.autocast.
+
+Models train, with gradient checkpointing too; a static cache alone has no gradients. Dropout draws
+from PyTorch's generator. After `torch.use_deterministic_algorithms(True)` gradients are the same
+bits in every run.
 
 A batch is packed if `cu_seq_lens_q` and `cu_seq_lens_k` say so, or, as transformers has it, if
 positions do not grow by one in a call without a mask and without a cache. Beside a mask or a cache
 positions may jump and repeat: a row remains one sequence.
 
 A padded batch costs a copy of its real keys and values in every layer, and waits for the GPU there.
-Padding between real tokens is slow beside a window: each query becomes a sequence. A compiled model
-is one graph where it decodes with a static cache; in prefill padding and packing break the graph.
+Padding between real tokens is slow beside a window: each query becomes a sequence, and in training
+gets a copy of the keys it sees. A compiled model is one graph where it decodes with a static cache;
+in prefill and in training it breaks where it looks for padding and packed sequences.
 
 Continuous batching (`model.generate_batch`, transformers 5.23) takes names with "flash" in them, as
 `set_attn_implementation` does for packages to load. So `register()` adds a second name,
@@ -111,8 +116,9 @@ def register(name: str = "mini") -> None:
         TypeError, ValueError: the name is no str, has "flash" in it, or is taken.
 
     Models then raise ValueError for a mask of four dimensions, and NotImplementedError for masks
-    and biases that the package has not, for dropout and where a gradient is needed. The other
-    errors are those of `flash_attn_func`, `flash_attn_varlen_func` and `flash_attn_with_kvcache`.
+    and biases that the package has not, and for dropout and gradients beside a static cache. The
+    other errors are those of `flash_attn_func`, `flash_attn_varlen_func` and
+    `flash_attn_with_kvcache`.
     """
     if not isinstance(name, str):
         raise wrong_type("register", "name", "a str", kind_of(name))
@@ -248,10 +254,11 @@ def attention(
     }
     if mask.lengths is not None:
         if dropout:
-            hint = "set attention_dropout=0.0 in the model's configuration"
+            hint = "leave the static cache to generation, or set attention_dropout=0.0"
             raise invalid(NotImplementedError, "attention", "dropout", "0.0", dropout, hint)
         return flash_attn_with_kvcache(q, k, v, cache_seqlens=mask.lengths, **options), None
     options["dropout_p"] = dropout
+    options["deterministic"] = torch.are_deterministic_algorithms_enabled()
     if mask.real is not None:
         return _padded(q, k, v, mask, options), None
     starts, starts_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
@@ -343,9 +350,12 @@ def _scattered(
     most = min(left + 1 + right, keys)
     table = first[:, None] + torch.arange(most, device=q.device)
     starts = torch.arange(batch * seqlen_q + 1, dtype=torch.int32, device=q.device)
-    out = flash_attn_varlen_func(
-        q.flatten(0, 1), k[:, None], v[:, None], starts, None, 1, most,
-        block_table=table.int(), seqused_k=seen.int(),
-        **options | {"causal": False, "window_size": (-1, -1)},
-    )  # fmt: skip
+    options |= {"causal": False, "window_size": (-1, -1), "seqused_k": seen.int()}
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        # Pages have no gradients: each query gets a copy of its keys instead.
+        k, v = (x[table.flatten().clamp(max=len(x) - 1)] for x in (k, v))
+        starts_k = starts * most
+    else:
+        k, v, starts_k, options["block_table"] = k[:, None], v[:, None], None, table.int()
+    out = flash_attn_varlen_func(q.flatten(0, 1), k, v, starts, starts_k, 1, most, **options)
     return out.view(batch, seqlen_q, *out.shape[1:])
