@@ -6,7 +6,8 @@ Scores are recomputed in fp32 (float64 for float64 tensors), for all heads of a 
 import torch
 
 from . import cpu, training
-from .problem import BackwardTensors, Problem
+from .plan.backward import BackwardTensors
+from .problem import Problem
 from .rules.window import Window
 
 

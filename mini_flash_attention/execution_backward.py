@@ -7,8 +7,8 @@ import torch
 from . import cpu_backward, execution, recipes, settings
 from .entries import Entry
 from .plan import gpu as gpus
-from .plan.backward import ROOM
-from .problem import BackwardTensors, Problem, empty_out
+from .plan.backward import ROOM, BackwardTensors
+from .problem import Problem, empty_out
 from .recipes import Arguments, Recipe
 from .validate import memory
 

@@ -133,16 +133,3 @@ def empty_out(q: torch.Tensor, head_dim: int = 0, device: str | None = None) -> 
     if out.stride(-1) != 1:
         out = torch.empty_like(q, memory_format=torch.contiguous_format, device=device)
     return out
-
-
-class BackwardTensors(NamedTuple):
-    """What the backward pass of a `Problem` reads besides, and what it writes."""
-
-    out: torch.Tensor
-    dout: torch.Tensor
-    lse: torch.Tensor
-    dlse: torch.Tensor | None
-    delta: torch.Tensor  # like lse
-    dq: torch.Tensor
-    dk: torch.Tensor
-    dv: torch.Tensor

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from . import settings, triton_on_cpu
+from . import settings, training, triton_on_cpu
 from .entries import Entry
 from .kernels import workspace
 from .plan import gpu as gpus
@@ -56,7 +56,7 @@ def look_up(entry: Entry, arguments: Arguments) -> tuple[Any, Recipe | None]:
     grad = torch.is_grad_enabled()
     if settings.CHECKED or transformed() or type(arguments.get("cache_seqlens")) is int:
         # An int cache_seqlens grows with every token.
-        return GRADIENT if wants_gradient(arguments) else None, None
+        return GRADIENT if training.wants_gradient(arguments) else None, None
     # 1 and True and 1.0 are equal, but not alike.
     key: list[Any] = [entry.name, settings.PORTABLE, *map(type, arguments.values())]
     try:
@@ -82,19 +82,11 @@ def look_up(entry: Entry, arguments: Arguments) -> tuple[Any, Recipe | None]:
             elif type(x) in PLAIN or hasattr(x, "arg_names"):  # a score_mod, compiled in
                 key.append(x)
             else:
-                return GRADIENT if wants_gradient(arguments) else None, None
+                return GRADIENT if training.wants_gradient(arguments) else None, None
         signature = tuple(key)
         return signature, _recipes.get(signature)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):
         return None, None  # unhashable, or no plain tensor
-
-
-def wants_gradient(arguments: Arguments) -> bool:
-    """Whether autograd, or a transform of torch.func, wants to know what happens to a tensor."""
-    if transformed():
-        return True
-    given = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
-    return torch.is_grad_enabled() and any(x.requires_grad for x in given)
 
 
 def launchable(p: Problem) -> Problem:

@@ -1,10 +1,19 @@
-"""What only training asks for: autocast, and dropout's random numbers."""
+"""What only training asks for: whether there are gradients, autocast, dropout's numbers."""
 
 from typing import Any
 
 import torch
 
 from .problem import Problem
+from .validate.tensors import transformed
+
+
+def wants_gradient(arguments: dict[str, Any]) -> bool:
+    """Whether autograd, or a transform of torch.func, wants to know what happens to a tensor."""
+    if transformed():
+        return True
+    given = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
+    return torch.is_grad_enabled() and any(x.requires_grad for x in given)
 
 
 def autocasts(arguments: dict[str, Any]) -> bool:

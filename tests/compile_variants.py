@@ -555,6 +555,8 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
             row = {"variant": str(variant), "kernel": name, **launch.options, **measured(compiled)}
             if name in ("forward", "decode", "preprocess", "dkdv", "dq") and aligned(variant):
                 row["narrow"] = len(re.findall(r"\bLDG\.\S*U16\b", machine_code(compiled)))
+            if name == "backward_hopper":
+                row["reused"] = reused(compiled.asm["ptx"])
             if name == "forward_hopper":
                 facts, mod = launch.constants[-2:]
                 keys, consumers = facts.BLOCK_N.value, facts.CONSUMERS.value

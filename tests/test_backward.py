@@ -630,16 +630,15 @@ def test_large_dout(place):
     case.arguments["v"][:, : 20 * n] *= 2.0**-6
     dout, _ = case.dresults()
     dout[:, 20 * n :] = 0  # no query that sees the large values has a gradient
-    dout /= 64
     small = case.backward(dout)
-    large = case.backward(dout * 2**16)
+    large = case.backward(dout * 2**10)
     products = torch.einsum(
-        "bqhd,bkhd->bhqk", dout.float() * 2**16, case.arguments["v"].repeat_interleave(2, 2).float()
+        "bqhd,bkhd->bhqk", dout.float() * 2**10, case.arguments["v"].repeat_interleave(2, 2).float()
     )
     assert products.abs().max() > 65504
     for name in "qkv":
         assert small[name].isfinite().all()
-        scaled = small[name].float() * 2**16
+        scaled = small[name].float() * 2**10
         there = scaled.abs() < 60000
         error = (large[name].float() - scaled)[there].abs().max()
         assert error <= 2**-10 * scaled[there].abs().max()

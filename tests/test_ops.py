@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import mini_flash_attention as mfa
-from mini_flash_attention import ops, settings
+from mini_flash_attention import ops, ops_backward, settings
 from mini_flash_attention.kernels import workspace
 
 triton = pytest.importorskip("triton")
@@ -333,7 +333,7 @@ def operators():
     yield OPS.varlen_backward.default, arguments, 0
 
 
-@pytest.mark.parametrize("number", range(len(ops.SCHEMAS) + len(ops.BACKWARD)))
+@pytest.mark.parametrize("number", range(len(ops.SCHEMAS) + len(ops_backward.BACKWARD)))
 def test_opcheck(number):
     """Schema, autograd's registration, fakes and tracing, as torch.library checks them."""
     operator, arguments, differentiated = list(operators())[number]

@@ -523,6 +523,18 @@ def test_gradients_under_autocast(padding):
     assert_near(gradients(model, "mini", run, mask), coarse, limit=0.2)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_under_autocast(cache):
+    model = build("llama")
+    ids, mask = batch("none")
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (
+            generated(model, name, ids, mask, cache_implementation=cache)
+            for name in ("mini", "sdpa")
+        )
+    assert ours.shape == theirs.shape and ours[:, 0].tolist() == theirs[:, 0].tolist()
+
+
 def test_dropout():
     """Another in each call, and the expected logits on average."""
     ids, mask = batch("left")
@@ -635,7 +647,9 @@ def test_gpu_logits(family, padding):
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("family", gpu_params(*FAMILIES))
 def test_gpu_gradients(family, padding):
-    """About as far from those of eager attention in fp32 as eager attention's in bf16 are."""
+    """About as far from those of eager attention in fp32 as eager attention's in bf16 are: of all
+    parameters together, at most twice.
+    """
     coarse, exact = coarse_and_exact(family)
     ids, mask = batch(padding, device=exact.device)
 
@@ -648,7 +662,7 @@ def test_gpu_gradients(family, padding):
         found = gradients(coarse, attention, run, mask)
         apart = [(found[name] - x).float().square().sum() for name, x in wanted.items()]
         errors.append(torch.stack(apart).sum().sqrt())
-    assert errors[0] <= 1.5 * errors[1], errors
+    assert errors[0] <= 2 * errors[1], errors
 
 
 # In logits, what a greedy choice in bf16 may cost. Eager attention in bf16 costs up to 0.03 here,

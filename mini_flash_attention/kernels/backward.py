@@ -2,8 +2,9 @@
 
 from .. import settings
 from ..plan import backward as planning
+from ..plan.backward import BackwardTensors
 from ..plan.gpu import Gpu
-from ..problem import BackwardTensors, Problem
+from ..problem import Problem
 from .launch import Launch
 from .portable import backward as portable
 

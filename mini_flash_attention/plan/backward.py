@@ -14,6 +14,19 @@ from .hopper import tma
 from .layout import size_class
 
 
+class BackwardTensors(NamedTuple):
+    """What the backward pass of a `Problem` reads besides, and what it writes."""
+
+    out: torch.Tensor
+    dout: torch.Tensor
+    lse: torch.Tensor
+    dlse: torch.Tensor | None
+    delta: torch.Tensor  # like lse
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+
+
 class Work(NamedTuple):
     """The programs of a kernel: blocks of rows by heads of the batch."""
 

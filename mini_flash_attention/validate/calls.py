@@ -26,18 +26,8 @@ def dense(
     seqlen_k = options.bounded(function, "k", k.shape[1])
     left, right, asked = options.window(function, causal, window_size, seqlen_q, seqlen_k)
     scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux, score_mod_bwd)
-    chosen = Options(
-        softmax_scale,
-        left,
-        right,
-        asked,
-        return_attn_probs,
-        0,
-        0,
-        deterministic,
-        dropped,
-        dropout_seed,
-    )  # fmt: skip
+    training = (deterministic, dropped, dropout_seed)
+    chosen = Options(softmax_scale, left, right, asked, return_attn_probs, 0, 0, *training)
     return _validated(Problem(function, q, k, v, out, batch, seqlen_q, seqlen_k, chosen, scores))
 
 
@@ -68,18 +58,8 @@ def varlen(
     splits = options.splits(function, num_splits)
     left, right, asked = options.window(function, causal, window_size, seqlen_q, seqlen_k)
     scores = Scores(softcap, alibi_slopes, score_mod, score_mod_args, s_aux, score_mod_bwd)
-    chosen = Options(
-        softmax_scale,
-        left,
-        right,
-        asked,
-        return_attn_probs,
-        splits,
-        0,
-        deterministic,
-        dropped,
-        dropout_seed,
-    )  # fmt: skip
+    training = (deterministic, dropped, dropout_seed)
+    chosen = Options(softmax_scale, left, right, asked, return_attn_probs, splits, 0, *training)
     lengths = DeviceLengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     cache = Cache(block_table, page_size)
     p = Problem(function, q, k, v, out, batch, seqlen_q, seqlen_k, chosen, scores, lengths, cache)

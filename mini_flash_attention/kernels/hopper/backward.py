@@ -20,9 +20,9 @@ scales dQ and narrows it.
 Source: FlashAttention-3 (arXiv:2407.08608), section 3, and its backward for SM 90.
 """
 
-from ...plan.backward import HopperBackward
+from ...plan.backward import BackwardTensors, HopperBackward
 from ...plan.scores import LOG2E
-from ...problem import BackwardTensors, Problem
+from ...problem import Problem
 from ...rules import sequence, work
 from ..gluon import fence_async_shared, gl, gluon
 from ..launch import SIZES, Launch

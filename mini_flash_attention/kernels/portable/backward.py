@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ...plan.backward import Backward, Work
+from ...plan.backward import Backward, BackwardTensors, Work
 from ...plan.layout import strides
 from ...plan.scores import LOG2E, choose_score_mode
-from ...problem import BackwardTensors, Problem
+from ...problem import Problem
 from ...rules import dropout as dropouts
 from ...rules import heads, scores, sequence, work
 from ...rules.window import Window

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from ...plan.backward import Work
+from ...plan.backward import BackwardTensors, Work
 from ...plan.layout import strides
-from ...problem import BackwardTensors, Problem
+from ...problem import Problem
 from ..launch import SIZES, Launch
 from .backward_loads import config, head_of, head_strides, load_block, store_block, tensor
 
