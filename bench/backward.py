@@ -167,7 +167,7 @@ def measure(calls: dict[str, Any], rounds: int) -> dict[str, float]:
 def compile_cell(number: int) -> None:
     """Compile what a cell needs, in a process of its own."""
     torch.set_grad_enabled(True)
-    prepared(cells()[number], ("mini", "portable", "deterministic"))
+    prepared(cells()[number], ("mini", "portable"))
 
 
 def run(names: Sequence[str], rounds: int, jobs: int, pattern: str | None) -> list[report.Row]:

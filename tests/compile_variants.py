@@ -33,7 +33,6 @@ from mini_flash_attention import dispatch, execution_backward, recipes, settings
 from mini_flash_attention.kernels.launch import Launch
 from mini_flash_attention.kernels.tma import TmaLaunch
 from mini_flash_attention.plan import decode, gpu, hopper
-from mini_flash_attention.problem import BackwardTensors
 
 BATCH, SEQLEN_Q, SEQLEN_K = 2, 1024, 1 << 14
 NHEADS, NHEADS_K = 8, 2
@@ -521,7 +520,7 @@ def compile_variant(variant: Variant, seen: set[str]) -> list[dict[str, Any]]:
         result = execution_backward.allocate(arguments)
         names = ("out", "dout", "softmax_lse", "dsoftmax_lse", "dq", "dk", "dv")
         out, dout, lse, dlse, *gradients = (arguments[name] for name in names)
-        given = BackwardTensors(out, dout, lse, dlse, result.delta, *gradients)
+        given = execution_backward.BackwardTensors(out, dout, lse, dlse, result.delta, *gradients)
         recipes.launch(execution_backward.make(entry, p, given, arguments), arguments, True)
         return result
 

@@ -9,8 +9,8 @@ from cases import Case, dense, randn, varlen
 
 import mini_flash_attention as mfa
 from mini_flash_attention import cpu_backward, plan, recipes, reference, settings
+from mini_flash_attention.execution_backward import BackwardTensors
 from mini_flash_attention.plan import backward as planning
-from mini_flash_attention.problem import BackwardTensors
 from mini_flash_attention.validate import calls as parse
 
 triton = pytest.importorskip("triton")
