@@ -68,7 +68,7 @@ def validate(entry: Entry, arguments: Arguments) -> Problem:
     """The call as a `Problem`, if nothing about it is wrong."""
     refuse_tracing()
     p = entry.parse(**arguments)
-    if arguments["out"] is not None:
+    if arguments["out"] is not None and "dout" not in arguments:
         _keep_apart(p.function, arguments)
     if p.q.is_cuda:
         try:

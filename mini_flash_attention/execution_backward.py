@@ -10,7 +10,9 @@ from .plan import gpu as gpus
 from .plan.backward import ROOM, BackwardTensors
 from .problem import Problem, empty_out
 from .recipes import Arguments, Recipe
-from .validate import memory
+from .validate import memory, wrong_value
+
+RESULTS = ("dq", "dk", "dv")
 
 
 class Gradients(NamedTuple):
@@ -28,12 +30,14 @@ def run(entry: Entry, arguments: Arguments, keep: bool = True) -> Gradients:
         arguments["deterministic"] = True
     key, recipe = recipes.look_up(entry, arguments)
     if recipe is not None:
+        keep_apart(arguments)
         if recipe.subclassed:
             memory.refuse_missing_memory(recipe.function, arguments)
         result = allocate(arguments)
         recipes.launch(recipe, arguments, keep)
         return result
     p = execution.validate(entry, arguments)
+    keep_apart(arguments)
     memory.refuse_missing_memory(p.function, arguments)
     arguments["score_mod_args"] = p.scores.aux or ()
     result = allocate(arguments)
@@ -60,6 +64,18 @@ def run(entry: Entry, arguments: Arguments, keep: bool = True) -> Gradients:
     if zero:
         result.dq.zero_()
     return result
+
+
+def keep_apart(arguments: Arguments) -> None:
+    """Refuse a caller's dq, dk or dv that shares memory with an input, or begins where another
+    does; they may be parts of one tensor.
+    """
+    given = {name: arguments[name] for name in RESULTS if arguments[name] is not None}
+    inputs = [x for name, x in arguments.items() if name not in RESULTS and torch.is_tensor(x)]
+    for name, x in given.items():
+        memory.refuse_overlap("backward", x, *inputs, name=name)
+        if x.numel() and sum(x.data_ptr() == y.data_ptr() for y in given.values()) > 1:
+            raise wrong_value("backward", name, "memory apart from dq, dk and dv", "the same")
 
 
 def allocate(arguments: Arguments) -> Gradients:

@@ -7,7 +7,7 @@ import torch
 
 from . import execution_backward
 from .entries import DENSE_BACKWARD, VARLEN_BACKWARD, Entry
-from .execution_backward import Gradients, readable, sink_gradient
+from .execution_backward import RESULTS, Gradients, readable, sink_gradient
 from .ops import LIBRARY, NAMESPACE, arguments_of, define, simple
 from .problem import empty_out
 
@@ -25,7 +25,6 @@ BACKWARD = {
         "Tensor? max_seqlen_q_tensor=None, Tensor? max_seqlen_k_tensor=None"
     ),
 }
-RESULTS = ("dq", "dk", "dv")
 
 
 def run_backward(entry: Entry, arguments: Mapping[str, Any]) -> Gradients:

@@ -523,18 +523,6 @@ def test_gradients_under_autocast(padding):
     assert_near(gradients(model, "mini", run, mask), coarse, limit=0.2)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_under_autocast(cache):
-    model = build("llama")
-    ids, mask = batch("none")
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = (
-            generated(model, name, ids, mask, cache_implementation=cache)
-            for name in ("mini", "sdpa")
-        )
-    assert ours.shape == theirs.shape and ours[:, 0].tolist() == theirs[:, 0].tolist()
-
-
 def test_dropout():
     """Another in each call, and the expected logits on average."""
     ids, mask = batch("left")

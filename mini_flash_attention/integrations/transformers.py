@@ -256,9 +256,6 @@ def attention(
         if dropout:
             hint = "leave the static cache to generation, or set attention_dropout=0.0"
             raise invalid(NotImplementedError, "attention", "dropout", "0.0", dropout, hint)
-        kind = q.device.type
-        if torch.is_autocast_enabled(kind):  # the two other functions see to it themselves
-            q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
         return flash_attn_with_kvcache(q, k, v, cache_seqlens=mask.lengths, **options), None
     options["dropout_p"] = dropout
     options["deterministic"] = torch.are_deterministic_algorithms_enabled()

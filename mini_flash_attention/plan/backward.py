@@ -106,6 +106,7 @@ def hopper(
     simple = not (p.scores.changed or p.options.dropout_p) and p.v.shape[-1] == head_dim
     if p.options.deterministic:  # the order in which programs add to dQ is no one's
         return None
+    simple &= abs(p.options.softmax_scale) > 1e-20  # the LSE is divided by it
     fits = head_dim % 8 == 0 and 32 < head_dim <= 128 and dout.numel() < 2**31
     if settings.PORTABLE or gpu.arch != 90 or not (simple and fits):
         return None

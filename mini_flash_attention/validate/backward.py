@@ -8,7 +8,7 @@ from ..problem import Problem, shape_of_lse
 from . import calls, memory, not_differentiable, tensors, wrong_value
 from .tensors import transformed
 
-FORWARD = {"out": None, "return_attn_probs": True, "s_aux": None}
+FORWARD = {"out": None, "return_attn_probs": True, "s_aux": None, "function": "backward"}
 VARLEN = {"block_table": None, "num_splits": 0}
 
 

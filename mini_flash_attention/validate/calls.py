@@ -13,9 +13,9 @@ def dense(
     window_size: Any, softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any,
     s_aux: Any, out: Any, score_mod: Any = None, score_mod_args: Any = (),
     score_mod_bwd: Any = None, dropout_seed: Any = None,
+    function: str = "flash_attn_func",
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_func(...)`. dropout_seed: made by `dispatch.py`."""
-    function = "flash_attn_func"
     tensors.qkv(function, q, k, v, "k v", 4, False)
     if k.shape[0] != q.shape[0]:
         raise wrong_value(function, "k", f"batch {q.shape[0]}, as q", k.shape[0])
@@ -37,10 +37,9 @@ def varlen(
     softcap: Any, alibi_slopes: Any, deterministic: Any, return_attn_probs: Any, block_table: Any,
     seqused_k: Any, s_aux: Any, num_splits: Any, out: Any, score_mod: Any = None,
     score_mod_args: Any = (), seqused_q: Any = None, score_mod_bwd: Any = None,
-    dropout_seed: Any = None,
+    dropout_seed: Any = None, function: str = "flash_attn_varlen_func",
 ) -> Problem:  # fmt: skip
     """The call `flash_attn_varlen_func(...)`."""
-    function = "flash_attn_varlen_func"
     tensors.qkv(function, q, k, v, "k v", 3, block_table is not None)
     batch, seqlen_q = _packed(function, cu_seqlens_q, max_seqlen_q, q)
     if cu_seqlens_k is not None:

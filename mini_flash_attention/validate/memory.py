@@ -49,7 +49,9 @@ def out(function: str, out: Any, q: torch.Tensor, head_dim: int) -> None:
         raise wrong_value(function, "out", wanted, f"strides {out.stride()}")
 
 
-def refuse_overlap(function: str, out: torch.Tensor, *inputs: torch.Tensor) -> None:
+def refuse_overlap(
+    function: str, out: torch.Tensor, *inputs: torch.Tensor, name: str = "out"
+) -> None:
     """Refuse an out that shares memory with an input."""
     if hasattr(out, "fake_mode") or not out.data_ptr():  # it lies nowhere
         return
@@ -58,4 +60,4 @@ def refuse_overlap(function: str, out: torch.Tensor, *inputs: torch.Tensor) -> N
         x_first, x_end = extent(x)
         if x_first and first < x_end and x_first < end:
             hint = "pass a tensor of its own memory"
-            raise wrong_value(function, "out", "memory apart from the inputs'", "an overlap", hint)
+            raise wrong_value(function, name, "memory apart from the inputs'", "an overlap", hint)
