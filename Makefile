@@ -15,7 +15,7 @@ TRITONS := 3.6.0 3.9.0
 export OMP_WAIT_POLICY ?= passive
 
 # What also runs in Triton's interpreter.
-interpreted := tests/test_functions.py tests/test_features.py tests/test_triton_on_cpu.py
+interpreted := $(patsubst %,tests/test_%.py,functions features triton_on_cpu backward)
 
 # What one change in one place is likely to break, without processes that take long to start.
 quick := $(patsubst %,tests/test_%.py,rules plan functions device_checks imports protocol refusals)
