@@ -174,7 +174,7 @@ def test_one_graph_serves_every_step(train, documents):
         return {len(batch.cu_seqlens) for batch in islice(batches, 8)}
 
     compiled = partial(torch.compile, backend=backend, fullgraph=True)
-    seed = next(seed for seed in range(100) if len(counts(seed)) > 1)
+    seed = next(seed for seed in range(1, 100) if len(counts(seed)) > 1)
     arguments = ("--steps", "8", "--seed", str(seed))
     with mock.patch.object(torch, "compile", compiled):
         runs = trained(train, documents, *arguments, "--compile")
