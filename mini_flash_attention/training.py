@@ -12,7 +12,7 @@ def wants_gradient(arguments: dict[str, Any]) -> bool:
     """Whether autograd, or a transform of torch.func, wants to know what happens to a tensor."""
     if transformed():
         return True
-    given = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
+    given = filter(torch.is_tensor, (*arguments.values(), *arguments.get("score_mod_args", ())))
     return torch.is_grad_enabled() and any(x.requires_grad for x in given)
 
 
@@ -24,7 +24,7 @@ def autocasts(arguments: dict[str, Any]) -> bool:
     if "k_cache" in arguments or not isinstance(q, torch.Tensor):
         return False
     kind = q.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind not in ("cuda", "cpu") or not torch.is_autocast_enabled(kind):
         return False
     given = {name: arguments[name] for name in ("q", "k", "v")}
     wide = [n for n, x in given.items() if isinstance(x, torch.Tensor) and x.dtype is torch.float32]

@@ -1025,7 +1025,7 @@ BACKWARD_REFUSED = {
     ),
     "dq-is-q": (dense, {"dq": lambda a: a["q"]}, ValueError, f"dq: {MEMORY}"),
     "dk-is-v": (varlen, {"dk": lambda a: a["v"]}, ValueError, f"dk: {MEMORY}"),
-    "dv-is-dk": (dense, {"dv": lambda a: a["dk"]}, ValueError, "dv: expected memory apart"),
+    "dv-is-dk": (dense, {"dv": lambda a: a["dk"]}, ValueError, "d[kv]: expected memory apart"),
     "score-mod-alone": (
         dense, {"score_mod": at_it}, NotImplementedError,
         "backward: not implemented for a score_mod without score_mod_bwd",
