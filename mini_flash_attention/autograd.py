@@ -68,8 +68,7 @@ class Attention(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: a checkpoint unpacks them then
         given = (ctx.call, dout, dlse, *saved)
         # Only where a graph of the gradients is asked for, to refuse to differentiate it.
-        once = torch.is_grad_enabled()
-        apply: Any = OnlyOnce.apply if once else gradients_of
+        apply: Any = OnlyOnce.apply if torch.is_grad_enabled() else gradients_of
         gradients = apply(*given)
         nothing = len(saved) - len(DIFFERENTIABLE) - 2
         return None, *gradients, *[None] * nothing
@@ -107,7 +106,8 @@ def gradients_of(
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     """The gradients of q, k, v and s_aux, for those of out and softmax_lse."""
     *tensors, out, lse = saved
-    if any(isinstance(x, torch.Tensor) and is_batched(x) for x in (dout, dlse)):
+    batched = (is_batchedtensor, is_legacy_batchedtensor)
+    if any(batch(x) for batch in batched for x in (dout, dlse) if x is not None):
         raise _refusal(call, "torch.vmap", "differentiate one at a time")
     assert out is not None and lse is not None
     arguments = call.arguments(tuple(tensors))
@@ -119,10 +119,6 @@ def gradients_of(
     entry = DENSE_BACKWARD if call.entry is DENSE else VARLEN_BACKWARD
     gradients = execution_backward.run(entry, arguments | own)
     return *gradients[:3], None if sink is None else sink_gradient(sink, lse, gradients.delta)
-
-
-def is_batched(x: torch.Tensor) -> bool:
-    return is_batchedtensor(x) or is_legacy_batchedtensor(x)
 
 
 def _refusal(call: Call, what: str, hint: str) -> NotImplementedError:

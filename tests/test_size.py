@@ -30,7 +30,6 @@ BUDGETS = {
     "cpu_backward.py": ("backward", 1400),
     "plan/backward": ("backward", 1400),
     "validate/backward": ("backward", 1400),
-    "kernels/backward": ("backward", 1400),
     "kernels/portable/backward": ("backward", 1400),
     "kernels/hopper/backward": ("backward", 1400),
     "integrations/": ("integrations", 1500),

@@ -52,9 +52,8 @@ def refuse(function: str, arguments: dict[str, Any]) -> None:
     """Refuse gradients of what has none, by name: they would be lost in silence."""
     if "k_cache" in arguments:
         if transformed():
-            raise NotImplementedError(
-                f"{function}: torch.func transforms and forward-mode AD: not implemented"
-            )
+            what = "torch.func transforms and forward-mode AD"
+            raise NotImplementedError(f"{function}: {what}: not implemented")
         hint = "flash_attn_func and flash_attn_varlen_func have gradients"
         raise not_differentiable(function, "a KV cache", hint)
     for name in ("out", "block_table"):

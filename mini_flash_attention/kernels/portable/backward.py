@@ -94,11 +94,15 @@ def dkdv_kernel(
     dropout = dropout_seed
     if dropout_seed is not None:
         dropout = dropouts.Dropout(tl.load(dropout_seed), threshold, kept_scale)
-    weights = Weights(inputs, b, window, dropout, SCORE_MOD, SCORE_MOD_BWD)
+    weights = Weights(inputs, b, window, dropout)
     keys = KeyBlock(k_tile, v_tile, head_k, tile.m_row)
     if not C.ONE_LOOP:
-        dk_tile, dv_tile = add_queries(dk_tile, dv_tile, keys, queries, seen, weights, False, C)
-    dk_tile, dv_tile = add_queries(dk_tile, dv_tile, keys, queries, seen, weights, True, C)
+        dk_tile, dv_tile = add_queries(
+            dk_tile, dv_tile, keys, queries, seen, weights, False, C, SCORE_MOD, SCORE_MOD_BWD
+        )
+    dk_tile, dv_tile = add_queries(
+        dk_tile, dv_tile, keys, queries, seen, weights, True, C, SCORE_MOD, SCORE_MOD_BWD
+    )
     at_dk = head_of(dk, b, tile.offset_q, head_k)
     at_dv = head_of(dv, b, tile.offset_q, head_k)
     dk_tile = dk_tile * softmax_scale
@@ -154,10 +158,12 @@ def dq_kernel(
     dropout = dropout_seed
     if dropout_seed is not None:
         dropout = dropouts.Dropout(tl.load(dropout_seed), threshold, kept_scale)
-    weights = Weights(inputs, b, window, dropout, SCORE_MOD, SCORE_MOD_BWD)
+    weights = Weights(inputs, b, window, dropout)
     if not C.ONE_LOOP:
-        dq_tile = add_keys(dq_tile, query, head, keys, seen, weights, False, C)
-    dq_tile = add_keys(dq_tile, query, head, keys, seen, weights, True, C)
+        dq_tile = add_keys(
+            dq_tile, query, head, keys, seen, weights, False, C, SCORE_MOD, SCORE_MOD_BWD
+        )
+    dq_tile = add_keys(dq_tile, query, head, keys, seen, weights, True, C, SCORE_MOD, SCORE_MOD_BWD)
     at_dq = head_of(dq, b, tile.offset_q, head)
     dq_tile = dq_tile * softmax_scale
     store_block(at_dq, dq.stride_t, tile.m_row, dq_tile, length_q, tile.writable, C.HEAD_DIM)

@@ -55,8 +55,6 @@ class Weights(NamedTuple):
     b: Any
     window: Any
     dropout: Any  # None without
-    SCORE_MOD: Any
-    SCORE_MOD_BWD: Any
 
 
 class KeyBlock(NamedTuple):
@@ -76,29 +74,34 @@ def slope_of(head, weights):
 
 
 @triton.jit
-def weigh(s, lse_log2, head, i, start, n, modification, weights, C: tl.constexpr):
+def weigh(
+    s, lse_log2, head, i, start, n, modification, weights, C: tl.constexpr, SCORE_MOD: tl.constexpr
+):
     """(the weights P of raw scores s, the scores that a score_mod is given).
 
     P is at most 1. The LSE is rounded, and S is not computed by the forward's product: where scores
     are huge, their difference may be far above 0, and its exponential infinite.
     """
-    biased = scores.bias(s, i, start, n, modification, C.SCORE_MODE, weights.SCORE_MOD)
+    biased = scores.bias(s, i, start, n, modification, C.SCORE_MODE, SCORE_MOD)
     changed = biased
-    if weights.SCORE_MOD is not None:
+    if SCORE_MOD is not None:
         aux = modification.aux
-        changed = scores.apply(biased, weights.b, head, i, start + n, aux, weights.SCORE_MOD)
+        changed = scores.apply(biased, weights.b, head, i, start + n, aux, SCORE_MOD)
     return tl.exp2(tl.minimum(changed * weights.inputs.scale - lse_log2, 0.0)), biased
 
 
 @triton.jit
-def score_gradient(s, biased, p, dp, delta, head, i, j, modification, weights, C: tl.constexpr):
+def score_gradient(
+    s, biased, p, dp, delta, head, i, j, modification, weights, C: tl.constexpr,
+    SCORE_MOD_BWD: tl.constexpr,
+):  # fmt: skip
     """dS, of the scaled scores, for P and dP. i and j: where queries and keys stand."""
     ds = p * (dp - delta)
-    if weights.SCORE_MOD_BWD is not None or C.SCORE_MODE == "softcap":
+    if SCORE_MOD_BWD is not None or C.SCORE_MODE == "softcap":
         ds = scores.differentiate(
-            ds, s, biased, weights.b, head, i, j, modification, C.SCORE_MODE, weights.SCORE_MOD_BWD
+            ds, s, biased, weights.b, head, i, j, modification, C.SCORE_MODE, SCORE_MOD_BWD
         )
-    if weights.SCORE_MOD_BWD is not None:  # by selection: it may be given anything where P is 0
+    if SCORE_MOD_BWD is not None:  # by selection: it may be given anything where P is 0
         ds = tl.where(p == 0.0, 0.0, ds)
     return ds
 
@@ -117,7 +120,10 @@ def hide(x, i, j, num_rows, window, partial, ONE_LOOP: tl.constexpr):
 
 
 @triton.jit
-def add_queries(dk, dv, keys, queries, blocks, weights, PARTIAL: tl.constexpr, C: tl.constexpr):
+def add_queries(
+    dk, dv, keys, queries, blocks, weights, PARTIAL: tl.constexpr, C: tl.constexpr,
+    SCORE_MOD: tl.constexpr, SCORE_MOD_BWD: tl.constexpr,
+):  # fmt: skip
     """Add to dK [N, D] and dV [N, D_V] what blocks of queries give, for all heads of the group.
 
     PARTIAL: the blocks that may need a mask, else the full ones; all of them if C.ONE_LOOP.
@@ -155,7 +161,9 @@ def add_queries(dk, dv, keys, queries, blocks, weights, PARTIAL: tl.constexpr, C
         rows = member * queries.head_stride + i
         lse_log2 = tl.load(queries.lse_log2 + rows)[None, :]
         s = tl.dot(keys.k, q.T)  # Sᵀ = K Qᵀ
-        p, biased = weigh(s, lse_log2, head, stands, keys.start, n, modification, weights, C)
+        p, biased = weigh(
+            s, lse_log2, head, stands, keys.start, n, modification, weights, C, SCORE_MOD
+        )
         if weights.dropout is not None:
             kept = dropouts.is_kept(weights.dropout, weights.b, head, i[None, :], j)
         if PARTIAL:
@@ -172,7 +180,9 @@ def add_queries(dk, dv, keys, queries, blocks, weights, PARTIAL: tl.constexpr, C
         if weights.dropout is not None:
             dp = tl.where(kept, dp * weights.dropout.scale, 0.0)
         delta = tl.load(queries.delta + rows)[None, :]
-        ds = score_gradient(s, biased, p, dp, delta, head, stands, j, modification, weights, C)
+        ds = score_gradient(
+            s, biased, p, dp, delta, head, stands, j, modification, weights, C, SCORE_MOD_BWD
+        )
         if PARTIAL:
             ds = hide(ds, i[None, :], j, queries.count, window, partial, C.ONE_LOOP)
         dk = tl.dot(ds.to(q.dtype), q, dk)  # dK += dSᵀ Q
@@ -180,7 +190,10 @@ def add_queries(dk, dv, keys, queries, blocks, weights, PARTIAL: tl.constexpr, C
 
 
 @triton.jit
-def add_keys(dq, query, head, keys, blocks, weights, PARTIAL: tl.constexpr, C: tl.constexpr):
+def add_keys(
+    dq, query, head, keys, blocks, weights, PARTIAL: tl.constexpr, C: tl.constexpr,
+    SCORE_MOD: tl.constexpr, SCORE_MOD_BWD: tl.constexpr,
+):  # fmt: skip
     """Add to dQ [M, D] what blocks of keys give. PARTIAL: as in `add_queries`."""
     inputs, window = weights.inputs, weights.window
     slope = inputs.alibi_slopes
@@ -202,7 +215,7 @@ def add_keys(dq, query, head, keys, blocks, weights, PARTIAL: tl.constexpr, C: t
             keys.k, keys.stride_k, start, keys.count, C.BLOCK_N, C.HEAD_DIM, C, not PARTIAL
         )
         s = tl.dot(query.q, k.T)  # S = Q Kᵀ
-        p, biased = weigh(s, lse_log2, head, stands, start, n, modification, weights, C)
+        p, biased = weigh(s, lse_log2, head, stands, start, n, modification, weights, C, SCORE_MOD)
         v = load_block(
             keys.v, keys.stride_v, start, keys.count, C.BLOCK_N, C.HEAD_DIM_V, C, not PARTIAL
         )
@@ -211,7 +224,8 @@ def add_keys(dq, query, head, keys, blocks, weights, PARTIAL: tl.constexpr, C: t
             kept = dropouts.is_kept(weights.dropout, weights.b, head, i, start + n)
             dp = tl.where(kept, dp * weights.dropout.scale, 0.0)
         ds = score_gradient(
-            s, biased, p, dp, delta, head, stands, start + n, modification, weights, C
+            s, biased, p, dp, delta, head, stands, start + n, modification, weights, C,
+            SCORE_MOD_BWD,
         )  # fmt: skip
         if PARTIAL:
             ds = hide(ds, i, start + n, query.count, window, partial, C.ONE_LOOP)
