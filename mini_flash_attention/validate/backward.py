@@ -51,7 +51,7 @@ def _checked(parse: Any, arguments: dict[str, Any], more: dict[str, Any]) -> Pro
 def refuse(function: str, arguments: dict[str, Any]) -> None:
     """Refuse gradients of what has none, by name: they would be lost in silence."""
     if "k_cache" in arguments:
-        if transformed():
+        if transformed() and not torch.compiler.is_compiling():
             what = "torch.func transforms and forward-mode AD"
             raise NotImplementedError(f"{function}: {what}: not implemented")
         hint = "flash_attn_func and flash_attn_varlen_func have gradients"
