@@ -3,6 +3,7 @@
 A compiler, and a mode that looks at operators, see operators instead (`ops.py`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -43,10 +44,8 @@ def run(entry: Entry, arguments: Arguments) -> Result:
     names = (*DIFFERENTIABLE, *(n for n in rest if isinstance(arguments[n], torch.Tensor)))
     others = {n: arguments[n] for n in rest if n not in names}
     tensors = [arguments[n] for n in names]
-    call = Call(entry, names, others)
     apply: Any = Attention.apply
-    out, lse = apply(call, *tensors, *arguments["score_mod_args"])
-    return out, lse
+    return apply(Call(entry, names, others), *tensors, *arguments["score_mod_args"])
 
 
 class Attention(torch.autograd.Function):
@@ -66,10 +65,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
         saved = ctx.saved_tensors  # once: a checkpoint unpacks them then
-        given = (ctx.call, dout, dlse, *saved)
-        # Only where a graph of the gradients is asked for, to refuse to differentiate it.
-        apply: Any = OnlyOnce.apply if torch.is_grad_enabled() else gradients_of
-        gradients = apply(*given)
+        gradients = once(ctx.call, gradients_of, ctx.call, dout, dlse, *saved)
         nothing = len(saved) - len(DIFFERENTIABLE) - 2
         return None, *gradients, *[None] * nothing
 
@@ -83,11 +79,11 @@ class Attention(torch.autograd.Function):
 
 
 class OnlyOnce(torch.autograd.Function):
-    """`gradients_of`, which has no gradients itself."""
+    """What `compute` makes of tensors, and what has no gradients itself."""
 
     @staticmethod
-    def forward(*given: Any) -> Any:
-        return gradients_of(*given)
+    def forward(call: Any, compute: Callable[..., Any], *given: Any) -> Any:
+        return compute(*given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -98,6 +94,14 @@ class OnlyOnce(torch.autograd.Function):
         raise _refusal(ctx.call, "second derivatives", "differentiate once")
 
     vmap = Attention.vmap
+
+
+def once(call: Any, compute: Callable[..., Any], *given: Any) -> Any:
+    """`compute` of what is given. Where a graph of the gradients is asked for, it is refused by
+    name to differentiate them.
+    """
+    apply: Any = OnlyOnce.apply if torch.is_grad_enabled() else OnlyOnce.forward
+    return apply(call, compute, *given)
 
 
 def gradients_of(

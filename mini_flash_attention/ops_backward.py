@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from . import execution_backward
+from .autograd import once
 from .entries import DENSE_BACKWARD, VARLEN_BACKWARD, Entry
 from .execution_backward import RESULTS, Gradients, readable, sink_gradient
 from .ops import LIBRARY, NAMESPACE, arguments_of, define, simple
@@ -34,8 +35,7 @@ def run_backward(entry: Entry, arguments: Mapping[str, Any]) -> Gradients:
     operator = getattr(torch.ops.mini_flash_attention, entry.name)
     gradients = operator(**simple(given))
     made = (x if out is None else out.copy_(x) for x, out in zip(gradients, results, strict=False))
-    dq, dk, dv = made
-    return Gradients(dq, dk, dv, gradients[3])
+    return Gradients._make([*made, gradients[3]])
 
 
 def _define_backward(entry: Entry) -> None:
@@ -63,6 +63,7 @@ def _differentiate(entry: Entry) -> None:
         given = dict(zip(order, inputs, strict=True))
         if not given["need_lse"]:
             raise ValueError(f"{NAMESPACE}: need_lse: expected True where gradients are wanted")
+        ctx.entry = entry
         ctx.names = [name for name, x in given.items() if isinstance(x, torch.Tensor)]
         ctx.others = {name: x for name, x in given.items() if name not in ctx.names}
         aux = ctx.others.pop("score_mod_args")
@@ -75,9 +76,8 @@ def _differentiate(entry: Entry) -> None:
         given |= {"out": out, "softmax_lse": lse, "dsoftmax_lse": dlse}
         given["dout"] = torch.zeros_like(out) if dout is None else readable(dout)
         given["score_mod_args"] = list(tensors[len(ctx.names) :])
-        dq, dk, dv, delta = backward_operator(
-            **{name: given[name] for name in wanted if name in given}
-        )
+        own = {name: given[name] for name in wanted if name in given}
+        dq, dk, dv, delta = once(ctx, lambda *_: backward_operator(**own), *tensors)
         gradients: dict[str, Any] = {"q": dq, "k": dk, "v": dv}
         if given["s_aux"] is not None:
             gradients["s_aux"] = sink_gradient(given["s_aux"], lse, delta)

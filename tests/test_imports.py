@@ -161,7 +161,7 @@ ARROWS = {
     "rules.": {"rules."},
     "rules.scores": {"settings"},
     "training": {"problem", "validate.tensors"},
-    "ops_backward": {"entries", "execution_backward", "ops", "problem"},
+    "ops_backward": {"autograd", "entries", "execution_backward", "ops", "problem"},
 }
 # And from outside, beside the standard library.
 OUTSIDE = {
