@@ -77,7 +77,7 @@ SMALL = {
     256: Choice(Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
 }
 TILES = {90: HOPPER}
-ROOM = 128  # rows past the last one that a block of LSE and delta may reach
+ROOM = 256  # rows past the last that a block may reach: it begins up to a block after them
 PREPROCESS_ROWS = {64: 128, 128: 64, 256: 32}
 
 

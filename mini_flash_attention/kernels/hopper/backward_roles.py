@@ -107,7 +107,7 @@ def produce(lengths, table, left, right, descs, statistics, tiles, full, C: gl.c
         jobs.load(
             descs.do, job.queries, row, head, full.do.index(stage), tiles.do.index(stage), VARLEN
         )
-        tiles.delta.index(stage).store(delta)
+        tiles.delta.index(stage).store(-delta)
         mbarrier.arrive(full.do.index(stage))
 
 

@@ -15,10 +15,10 @@ def preprocess_kernel(
     out, dout, lse, dlse, lse_log2, delta, dq_accum,
     stride_o_b, stride_o_t, stride_o_h, stride_do_b, stride_do_t, stride_do_h,
     stride_lse_b, stride_lse_h, stride_dlse_b, stride_dlse_h, stride_dlse_t,
-    nheads, num_m_blocks, seqlen_q, lse_factor, delta_factor,
+    nheads, num_m_blocks, seqlen_q, lse_factor,
     C: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO * O), less the gradient of the LSE; and the LSE, each times a factor.
+    """delta = rowsum(dO * O), less the gradient of the LSE; and the LSE times a factor.
 
     Both are 0 in a row that sees no key or belongs to no sequence, whatever its dO holds. dq_accum:
     None, or an fp32 copy of dQ to clear.
@@ -44,7 +44,7 @@ def preprocess_kernel(
     empty = top == float("-inf")
     at = batch_head.to(tl.int64) * seqlen_q + i
     tl.store(lse_log2 + at, tl.where(empty, 0.0, top * lse_factor), mask=real)
-    tl.store(delta + at, tl.where(empty, 0.0, d * delta_factor), mask=real)
+    tl.store(delta + at, tl.where(empty, 0.0, d), mask=real)
     if dq_accum is not None:
         columns = tl.arange(0, C.D)
         rows = dq_accum + at[:, None] * C.D + columns[None, :]
@@ -69,7 +69,7 @@ def postprocess_kernel(
 
 
 def preprocess(
-    p: Problem, given: BackwardTensors, work: Work, lse_factor: float, delta_factor: float = 1.0,
+    p: Problem, given: BackwardTensors, work: Work, lse_factor: float,
     accumulates: bool = False,
 ) -> Launch:  # fmt: skip
     """The launch of `preprocess_kernel`; whether it clears an fp32 copy of dQ too."""
@@ -77,7 +77,7 @@ def preprocess(
     dlse_strides = (0, 0, 0) if dlse is None else (*head_strides(dlse), dlse.stride(-1))
     constants = (
         *strides(out), *strides(dout), *head_strides(given.lse), *dlse_strides,
-        p.q.shape[-2], work.num_blocks, p.q.shape[-3], lse_factor, delta_factor,
+        p.q.shape[-2], work.num_blocks, p.q.shape[-3], lse_factor,
         config(p, work.tiles, "", out, dout),
     )  # fmt: skip
     accum = "dq_accum" if accumulates else "nothing"
