@@ -79,7 +79,7 @@ class Attention(torch.autograd.Function):
 
 
 class OnlyOnce(torch.autograd.Function):
-    """What `compute` makes of tensors, and what has no gradients itself."""
+    """Gradients that `compute` makes; they have none themselves. call: has an `entry`."""
 
     @staticmethod
     def forward(call: Any, compute: Callable[..., Any], *given: Any) -> Any:
@@ -97,8 +97,8 @@ class OnlyOnce(torch.autograd.Function):
 
 
 def once(call: Any, compute: Callable[..., Any], *given: Any) -> Any:
-    """`compute` of what is given. Where a graph of the gradients is asked for, it is refused by
-    name to differentiate them.
+    """`compute(*given)`. With create_graph its results require gradients, and computing those
+    raises an error that names the function.
     """
     apply: Any = OnlyOnce.apply if torch.is_grad_enabled() else OnlyOnce.forward
     return apply(call, compute, *given)

@@ -7,7 +7,7 @@ import torch
 
 from . import execution_backward
 from .autograd import once
-from .entries import DENSE_BACKWARD, VARLEN_BACKWARD, Entry
+from .entries import DENSE, DENSE_BACKWARD, VARLEN, VARLEN_BACKWARD, Entry
 from .execution_backward import RESULTS, Gradients, readable, sink_gradient
 from .ops import LIBRARY, NAMESPACE, arguments_of, define, simple
 from .problem import empty_out
@@ -33,9 +33,10 @@ def run_backward(entry: Entry, arguments: Mapping[str, Any]) -> Gradients:
     given = dict(arguments)
     results = [given.pop(name) for name in RESULTS]
     operator = getattr(torch.ops.mini_flash_attention, entry.name)
-    gradients = operator(**simple(given))
-    made = (x if out is None else out.copy_(x) for x, out in zip(gradients, results, strict=False))
-    return Gradients._make([*made, gradients[3]])
+    *gradients, delta = operator(**simple(given))
+    made = (x if out is None else out.copy_(x) for x, out in zip(gradients, results, strict=True))
+    dq, dk, dv = made
+    return Gradients(dq, dk, dv, delta)
 
 
 def _define_backward(entry: Entry) -> None:
@@ -52,9 +53,9 @@ def _define_backward(entry: Entry) -> None:
     define(entry, entry.name, BACKWARD[entry.name], 4, compute, fake, 5)
 
 
-def _differentiate(entry: Entry) -> None:
+def _differentiate(forward: Entry, entry: Entry) -> None:
     """Register what computes the gradients of the forward operator."""
-    operator = getattr(torch.ops.mini_flash_attention, entry.name.removesuffix("_backward")).default
+    operator = getattr(torch.ops.mini_flash_attention, forward.name).default
     order = [argument.name for argument in operator._schema.arguments]
     backward_operator = getattr(torch.ops.mini_flash_attention, entry.name)
     wanted = [argument.name for argument in backward_operator.default._schema.arguments]
@@ -63,7 +64,7 @@ def _differentiate(entry: Entry) -> None:
         given = dict(zip(order, inputs, strict=True))
         if not given["need_lse"]:
             raise ValueError(f"{NAMESPACE}: need_lse: expected True where gradients are wanted")
-        ctx.entry = entry
+        ctx.entry = forward
         ctx.names = [name for name, x in given.items() if isinstance(x, torch.Tensor)]
         ctx.others = {name: x for name, x in given.items() if name not in ctx.names}
         aux = ctx.others.pop("score_mod_args")
@@ -87,6 +88,6 @@ def _differentiate(entry: Entry) -> None:
     torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=LIBRARY)
 
 
-for _entry in (DENSE_BACKWARD, VARLEN_BACKWARD):
+for _forward, _entry in ((DENSE, DENSE_BACKWARD), (VARLEN, VARLEN_BACKWARD)):
     _define_backward(_entry)
-    _differentiate(_entry)
+    _differentiate(_forward, _entry)

@@ -23,9 +23,9 @@ SHARED = {
 }
 LONGEST_FIRST = sorted(SHARED, key=lambda arch: arch != 90)  # which has kernels of its own
 TENSOR_MEMORY = 512  # columns, on SM 100
-# Bytes that a thread may spill, none by default: what the backward kernels spill today. The largest
-# number is of a score_mod in packed sequences with Triton 3.9 on SM 90 (240 without).
-SPILLS = {"preprocess": 32, "dkdv": 608, "dq": 128, "backward_hopper": 160}
+# Bytes that a thread may spill, none by default: the most that any variant of these kernels does.
+# For dkdv it is a score_mod in packed sequences, with Triton 3.9 on SM 90; others spill at most 240.
+SPILLS = {"preprocess": 8, "dkdv": 608, "dq": 120, "backward_hopper": 152}
 TRITONS = ("3.6.0", "3.9.0")
 
 
@@ -33,7 +33,7 @@ TRITONS = ("3.6.0", "3.9.0")
 @pytest.mark.parametrize("version", TRITONS[::-1], ids="triton-{}".format)
 @pytest.mark.parametrize("arch", LONGEST_FIRST, ids="sm_{}".format)
 def test_fits(version: str, arch: int) -> None:
-    """No kernel spills registers or needs more memory than there is on the chip.
+    """No kernel spills more registers than SPILLS, or needs more memory than there is on the chip.
 
     Of those that are dealt out to it. With Triton 3.9 dense causal kernels of head_dims between 64
     and 128 spill 32 to 48 bytes on SM 120, which gets none of them (bench/NOTES.md, 119).

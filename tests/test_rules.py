@@ -367,6 +367,8 @@ def test_garbage_stays_inside(cu_seqlens, total, block):
         assert 0 <= start <= start + rows <= total
         # Not even a tile counted from a wrong start begins before the tensor.
         assert start + tile * block >= 0
+        row = sequence.query_start(b, Pointer(cu_seqlens), total) + tile * block
+        assert row + block <= total + 2 * block, "plan.backward.ROOM counts on it"
 
 
 @given(used=GARBAGE, appended=st.integers(0, 9), capacity=st.integers(0, 100))

@@ -108,5 +108,5 @@ def launches(
         backward_hopper_kernel, plan.work.programs, POINTERS, constants, 4, boxes=boxes,
         fallback=Launches(*fallback), combine_launch=postprocess(p, given, plan.preprocess),
     )  # fmt: skip
-    first = preprocess(p, given, plan.preprocess, -1 / scale, True)
+    first = preprocess(p, given, plan.preprocess, -1 / scale, accumulates=True)
     return [first, main], {"dq_accum": rows * D}

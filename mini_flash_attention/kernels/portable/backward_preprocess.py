@@ -69,9 +69,8 @@ def postprocess_kernel(
 
 
 def preprocess(
-    p: Problem, given: BackwardTensors, work: Work, lse_factor: float,
-    accumulates: bool = False,
-) -> Launch:  # fmt: skip
+    p: Problem, given: BackwardTensors, work: Work, lse_factor: float, accumulates: bool = False
+) -> Launch:
     """The launch of `preprocess_kernel`; whether it clears an fp32 copy of dQ too."""
     out, dout, dlse = given.out, given.dout, given.dlse
     dlse_strides = (0, 0, 0) if dlse is None else (*head_strides(dlse), dlse.stride(-1))
