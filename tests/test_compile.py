@@ -24,7 +24,7 @@ SHARED = {
 LONGEST_FIRST = sorted(SHARED, key=lambda arch: arch != 90)  # which has kernels of its own
 TENSOR_MEMORY = 512  # columns, on SM 100
 # Bytes that a thread may spill, none by default: the most that any variant of these kernels does.
-# For dkdv it is a score_mod in packed sequences, with Triton 3.9 on SM 90; others spill 240 at most.
+# For dkdv it is a score_mod in packed sequences (Triton 3.9, SM 90); others spill at most 240.
 SPILLS = {"preprocess": 8, "dkdv": 608, "dq": 120, "backward_hopper": 152}
 TRITONS = ("3.6.0", "3.9.0")
 
