@@ -188,7 +188,8 @@ def _products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _on_tensors(function: Any, aux: tuple[torch.Tensor, ...], *given: Any) -> torch.Tensor:
     """A score_mod or its gradient, as the reference calls it."""
-    return triton_on_cpu.call(function, *given, *([aux] if aux else []))
+    there = tuple(x.to(given[0].device) for x in aux)
+    return triton_on_cpu.call(function, *given, *([there] if aux else []))
 
 
 def kept(

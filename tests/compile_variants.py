@@ -156,7 +156,8 @@ ALSO_HOPPER = [  # with one of them:
 
 
 # Gradients. A call launches `preprocess`, `dkdv` and `dq`, or where it is for Hopper's the others.
-BACKWARD = {"preprocess", "dkdv", "dq", "backward_hopper", "postprocess"}
+FOR_HOPPER = {"backward_hopper", "postprocess", "dkdv_hopper", "dq_hopper"}
+BACKWARD = {"preprocess", "dkdv", "dq"} | FOR_HOPPER
 # For every architecture,
 TIGHT_BACKWARD = [  # with both Tritons:
     ("dkdv", (64, 128, 256), "causal", "dense", ""),
@@ -197,6 +198,14 @@ HOPPER_BACKWARD = [  # on Hopper alone, with both Tritons
     ("backward_hopper", (128, 64), "none", "dense", "fp16"),
     ("backward_hopper", (128, 64), "window", "used", "dlse"),
     ("backward_hopper", (128, 96), "none", "packed", "alone"),
+    ("backward_hopper", (128, 64), "causal", "dense", "ordered"),
+    ("backward_hopper", (64,), "window", "packed", "ordered"),
+    ("dkdv_hopper", (256,), "causal", "dense", "alone"),
+    ("dkdv_hopper", (256,), "window", "used", "dlse"),
+    ("dkdv_hopper", (192,), "none", "packed", "v=128 fp16"),
+    ("dq_hopper", (256,), "causal", "dense", "alone"),
+    ("dq_hopper", (256,), "window", "used", "dlse"),
+    ("dq_hopper", (192,), "none", "packed", "v=128 fp16"),
     ("postprocess", (96,), "causal", "packed", ""),
     ("postprocess", (40,), "causal", "dense", ""),
 ]
@@ -333,7 +342,7 @@ def differentiate(variant: Variant) -> None:
     nheads = NHEADS if head_dim > 1 else 1
     nheads_k = nheads if "alone" in words or head_dim == 1 else NHEADS_K
     dtype = torch.float16 if "fp16" in words else torch.bfloat16
-    settings.PORTABLE = variant.kernel not in ("backward_hopper", "postprocess")
+    settings.PORTABLE = variant.kernel not in FOR_HOPPER
     packed = variant.keys != "dense"
 
     def tokens(length: int, heads: int, head_dim: int) -> torch.Tensor:
@@ -353,6 +362,8 @@ def differentiate(variant: Variant) -> None:
     if "mod" in words:
         more |= {"score_mod": curved, "score_mod_bwd": curved_backward}
         more["score_mod_args"] = (torch.empty(SEQLEN_K),)
+    if "ordered" in words:
+        more["deterministic"] = True
     if "dlse" in words:
         more["dsoftmax_lse"] = torch.empty_like(lse)
     if packed:

@@ -623,6 +623,28 @@ def test_n_block_range_of_queries(tile, length_q, length_k, bounds, blocks):
 
 
 @given(
+    length_q=st.integers(1, 300), length_k=st.integers(1, 300),
+    bounds=st.tuples(st.none() | st.integers(0, 250), st.none() | st.integers(0, 250)),
+    blocks=st.sampled_from([(128, 64), (128, 128), (32, 16)]),
+)  # fmt: skip
+@sampled
+def test_later_n_blocks(length_q, length_k, bounds, blocks):
+    """Blocks of keys take turns 0, 1, 2 ... at a block of queries, the last one first."""
+    block_n, block_m = blocks
+    sides = window_of(length_k - length_q, bounds, None, length_k)
+    left_right = tuple(-1 if w is None else w for w in bounds)
+    visible = reference.visibility(length_q, length_k, False, left_right)
+    for m_row in range(0, length_q, block_m):
+        keys = visible[m_row : m_row + block_m].any(0)
+        came = [n for n in range(0, length_k, block_n) if keys[n : n + block_n].any()]
+        turns = [
+            work.later_n_blocks(Int32(n), Int32(m_row), Int32(length_q), sides, block_m, block_n)
+            for n in came[::-1]
+        ]
+        assert turns == list(range(len(came)))
+
+
+@given(
     lengths_q=st.lists(st.integers(0, 70), min_size=4, max_size=4),
     lengths_k=st.lists(st.integers(0, 70), min_size=4, max_size=4), padding=st.integers(0, 80),
     longest=st.tuples(st.integers(0, 80), st.integers(0, 80)), block=BLOCKS,

@@ -11,7 +11,7 @@ from .configs import Tiles
 from .forward import L2_BYTES
 from .gpu import Gpu
 from .hopper import tma
-from .layout import size_class
+from .layout import padded, size_class
 
 
 class BackwardTensors(NamedTuple):
@@ -49,12 +49,13 @@ class Backward(NamedTuple):
 
 
 class HopperBackward(NamedTuple):
-    """The plan of the Hopper backward kernel."""
+    """The plan of the Hopper backward kernels."""
 
     preprocess: Work  # and what narrows dQ afterwards
-    work: Work  # blocks of 128 keys
-    block_m: int  # queries of a block
+    work: Work  # blocks of keys
+    dq: Work | None  # blocks of queries, where dQ has a kernel of its own
     columns: int  # of a tile of Q and K
+    columns_v: int
 
 
 class Choice(NamedTuple):
@@ -80,23 +81,21 @@ TILES = {90: HOPPER}
 # Rows past the last one that a block of LSE and delta may reach: the unused block of a packed
 # sequence begins up to a block after its end.
 ROOM = 2 * max(choice.dq.block_m for table in (HOPPER, SMALL) for choice in table.values())
+# What heads that are worked on together may have in the L2 cache (bench/NOTES.md, 125).
+HOPPER_L2_BYTES = 8 << 20
 PREPROCESS_ROWS = {64: 128, 128: 64, 256: 32}
 
 
 def backward(p: Problem, gpu: Gpu) -> Backward:
     """The plan of the portable backward kernels for a call."""
-    head_dims = p.q.shape[-1] + p.v.shape[-1]
     size = size_class(max(p.q.shape[-1], p.v.shape[-1]))
     choice = TILES.get(gpu.arch, SMALL)[size]
     nheads = p.q.shape[-2]
-    row = head_dims * p.q.element_size()  # bytes of a query and its dO, of a key and its value
     packed_q = p.lengths.cu_seqlens_q is not None
-    queries = (p.q.shape[-3], p.batch if packed_q else 0)
     rows = Tiles(PREPROCESS_ROWS[size_class(p.v.shape[-1])], 0, 4, 1)
-    dkdv = key_work(p, choice.dkdv)
-    dq = _work(choice.dq, choice.dq.block_m, *queries, p.batch, nheads, row * p.seqlen_k // p.group)
+    dkdv, dq = key_work(p, choice.dkdv, L2_BYTES), query_work(p, choice.dq, L2_BYTES)
     batch_heads = nheads * (1 if packed_q else p.batch)
-    preprocess = Work(rows, -(-queries[0] // rows.block_m), batch_heads, 1)
+    preprocess = Work(rows, -(-p.q.shape[-3] // rows.block_m), batch_heads, 1)
     return Backward(preprocess, dkdv, dq)
 
 
@@ -104,38 +103,58 @@ def hopper(
     p: Problem, dout: torch.Tensor, results: Sequence[torch.Tensor], gpu: Gpu
 ) -> HopperBackward | None:
     """The plan of the Hopper backward kernel, or None where the portable kernels have to do it."""
-    head_dim = p.q.shape[-1]
-    simple = not (p.scores.changed or p.options.dropout_p) and p.v.shape[-1] == head_dim
-    if p.options.deterministic:  # the order in which programs add to dQ is no one's
-        return None
+    head_dim, head_dim_v = p.q.shape[-1], p.v.shape[-1]
+    simple = not (p.scores.changed or p.options.dropout_p)
     simple &= abs(p.options.softmax_scale) > 1e-20  # the LSE is divided by it
-    fits = head_dim % 8 == 0 and 32 < head_dim <= 128 and dout.numel() < 2**31
+    fits = head_dim % 8 == 0 and head_dim_v % 8 == 0 and dout.numel() < 2**31
     if settings.PORTABLE or gpu.arch != 90 or not (simple and fits):
         return None
     if not all(map(tma, (p.q, p.k, p.v, dout, *results))):
         return None
-    portable = backward(p, gpu)
-    columns = size_class(head_dim)
+    columns, columns_v = padded(head_dim, head_dim_v), padded(head_dim_v, head_dim)
+    preprocess = backward(p, gpu).preprocess
+    if max(head_dim, head_dim_v) > 128:
+        if min(columns, columns_v) < 64:
+            return None
+        tiles = Tiles(64, 64, 4, 1)
+        work = key_work(p, tiles, HOPPER_L2_BYTES)
+        dq = query_work(p, tiles._replace(block_m=128), HOPPER_L2_BYTES)
+        return HopperBackward(preprocess, work, dq, columns, columns_v)
+    if head_dim != head_dim_v or head_dim <= 32:
+        return None
     tiles = Tiles(128 if columns == 64 else 64, 128, 4, 1)
-    work = key_work(p, tiles)
-    return HopperBackward(portable.preprocess, work, tiles.block_m, columns)
+    work = key_work(p, tiles, HOPPER_L2_BYTES, accumulates=True)
+    return HopperBackward(preprocess, work, None, columns, columns_v)
 
 
-def key_work(p: Problem, tiles: Tiles) -> Work:
-    """Blocks of keys."""
+def key_work(p: Problem, tiles: Tiles, l2_bytes: int, accumulates: bool = False) -> Work:
+    """Blocks of keys. accumulates: to dQ, in fp32."""
     packed = p.batch if p.lengths.cu_seqlens_k is not None else 0
-    row = (p.q.shape[-1] + p.v.shape[-1]) * p.q.element_size()  # bytes of a query and its dO
-    head_bytes = row * p.seqlen_q * p.group
-    return _work(tiles, tiles.block_n, p.k.shape[-3], packed, p.batch, p.k.shape[-2], head_bytes)
+    row = _row_bytes(p)  # of a query and its dO
+    if accumulates:
+        row += 4 * p.q.shape[-1]
+    group = l2_bytes // max(1, row * p.seqlen_q * p.group)
+    return _work(tiles, tiles.block_n, p.k.shape[-3], packed, p.batch, p.k.shape[-2], group)
+
+
+def query_work(p: Problem, tiles: Tiles, l2_bytes: int) -> Work:
+    """Blocks of queries."""
+    packed = p.batch if p.lengths.cu_seqlens_q is not None else 0
+    group = l2_bytes // max(1, _row_bytes(p) * p.seqlen_k // p.group)  # keys and values
+    return _work(tiles, tiles.block_m, p.q.shape[-3], packed, p.batch, p.q.shape[-2], group)
+
+
+def _row_bytes(p: Problem) -> int:
+    """Bytes of a query and its dO, of a key and its value."""
+    return (p.q.shape[-1] + p.v.shape[-1]) * p.q.element_size()
 
 
 def _work(
-    tiles: Tiles, block: int, tokens: int, packed: int, batch: int, nheads: int, head_bytes: int
+    tiles: Tiles, block: int, tokens: int, packed: int, batch: int, nheads: int, l2_group: int
 ) -> Work:
     """packed: 0, or how many sequences the tokens are packed from."""
     if packed:  # rules/sequence.py counts blocks through all sequences; each may leave one unused
         num_blocks, batch_heads = tokens // block + packed, nheads
     else:
         num_blocks, batch_heads = -(-tokens // block), batch * nheads
-    l2_group = min(batch_heads, L2_BYTES // max(1, head_bytes))
-    return Work(tiles, num_blocks, batch_heads, max(1, l2_group))
+    return Work(tiles, num_blocks, batch_heads, max(1, min(batch_heads, l2_group)))

@@ -89,3 +89,10 @@ def n_block_range(
     seen = mask.n_block_range(m_row // GROUP, last, window, BLOCK_N)
     end = tl.where(m_row < num_rows, seen.end, seen.begin)
     return mask.KeyBlocks(seen.begin, seen.full_begin, tl.minimum(seen.full_end, end), end)
+
+
+@triton.jit
+def later_n_blocks(n_row, m_row, num_rows, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many blocks after that of the BLOCK_N keys from `n_row` the rows from `m_row` see."""
+    seen = n_block_range(m_row, num_rows, window, BLOCK_M, BLOCK_N)
+    return (seen.end - n_row) // BLOCK_N - 1

@@ -29,13 +29,15 @@ from ..launch import SIZES, Launch
 from ..portable.backward_preprocess import postprocess, preprocess
 from ..tma import ANY, LAST, WRAP, Launches, TmaBox, TmaLaunch, sequence_box
 from . import backward_roles as roles
+from .backward_dkdv import dkdv_hopper_kernel
+from .backward_dq import dq_hopper_kernel
 from .backward_work import Config
 from .pipeline import barriers
 
 
 @gluon.jit(do_not_specialize=SIZES)
 def backward_hopper_kernel(
-    q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc, lse, delta,
+    q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc, lse, delta, turns,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
     batch, nheads_k, num_n_blocks, l2_group, seqlen_q, seqlen_k, total_q, total_k,
     scale, left, right, softmax_scale,
@@ -72,41 +74,62 @@ def backward_hopper_kernel(
         (roles.consume, (0, lengths, table, left, right, scales, shared, C)),
         (roles.consume, (1, lengths, table, left, right, scales, shared, C)),
         (roles.produce, (lengths, table, left, right, descs, statistics, tiles, full, C)),
-        (roles.write, (lengths, table, left, right, descs, tiles, C)),
+        (roles.write, (lengths, table, left, right, descs, tiles, turns, C)),
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
 
 
-POINTERS = ("lse_log2", "delta", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+STATISTICS = ("lse_log2", "delta")
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 
 
 def launches(
     p: Problem, given: BackwardTensors, plan: HopperBackward, fallback: list[Launch]
 ) -> tuple[list[Launch], dict[str, int]]:
-    """The launches, and the elements of their workspace: an fp32 copy of dQ."""
+    """The launches, and the elements of their workspace."""
     packed, nheads = p.lengths.cu_seqlens_q is not None, p.q.shape[-2]
     total_q, total_k = p.q.shape[-3], p.k.shape[-3]
-    M, D, columns = plan.block_m, plan.columns, plan.columns // (2 if plan.block_m == 64 else 1)
-    rows = given.delta.numel()
+    tiles, D, D_V = plan.work.tiles, plan.columns, plan.columns_v
+    M, N = tiles.block_m, tiles.block_n
+    scale = p.options.softmax_scale
+    ordered = p.options.deterministic
+    config = Config(D, D_V, M, N, p.group, packed, ordered)
+    constants = (
+        p.seqlen_q, p.seqlen_k, total_q, total_k, scale * LOG2E, p.options.left, p.options.right,
+        scale, config,
+    )  # fmt: skip
+    pointers: tuple[str, ...] = STATISTICS + LENGTHS
+    rows, needed = given.delta.numel(), {}
+    if plan.dq is None:
+        needed = {"dq_accum": rows * D} | ({"turns": rows} if ordered else {})
+    first = preprocess(p, given, plan.preprocess, -1 / scale, cleared=tuple(needed))
+    q, do = sequence_box("q", p.q, M, D), sequence_box("dout", given.dout, M, D_V)
+    k, v = sequence_box("k", p.k, 64, D), sequence_box("v", p.v, 64, D_V)
+    dk, dv = sequence_box("dk", given.dk, 64, D), sequence_box("dv", given.dv, 64, D_V)
+    keys = (p.batch, p.k.shape[-2], plan.work.num_blocks, plan.work.l2_group, *constants)
+    if plan.dq is not None:
+        # What falls back takes the LSE in another form, and the next launch wants this one.
+        instead = Launches(*fallback, first)
+        queries = (p.batch, nheads, plan.dq.num_blocks, plan.dq.l2_group, *constants)
+        dq = sequence_box("dq", given.dq, 64, D)
+        of_keys = TmaLaunch(
+            dkdv_hopper_kernel, plan.work.programs, pointers, keys, 4,
+            boxes=[q, k, v, do, dk, dv], fallback=instead, combine_launch=None,
+        )  # fmt: skip
+        of_queries = TmaLaunch(
+            dq_hopper_kernel, plan.dq.programs, pointers, queries, 4,
+            boxes=[q, k, v, do, dq], fallback=instead, combine_launch=None,
+        )  # fmt: skip
+        return [first, of_keys, of_queries], needed
+    pointers = (*STATISTICS, "turns" if ordered else "nothing", *LENGTHS)
+    columns = D // 2 if M == 64 else D
     steps = [nheads * total_q * D, total_q * D, D, 1]
     dq = TmaBox("dq_accum", [p.batch, nheads, total_q, D], steps, [1, 1, 64, columns])
     if packed:
         shape, steps = [ANY, ANY, nheads, LAST, D], [WRAP - D, D, total_q * D, D, 1]
         dq = TmaBox("dq_accum", shape, steps, [1, 1, 1, 64, columns])
-    boxes = [
-        sequence_box("q", p.q, M, D), sequence_box("k", p.k, 64, D), sequence_box("v", p.v, 64, D),
-        sequence_box("dout", given.dout, M, D),
-        dq, sequence_box("dk", given.dk, 64, D), sequence_box("dv", given.dv, 64, D),
-    ]  # fmt: skip
-    config = Config(D, M, p.group, packed)
-    scale = p.options.softmax_scale
-    constants = (
-        p.batch, p.k.shape[-2], plan.work.num_blocks, plan.work.l2_group,
-        p.seqlen_q, p.seqlen_k, total_q, total_k,
-        scale * LOG2E, p.options.left, p.options.right, scale, config,
-    )  # fmt: skip
     main = TmaLaunch(
-        backward_hopper_kernel, plan.work.programs, POINTERS, constants, 4, boxes=boxes,
-        fallback=Launches(*fallback), combine_launch=postprocess(p, given, plan.preprocess),
+        backward_hopper_kernel, plan.work.programs, pointers, keys, 4,
+        boxes=[q, k, v, do, dq, dk, dv], fallback=Launches(*fallback),
+        combine_launch=postprocess(p, given, plan.preprocess),
     )  # fmt: skip
-    first = preprocess(p, given, plan.preprocess, -1 / scale, accumulates=True)
-    return [first, main], {"dq_accum": rows * D}
+    return [first, main], needed

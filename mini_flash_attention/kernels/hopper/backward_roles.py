@@ -24,6 +24,7 @@ Q_EMPTY, DO_EMPTY = gl.constexpr(8), gl.constexpr(10)  # and the next: a stage i
 DQ_FULL, DQ_EMPTY = gl.constexpr(12), gl.constexpr(14)  # and the next: a consumer's dQ
 READERS = gl.constexpr(2 * 128 + 32)  # threads of both consumers and the producer
 WRITERS = gl.constexpr(128 + 32)  # of a consumer and the writer
+POLLS = gl.constexpr(1 << 20)  # about a second
 
 
 class Descriptors(NamedTuple):
@@ -68,9 +69,10 @@ class Barriers(NamedTuple):
 
 @gluon.jit
 def load_keys(desc, job, barrier, tiles, VARLEN: gl.constexpr):
-    """Load the keys, or values, of both consumers."""
-    mbarrier.expect(barrier, 2 * desc.block_type.nbytes)
-    for which in gl.static_range(2):
+    """Load the program's keys, or values."""
+    COUNT: gl.constexpr = tiles.shape[0]
+    mbarrier.expect(barrier, COUNT * desc.block_type.nbytes)
+    for which in gl.static_range(COUNT):
         row = job.n_row + 64 * which
         jobs.load(desc, job.keys, row, job.head_k, barrier, tiles.index(which), VARLEN)
 
@@ -94,6 +96,12 @@ def produce(lengths, table, left, right, descs, statistics, tiles, full, C: gl.c
         lse = gl.load(statistics.lse + at, mask=i < job.queries.count, other=0.0)
         delta = gl.load(statistics.delta + at, mask=i < job.queries.count, other=0.0)
         if n >= STAGES:
+            named_barrier("sync", DO_EMPTY + stage, READERS)
+        mbarrier.expect(full.do.index(stage), descs.do.block_type.nbytes)
+        jobs.load(
+            descs.do, job.queries, row, head, full.do.index(stage), tiles.do.index(stage), VARLEN
+        )
+        if n >= STAGES:
             named_barrier("sync", Q_EMPTY + stage, READERS)
         mbarrier.expect(full.q.index(stage), descs.q.block_type.nbytes)
         jobs.load(
@@ -101,28 +109,47 @@ def produce(lengths, table, left, right, descs, statistics, tiles, full, C: gl.c
         )
         tiles.lse.index(stage).store(lse)
         mbarrier.arrive(full.q.index(stage))
-        if n >= STAGES:
-            named_barrier("sync", DO_EMPTY + stage, READERS)
-        mbarrier.expect(full.do.index(stage), descs.do.block_type.nbytes)
-        jobs.load(
-            descs.do, job.queries, row, head, full.do.index(stage), tiles.do.index(stage), VARLEN
-        )
         tiles.delta.index(stage).store(-delta)
         mbarrier.arrive(full.do.index(stage))
 
 
 @gluon.jit
-def write(lengths, table, left, right, descs, tiles, C: gl.constexpr):
-    """Add the consumers' blocks of dQ to the fp32 copy."""
+def take_turn(counter, turn):
+    """Wait until `turn` programs have been here. Not for ever: lengths may be junk."""
+    come, polls = gl.load(counter, volatile=True), 0
+    while (come < turn) & (polls < POLLS):
+        come = gl.load(counter, volatile=True)
+        polls += 1
+
+
+@gluon.jit
+def end_turn(counter):
+    """Say that this program's additions are done, once they are."""
+    PTX: gl.constexpr = "cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
+    gl.inline_asm_elementwise(PTX, "=r,r", [gl.to_tensor(0)], gl.int32, False, 1)
+    gl.atomic_add(counter, 1.0, sem="release")
+
+
+@gluon.jit
+def write(lengths, table, left, right, descs, tiles, turns, C: gl.constexpr):
+    """Add the consumers' blocks of dQ to the fp32 copy. turns: a counter for each of its rows, of
+    which the first of a block is used.
+    """
     job = jobs.work_of(gl.program_id(0), lengths, table, left, right, C)
     for n in range(jobs.num_blocks(job, C)):
         member, row = jobs.nth_block(n, job, C)
+        counter = turns
+        if C.ORDERED:
+            counter += job.first_row + member.to(gl.int64) * job.head_stride + row
+            take_turn(counter, jobs.turn_of(job, row, left, right, C))
         for which in gl.static_range(2):
             named_barrier("sync", DQ_FULL + which, WRITERS)
             jobs.add_dq(descs.dq, job, member, row, which, tiles.dq.index(which), C)
         for which in gl.static_range(2):
             tma.store_wait(1 - which)
             named_barrier("arrive", DQ_EMPTY + which, WRITERS)
+        if C.ORDERED:
+            end_turn(counter)
 
 
 @gluon.jit

@@ -15,9 +15,12 @@ class Facts(NamedTuple):
     """What the kernel is compiled for."""
 
     D: Any  # columns of a tile of Q and K
+    D_V: Any  # and of V and dO
     BLOCK_M: Any
+    BLOCK_N: Any
     GROUP: Any  # query heads of a KV head
     VARLEN: Any  # whether queries and keys are packed sequences
+    ORDERED: Any  # whether programs add to dQ in a fixed order
 
 
 class Config(CompileTime, Facts):
@@ -35,13 +38,13 @@ class Rows(NamedTuple):
 
 
 class Work(NamedTuple):
-    """128 keys of a KV head, and the queries that see them."""
+    """BLOCK_N keys of a KV head, and the queries that see them."""
 
     b: Any
     head_k: Any
     keys: Any  # `Rows` in use
     writable: Any
-    n_row: Any  # the first of the 128
+    n_row: Any  # the first of the BLOCK_N
     queries: Any  # `Rows`
     blocks: Any  # of queries: `mask.KeyBlocks`, seen from the keys
     num_partial: Any  # blocks of a head that may need a mask
@@ -54,14 +57,18 @@ class Work(NamedTuple):
 def work_of(program, lengths, table, left, right, C: gl.constexpr):
     """The program's work. Keys are handed to the rules as what sees queries (`portable/backward`).
 
-    The first keys of a head come first: under a causal mask most queries see them.
+    The first keys of a head come first: under a causal mask most queries see them. Where programs
+    take turns the last ones do, so that none waits for one that starts later (`turn_of`).
     """
     BLOCK_M: gl.constexpr = C.BLOCK_M
-    number = gl.num_programs(0) - 1 - program
-    tile = work.work_tile(number, lengths, table, 128)
+    BLOCK_N: gl.constexpr = C.BLOCK_N
+    number = program
+    if not C.ORDERED:
+        number = gl.num_programs(0) - 1 - program
+    tile = work.work_tile(number, lengths, table, BLOCK_N)
     offset_q, length_q = work.key_span(tile.b, lengths, 0)
     from_keys = Window(length_q - tile.num_rows, right, left, None, length_q)
-    blocks = work.n_block_range(tile.m_row, tile.num_rows, from_keys, 128, BLOCK_M)
+    blocks = work.n_block_range(tile.m_row, tile.num_rows, from_keys, BLOCK_N, BLOCK_M)
     num_full = (blocks.full_end - blocks.full_begin) // BLOCK_M
     num_partial = (blocks.end - blocks.begin) // BLOCK_M - num_full
     total_q = lengths.total_k
@@ -81,8 +88,14 @@ def partial_block(n, job, C: gl.constexpr):
     member, block = n * 0, n
     if C.GROUP > 1:
         member, block = n // job.num_partial, n % job.num_partial
-    row, blocks = job.blocks.begin + block * C.BLOCK_M, job.blocks
-    return member, row + gl.where(row < blocks.full_begin, 0, blocks.full_end - blocks.full_begin)
+    return member, partial_start(block, job.blocks, C.BLOCK_M)
+
+
+@gluon.jit
+def partial_start(n, blocks, BLOCK: gl.constexpr):
+    """Where the n-th block begins that may need a mask: full ones lie between them."""
+    start = blocks.begin + n * BLOCK
+    return start + gl.where(start < blocks.full_begin, 0, blocks.full_end - blocks.full_begin)
 
 
 @gluon.jit
@@ -109,6 +122,16 @@ def nth_block(n, job, C: gl.constexpr):
 def num_blocks(job, C: gl.constexpr):
     """Blocks of queries, for all heads of the group."""
     return C.GROUP * (job.num_partial + job.num_full)
+
+
+@gluon.jit
+def turn_of(job, row, left, right, C: gl.constexpr):
+    """How many programs add to dQ's block from `row` before this one: those of later keys."""
+    BLOCK_M: gl.constexpr = C.BLOCK_M
+    BLOCK_N: gl.constexpr = C.BLOCK_N
+    length_q, length_k = job.queries.count, job.keys.count
+    window = Window(length_k - length_q, left, right, None, length_k)
+    return work.later_n_blocks(job.n_row, row, length_q, window, BLOCK_M, BLOCK_N)
 
 
 @gluon.jit

@@ -12,7 +12,7 @@ from .backward_loads import config, head_of, head_strides, load_block, store_blo
 
 @triton.jit(do_not_specialize=SIZES)
 def preprocess_kernel(
-    out, dout, lse, dlse, lse_log2, delta, dq_accum,
+    out, dout, lse, dlse, lse_log2, delta, dq_accum, turns,
     stride_o_b, stride_o_t, stride_o_h, stride_do_b, stride_do_t, stride_do_h,
     stride_lse_b, stride_lse_h, stride_dlse_b, stride_dlse_h, stride_dlse_t,
     nheads, num_m_blocks, seqlen_q, lse_factor,
@@ -21,7 +21,7 @@ def preprocess_kernel(
     """delta = rowsum(dO * O), less the gradient of the LSE; and the LSE times a factor.
 
     Both are 0 in a row that sees no key or belongs to no sequence, whatever its dO holds. dq_accum:
-    None, or an fp32 copy of dQ to clear.
+    None, or an fp32 copy of dQ to clear; turns: None, or a counter for each row, likewise.
     """
     out = tensor(out, stride_o_b, stride_o_t, stride_o_h, C.DIVISIBLE_BY_8 & 1)
     dout = tensor(dout, stride_do_b, stride_do_t, stride_do_h, C.DIVISIBLE_BY_8 & 2)
@@ -45,6 +45,8 @@ def preprocess_kernel(
     at = batch_head.to(tl.int64) * seqlen_q + i
     tl.store(lse_log2 + at, tl.where(empty, 0.0, top * lse_factor), mask=real)
     tl.store(delta + at, tl.where(empty, 0.0, d), mask=real)
+    if turns is not None:
+        tl.store(turns + at, 0.0, mask=real)
     if dq_accum is not None:
         columns = tl.arange(0, C.D)
         rows = dq_accum + at[:, None] * C.D + columns[None, :]
@@ -69,9 +71,9 @@ def postprocess_kernel(
 
 
 def preprocess(
-    p: Problem, given: BackwardTensors, work: Work, lse_factor: float, accumulates: bool = False
+    p: Problem, given: BackwardTensors, work: Work, lse_factor: float, cleared: tuple[str, ...] = ()
 ) -> Launch:
-    """The launch of `preprocess_kernel`; whether it clears an fp32 copy of dQ too."""
+    """The launch of `preprocess_kernel`. cleared: "dq_accum", "turns"."""
     out, dout, dlse = given.out, given.dout, given.dlse
     dlse_strides = (0, 0, 0) if dlse is None else (*head_strides(dlse), dlse.stride(-1))
     constants = (
@@ -79,8 +81,8 @@ def preprocess(
         p.q.shape[-2], work.num_blocks, p.q.shape[-3], lse_factor,
         config(p, work.tiles, "", out, dout),
     )  # fmt: skip
-    accum = "dq_accum" if accumulates else "nothing"
-    pointers = ("out", "dout", "lse", "dlse", "lse_log2", "delta", accum)
+    zeros = (name if name in cleared else "nothing" for name in ("dq_accum", "turns"))
+    pointers = ("out", "dout", "lse", "dlse", "lse_log2", "delta", *zeros)
     return Launch(preprocess_kernel, work.programs, pointers, constants, *work.tiles[2:])
 
 

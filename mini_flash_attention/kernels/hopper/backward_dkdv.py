@@ -1,0 +1,261 @@
+"""dK and dV for Hopper at head_dims above 128, where registers hold those of 64 keys a program.
+
+There is no room for dQ beside them, so it has a kernel of its own (`backward_dq.py`), and S and dP
+are computed twice. One consumer computes S, P and dV, the other dP, dS and dK. P goes from one to
+the other through shared memory, two blocks of M queries ahead at most.
+
+    producer     K V | dO Q | dO Q | ...                                         (TMA)
+    consumer 0   Sᵀ . exp2 . P -> smem | dV, the next Sᵀ . exp2 . P -> smem ...  (wgmma)
+    consumer 1   dPᵀ . P <- smem . dS  | dK, the next dPᵀ . P <- smem . dS ...   (wgmma)
+
+The exponentials of a block run while dV of the block before is computed, dS while dK is.
+"""
+
+from typing import Any, NamedTuple
+
+from ...rules import sequence, work
+from ..gluon import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)  # fmt: skip
+from ..launch import SIZES
+from . import backward_roles as roles
+from . import backward_work as jobs
+from .pipeline import accumulator, barriers, named_barrier, no_hoist
+from .softmax import convert_p
+
+# Named barriers; the producer's and 7 are those of `backward_roles`.
+P_FULL, P_EMPTY = gl.constexpr(12), gl.constexpr(14)  # and the next: a stage of P
+
+
+class Tiles(NamedTuple):
+    """Shared memory."""
+
+    q: Any  # of each stage
+    do: Any
+    lse: Any
+    delta: Any
+    k: Any
+    v: Any
+    p: Any  # of each stage: Pᵀ
+
+
+class Descriptors(NamedTuple):
+    """What TMA reads and writes."""
+
+    q: Any
+    k: Any
+    v: Any
+    do: Any
+    dk: Any
+    dv: Any
+
+
+@gluon.jit
+def weights(
+    n, s, row, job, left, right, scale_log2, shared, PARTIAL: gl.constexpr, C: gl.constexpr
+):
+    """Pᵀ of the n-th block from its scores, for the other consumer too. row: its first query."""
+    _, tiles, _ = shared
+    p = gl.exp2(gl.minimum(s * scale_log2, 0.0))
+    if PARTIAL:
+        p = roles.hide(p, job, 0, row, left, right, C.BLOCK_M)
+    p = convert_p(p, tiles.q)
+    stage = n % roles.STAGES
+    if n >= roles.STAGES:
+        named_barrier("sync", P_EMPTY + stage, 256)
+    tiles.p.index(stage).store(p)
+    named_barrier("arrive", P_FULL + stage, 256)
+    return gl.convert_layout(p, gl.DotOperandLayout(0, accumulator(C.D_V), 2))
+
+
+@gluon.jit
+def add_dv(n, p, dv, shared, C: gl.constexpr):
+    """Begin dV += Pᵀ dO for the n-th block."""
+    _, tiles, full = shared
+    stage = n % roles.STAGES
+    mbarrier.wait(full.do.index(stage), n // roles.STAGES & 1)
+    return warpgroup_mma(p, tiles.do.index(stage).reshape([C.BLOCK_M, C.D_V]), dv, is_async=True)
+
+
+@gluon.jit
+def scores(n, shared, C: gl.constexpr):
+    """Begin Sᵀ - L of the n-th block."""
+    _, tiles, full = shared
+    stage = n % roles.STAGES
+    mbarrier.wait(full.q.index(stage), n // roles.STAGES & 1)
+    q = tiles.q.index(stage).reshape([C.BLOCK_M, C.D])
+    return roles.product(tiles.k.index(0).reshape([64, C.D]), q, tiles.lse.index(stage), C.BLOCK_M)
+
+
+@gluon.jit
+def step_dv(n, p, dv, job, left, right, scale_log2, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
+    """Block n - 1 is added to dV, whose weights are p. Those of block n, and dV."""
+    s = scores(n, shared, C)
+    dv = add_dv(n - 1, p, dv, shared, C)
+    s = warpgroup_mma_wait(1, deps=[s])
+    named_barrier("arrive", roles.Q_EMPTY + n % roles.STAGES, roles.READERS)
+    row = 0
+    if PARTIAL:
+        row = jobs.partial_block(n, job, C)[1]
+    following = weights(n, s, row, job, left, right, scale_log2, shared, PARTIAL, C)
+    dv, p = warpgroup_mma_wait(0, deps=[dv, p])
+    named_barrier("arrive", roles.DO_EMPTY + (n - 1) % roles.STAGES, roles.READERS)
+    return following, dv
+
+
+@gluon.jit
+def consume_dv(lengths, table, left, right, scales, shared, C: gl.constexpr):
+    """The consumer of S, P and dV."""
+    descs, tiles, full = shared
+    scale_log2, _ = scales
+    job = jobs.work_of(gl.program_id(0), lengths, table, left, right, C)
+    dv = gl.zeros([64, C.D_V], gl.float32, accumulator(C.D_V))
+    all_partial, total = C.GROUP * job.num_partial, jobs.num_blocks(job, C)
+    if total > 0:
+        mbarrier.wait(full.kv.index(0), 0)
+        s = warpgroup_mma_wait(0, deps=[scores(0, shared, C)])
+        named_barrier("arrive", roles.Q_EMPTY, roles.READERS)
+        row = jobs.nth_block(0, job, C)[1]
+        p = weights(0, s, row, job, left, right, scale_log2, shared, True, C)
+        for n in range(1, all_partial):
+            p, dv = step_dv(n, p, dv, job, left, right, scale_log2, shared, True, C)
+        for n in range(gl.maximum(all_partial, 1), total):
+            p, dv = step_dv(n, p, dv, job, left, right, scale_log2, shared, False, C)
+        dv = add_dv(total - 1, p, dv, shared, C)
+        dv, p = warpgroup_mma_wait(0, deps=[dv, p])
+    named_barrier("sync", roles.BOTH_CONSUMERS, 256)  # the other one has read V
+    store_keys(dv, descs.dv, tiles.v, lengths, table, left, right, C)
+
+
+@gluon.jit
+def score_gradients(n, dp, row, job, left, right, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
+    """dSᵀ of the n-th block from dPᵀ - delta and the other consumer's Pᵀ. row: its first query."""
+    _, tiles, _ = shared
+    stage = n % roles.STAGES
+    named_barrier("sync", P_FULL + stage, 256)
+    p = tiles.p.index(stage).load(accumulator(C.BLOCK_M))
+    named_barrier("arrive", P_EMPTY + stage, 256)
+    dp = warpgroup_mma_wait(1, deps=[dp])
+    named_barrier("arrive", roles.DO_EMPTY + stage, roles.READERS)
+    ds = p.to(gl.float32) * dp
+    if PARTIAL:
+        ds = roles.hide(ds, job, 0, row, left, right, C.BLOCK_M)
+    return gl.convert_layout(convert_p(ds, tiles.q), gl.DotOperandLayout(0, accumulator(C.D), 2))
+
+
+@gluon.jit
+def add_dk(n, ds, dk, shared, C: gl.constexpr):
+    """Begin dK += dSᵀ Q for the n-th block."""
+    _, tiles, full = shared
+    stage = n % roles.STAGES
+    mbarrier.wait(full.q.index(stage), n // roles.STAGES & 1)
+    return warpgroup_mma(ds, tiles.q.index(stage).reshape([C.BLOCK_M, C.D]), dk, is_async=True)
+
+
+@gluon.jit
+def weight_gradients(n, shared, C: gl.constexpr):
+    """Begin dPᵀ - delta of the n-th block."""
+    _, tiles, full = shared
+    stage = n % roles.STAGES
+    mbarrier.wait(full.do.index(stage), n // roles.STAGES & 1)
+    do = tiles.do.index(stage).reshape([C.BLOCK_M, C.D_V])
+    v = tiles.v.index(0).reshape([64, C.D_V])
+    return roles.product(v, do, tiles.delta.index(stage), C.BLOCK_M)
+
+
+@gluon.jit
+def step_dk(n, ds, dk, job, left, right, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
+    """Block n - 1 is added to dK, whose dS is ds. That of block n, and dK."""
+    dp = weight_gradients(n, shared, C)
+    dk = add_dk(n - 1, ds, dk, shared, C)
+    row = 0
+    if PARTIAL:
+        row = jobs.partial_block(n, job, C)[1]
+    following = score_gradients(n, dp, row, job, left, right, shared, PARTIAL, C)
+    dk, ds = warpgroup_mma_wait(0, deps=[dk, ds])
+    named_barrier("arrive", roles.Q_EMPTY + (n - 1) % roles.STAGES, roles.READERS)
+    return following, dk
+
+
+@gluon.jit
+def consume_dk(lengths, table, left, right, scales, shared, C: gl.constexpr):
+    """The consumer of dP, dS and dK."""
+    descs, tiles, full = shared
+    _, softmax_scale = scales
+    job = jobs.work_of(gl.program_id(0), lengths, table, left, right, C)
+    dk = gl.zeros([64, C.D], gl.float32, accumulator(C.D))
+    all_partial, total = C.GROUP * job.num_partial, jobs.num_blocks(job, C)
+    if total > 0:
+        mbarrier.wait(full.kv.index(1), 0)
+        dp = warpgroup_mma_wait(0, deps=[weight_gradients(0, shared, C)])
+        row = jobs.nth_block(0, job, C)[1]
+        ds = score_gradients(0, dp, row, job, left, right, shared, True, C)
+        for n in range(1, all_partial):
+            ds, dk = step_dk(n, ds, dk, job, left, right, shared, True, C)
+        for n in range(gl.maximum(all_partial, 1), total):
+            ds, dk = step_dk(n, ds, dk, job, left, right, shared, False, C)
+        dk = add_dk(total - 1, ds, dk, shared, C)
+        dk, ds = warpgroup_mma_wait(0, deps=[dk, ds])
+    named_barrier("sync", roles.BOTH_CONSUMERS, 256)  # the other one has read K
+    store_keys(dk * softmax_scale, descs.dk, tiles.k, lengths, table, left, right, C)
+
+
+@gluon.jit
+def store_keys(x, desc, tiles, lengths, table, left, right, C: gl.constexpr):
+    """Write dK or dV [64, columns] through a tile: zeros in rows that are not in use."""
+    job = jobs.work_of(no_hoist(gl.program_id(0)), lengths, table, left, right, C)
+    key = job.n_row + gl.arange(0, 64, gl.SliceLayout(1, x.type.layout))
+    x = gl.where(gl.expand_dims(key < job.keys.count, 1), x, 0.0)
+    tiles.index(0).reshape(x.shape).store(x.to(tiles.dtype))
+    fence_async_shared()
+    written = jobs.Rows(job.b, job.keys.offset, job.writable)
+    jobs.store(desc, written, job.n_row, job.head_k, tiles.index(0), C.VARLEN)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def dkdv_hopper_kernel(
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, lse, delta,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+    batch, nheads_k, num_n_blocks, l2_group, seqlen_q, seqlen_k, total_q, total_k,
+    scale, left, right, softmax_scale,
+    C: gl.constexpr,
+):  # fmt: skip
+    M: gl.constexpr = C.BLOCK_M
+    dtype: gl.constexpr = q_desc.dtype
+    q_box: gl.constexpr = [roles.STAGES] + q_desc.block_shape  # noqa: RUF005
+    do_box: gl.constexpr = [roles.STAGES] + do_desc.block_shape  # noqa: RUF005
+    k_box: gl.constexpr = [1] + k_desc.block_shape  # noqa: RUF005
+    v_box: gl.constexpr = [1] + v_desc.block_shape  # noqa: RUF005
+    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, M], dtype)
+    row_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    tiles = Tiles(
+        gl.allocate_shared_memory(dtype, q_box, q_desc.layout),
+        gl.allocate_shared_memory(dtype, do_box, do_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [roles.STAGES, M], row_layout),
+        gl.allocate_shared_memory(gl.float32, [roles.STAGES, M], row_layout),
+        gl.allocate_shared_memory(dtype, k_box, k_desc.layout),
+        gl.allocate_shared_memory(dtype, v_box, v_desc.layout),
+        gl.allocate_shared_memory(dtype, [roles.STAGES, 64, M], p_layout),
+    )
+    full = roles.Barriers(barriers(roles.STAGES, 2), barriers(roles.STAGES, 2), barriers(2, 1))
+    fence_async_shared()
+    descs = Descriptors(q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc)
+    statistics = roles.Statistics(lse, delta)
+    lengths = sequence.Lengths(
+        cu_seqlens_k, seqused_k, seqlen_k, total_k, cu_seqlens_q, seqused_q, seqlen_q, total_q,
+        0, None, None, 0,
+    )  # fmt: skip
+    table = work.Grid(batch, nheads_k, num_n_blocks, l2_group)
+    scales, shared = (scale, softmax_scale), (descs, tiles, full)
+    gl.warp_specialize([
+        (consume_dv, (lengths, table, left, right, scales, shared, C)),
+        (consume_dk, (lengths, table, left, right, scales, shared, C)),
+        (roles.produce, (lengths, table, left, right, descs, statistics, tiles, full, C)),
+    ], [4, 1], [240, 24])  # fmt: skip

@@ -1,0 +1,266 @@
+"""dQ for Hopper at head_dims above 128: 128 queries a program (`backward_dkdv.py` says why).
+
+Each of two consumers has 64 queries. S of a block of 64 keys begins together with dQ += dS K of the
+block before, under which its exponentials run.
+
+    producer     Q dO | K V | K V | ...                         (TMA)
+    consumers    S . dQ of the block before . exp2 . dP . dS    (wgmma)
+"""
+
+from typing import Any, NamedTuple
+
+from ...rules import mask, sequence, work
+from ...rules.window import Window
+from ..gluon import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)  # fmt: skip
+from ..launch import SIZES
+from . import backward_roles as roles
+from . import backward_work as jobs
+from .pipeline import accumulator, barriers, named_barrier, no_hoist
+from .softmax import accumulator_view, convert_p, from_view
+
+N = gl.constexpr(64)  # keys of a block
+STAGES = gl.constexpr(2)  # of K; V has one
+K_EMPTY, V_EMPTY = gl.constexpr(8), gl.constexpr(10)  # named barriers; K has one for each stage
+
+
+class Tiles(NamedTuple):
+    """Shared memory, and the mbarriers that loads complete."""
+
+    q: Any  # of each consumer
+    do: Any
+    k: Any  # of each stage
+    v: Any
+    q_full: Any  # of each consumer, for dO too
+    k_full: Any
+    v_full: Any
+
+
+class Job(NamedTuple):
+    """128 queries of a head, and the keys that they see."""
+
+    tile: Any  # `work.WorkTile`
+    keys: Any  # `jobs.Rows`
+    blocks: Any  # of keys: `mask.KeyBlocks`
+    num_partial: Any  # blocks that may need a mask
+    num_blocks: Any
+
+
+@gluon.jit
+def job_of(program, lengths, table, left, right):
+    tile = work.work_tile(program, lengths, table, 128)
+    offset_k, length_k = work.key_span(tile.b, lengths, tile.num_rows)
+    window = Window(length_k - tile.num_rows, left, right, None, length_k)
+    blocks = work.n_block_range(tile.m_row, tile.num_rows, window, 128, N)
+    num_full = (blocks.full_end - blocks.full_begin) // N
+    num_blocks = (blocks.end - blocks.begin) // N
+    keys = jobs.Rows(tile.b, offset_k, length_k)
+    return Job(tile, keys, blocks, num_blocks - num_full, num_blocks)
+
+
+@gluon.jit
+def first_key(n, job):
+    """The first key of the n-th block: partial ones come first."""
+    start = job.blocks.full_begin + (n - job.num_partial) * N
+    if n < job.num_partial:
+        start = jobs.partial_start(n, job.blocks, N)
+    return start
+
+
+@gluon.jit
+def produce(lengths, table, left, right, descs, tiles, C: gl.constexpr):
+    """Load Q and dO, and the keys' blocks in turn."""
+    q_desc, k_desc, v_desc, do_desc = descs
+    Q_BYTES: gl.constexpr = q_desc.block_type.nbytes + do_desc.block_type.nbytes
+    job = job_of(gl.program_id(0), lengths, table, left, right)
+    tile = job.tile
+    head_k = tile.head // C.GROUP
+    queries = jobs.Rows(tile.b, tile.offset_q, tile.num_rows)
+    for n in range(job.num_blocks):
+        start, stage = first_key(n, job), n % STAGES
+        if n >= STAGES:
+            named_barrier("sync", K_EMPTY + stage, roles.READERS)
+        mbarrier.expect(tiles.k_full.index(stage), k_desc.block_type.nbytes)
+        jobs.load(
+            k_desc, job.keys, start, head_k, tiles.k_full.index(stage), tiles.k.index(stage),
+            C.VARLEN,
+        )  # fmt: skip
+        if n == 0:
+            for which in gl.static_range(2):
+                full, row = tiles.q_full.index(which), tile.m_row + 64 * which
+                mbarrier.expect(full, Q_BYTES)
+                jobs.load(q_desc, queries, row, tile.head, full, tiles.q.index(which), C.VARLEN)
+                jobs.load(do_desc, queries, row, tile.head, full, tiles.do.index(which), C.VARLEN)
+        else:
+            named_barrier("sync", V_EMPTY, roles.READERS)
+        full = tiles.v_full.index(0)
+        mbarrier.expect(full, v_desc.block_type.nbytes)
+        jobs.load(v_desc, job.keys, start, head_k, full, tiles.v.index(0), C.VARLEN)
+
+
+@gluon.jit
+def product(a, b, row):
+    """Begin a bᵀ [64, N], each column of it from the `row` of numbers [64]."""
+    start = gl.zeros([64, N], gl.float32, accumulator(N))
+    start = gl.broadcast(gl.expand_dims(row, 1), start)[0]
+    return warpgroup_mma(a, b.permute((1, 0)), start, use_acc=True, is_async=True)
+
+
+@gluon.jit
+def hide(x, row, job, start, sides):
+    """x [64, N], of the queries from `row`, where they see the keys from `start`; 0 elsewhere."""
+    view, i, shift, j = accumulator_view(x, no_hoist(start), N)
+    length_k = job.keys.count
+    left, right = sides
+    window = Window(length_k - job.tile.num_rows, left, right, None, length_k - shift)
+    return from_view(gl.where(mask.is_visible(row + i - shift, j, window), view, 0.0), x)
+
+
+@gluon.jit
+def scores(which: gl.constexpr, n, lse, tiles, C: gl.constexpr):
+    """Begin S - L of the n-th block."""
+    stage = n % STAGES
+    mbarrier.wait(tiles.k_full.index(stage), n // STAGES & 1)
+    q, k = tiles.q.index(which), tiles.k.index(stage)
+    return product(q.reshape([64, C.D]), k.reshape([N, C.D]), lse)
+
+
+@gluon.jit
+def weight_gradients(which: gl.constexpr, n, delta, tiles, C: gl.constexpr):
+    """Begin dP - delta of the n-th block."""
+    mbarrier.wait(tiles.v_full.index(0), n & 1)
+    do, v = tiles.do.index(which), tiles.v.index(0)
+    return product(do.reshape([64, C.D_V]), v.reshape([N, C.D_V]), delta)
+
+
+@gluon.jit
+def add_dq(n, ds, dq, tiles, C: gl.constexpr):
+    """Begin dQ += dS K for the n-th block."""
+    return warpgroup_mma(ds, tiles.k.index(n % STAGES).reshape([N, C.D]), dq, is_async=True)
+
+
+@gluon.jit
+def score_gradients(p, dp, row, start, job, sides, tiles, PARTIAL: gl.constexpr, C: gl.constexpr):
+    """dS of a block, as an operand."""
+    ds = p * dp
+    if PARTIAL:
+        ds = hide(ds, row, job, start, sides)
+    return gl.convert_layout(convert_p(ds, tiles.q), gl.DotOperandLayout(0, accumulator(C.D), 2))
+
+
+@gluon.jit
+def weights(s, row, start, job, sides, scale_log2, PARTIAL: gl.constexpr):
+    """P of a block."""
+    p = gl.exp2(gl.minimum(s * scale_log2, 0.0))
+    if PARTIAL:
+        p = hide(p, row, job, start, sides)
+    return p
+
+
+@gluon.jit
+def step(
+    which: gl.constexpr, n, ds, dq, row, job, sides, statistics, scale_log2, tiles,
+    PARTIAL: gl.constexpr, C: gl.constexpr,
+):  # fmt: skip
+    """Block n - 1 is added to dQ, whose dS is ds. That of block n, and dQ."""
+    lse, delta = statistics
+    start = 0
+    if PARTIAL:
+        start = jobs.partial_start(n, job.blocks, N)
+    s = scores(which, n, lse, tiles, C)
+    dq = add_dq(n - 1, ds, dq, tiles, C)
+    s = warpgroup_mma_wait(1, deps=[s])
+    p = weights(s, row, start, job, sides, scale_log2, PARTIAL)
+    dp = weight_gradients(which, n, delta, tiles, C)
+    dq, ds = warpgroup_mma_wait(1, deps=[dq, ds])
+    named_barrier("arrive", K_EMPTY + (n - 1) % STAGES, roles.READERS)
+    dp = warpgroup_mma_wait(0, deps=[dp])
+    named_barrier("arrive", V_EMPTY, roles.READERS)
+    return score_gradients(p, dp, row, start, job, sides, tiles, PARTIAL, C), dq
+
+
+@gluon.jit
+def consume(
+    which: gl.constexpr, lengths, table, left, right, scales, dq_desc, statistics, tiles,
+    C: gl.constexpr,
+):  # fmt: skip
+    """64 queries: dQ."""
+    scale_log2, softmax_scale = scales
+    sides = (left, right)
+    job = job_of(gl.program_id(0), lengths, table, left, right)
+    tile, row = job.tile, job.tile.m_row + 64 * which
+    dq = gl.zeros([64, C.D], gl.float32, accumulator(C.D))
+    if job.num_blocks > 0:
+        i = row + gl.arange(0, 64, gl.SliceLayout(1, accumulator(N)))
+        head = tile.head
+        if not C.VARLEN:
+            head += tile.b * table.nheads
+        at = head.to(gl.int64) * lengths.total_q + tile.offset_q + i
+        lse = gl.load(statistics.lse + at, mask=i < tile.num_rows, other=0.0)
+        delta = -gl.load(statistics.delta + at, mask=i < tile.num_rows, other=0.0)
+        mbarrier.wait(tiles.q_full.index(which), 0)
+        start = first_key(0, job)
+        s = warpgroup_mma_wait(0, deps=[scores(which, 0, lse, tiles, C)])
+        p = weights(s, row, start, job, sides, scale_log2, True)
+        dp = warpgroup_mma_wait(0, deps=[weight_gradients(which, 0, delta, tiles, C)])
+        named_barrier("arrive", V_EMPTY, roles.READERS)
+        ds = score_gradients(p, dp, row, start, job, sides, tiles, True, C)
+        own = (lse, delta)
+        for n in range(1, job.num_partial):
+            ds, dq = step(which, n, ds, dq, row, job, sides, own, scale_log2, tiles, True, C)
+        for n in range(gl.maximum(job.num_partial, 1), job.num_blocks):
+            ds, dq = step(which, n, ds, dq, row, job, sides, own, scale_log2, tiles, False, C)
+        dq = add_dq(job.num_blocks - 1, ds, dq, tiles, C)
+        dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
+    tile = job_of(no_hoist(gl.program_id(0)), lengths, table, left, right).tile
+    row = tile.m_row + 64 * which
+    in_use = row + gl.arange(0, 64, gl.SliceLayout(1, accumulator(C.D))) < tile.num_rows
+    q = tiles.q.index(which)
+    dq = gl.where(gl.expand_dims(in_use, 1), dq * softmax_scale, 0.0)
+    q.reshape([64, C.D]).store(dq.to(q.dtype))
+    fence_async_shared()
+    written = jobs.Rows(tile.b, tile.offset_q, tile.writable)
+    jobs.store(dq_desc, written, row, tile.head, q, C.VARLEN)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def dq_hopper_kernel(
+    q_desc, k_desc, v_desc, do_desc, dq_desc, lse, delta,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+    batch, nheads, num_m_blocks, l2_group, seqlen_q, seqlen_k, total_q, total_k,
+    scale, left, right, softmax_scale,
+    C: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    q_box: gl.constexpr = [2] + q_desc.block_shape  # noqa: RUF005
+    do_box: gl.constexpr = [2] + do_desc.block_shape  # noqa: RUF005
+    k_box: gl.constexpr = [STAGES] + k_desc.block_shape  # noqa: RUF005
+    v_box: gl.constexpr = [1] + v_desc.block_shape  # noqa: RUF005
+    tiles = Tiles(
+        gl.allocate_shared_memory(dtype, q_box, q_desc.layout),
+        gl.allocate_shared_memory(dtype, do_box, do_desc.layout),
+        gl.allocate_shared_memory(dtype, k_box, k_desc.layout),
+        gl.allocate_shared_memory(dtype, v_box, v_desc.layout),
+        barriers(2, 1), barriers(STAGES, 1), barriers(1, 1),
+    )  # fmt: skip
+    fence_async_shared()
+    descs = (q_desc, k_desc, v_desc, do_desc)
+    statistics = roles.Statistics(lse, delta)
+    lengths = sequence.Lengths(
+        cu_seqlens_q, seqused_q, seqlen_q, total_q, cu_seqlens_k, seqused_k, seqlen_k, total_k,
+        0, None, None, 0,
+    )  # fmt: skip
+    table, scales = work.Grid(batch, nheads, num_m_blocks, l2_group), (scale, softmax_scale)
+    gl.warp_specialize([
+        (consume, (0, lengths, table, left, right, scales, dq_desc, statistics, tiles, C)),
+        (consume, (1, lengths, table, left, right, scales, dq_desc, statistics, tiles, C)),
+        (produce, (lengths, table, left, right, descs, tiles, C)),
+    ], [4, 1], [240, 24])  # fmt: skip
