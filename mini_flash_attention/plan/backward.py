@@ -104,6 +104,7 @@ def hopper(
 ) -> HopperBackward | None:
     """The plan of the Hopper backward kernel, or None where the portable kernels have to do it."""
     head_dim, head_dim_v = p.q.shape[-1], p.v.shape[-1]
+    pairs = ((head_dim, head_dim_v), (head_dim_v, head_dim))
     simple = not (p.scores.changed or p.options.dropout_p)
     simple &= abs(p.options.softmax_scale) > 1e-20  # the LSE is divided by it
     fits = head_dim % 8 == 0 and head_dim_v % 8 == 0 and dout.numel() < 2**31
@@ -111,7 +112,7 @@ def hopper(
         return None
     if not all(map(tma, (p.q, p.k, p.v, dout, *results))):
         return None
-    columns, columns_v = padded(head_dim, head_dim_v), padded(head_dim_v, head_dim)
+    columns, columns_v = (192 if 128 < n <= 192 else padded(n, other) for n, other in pairs)
     preprocess = backward(p, gpu).preprocess
     if max(head_dim, head_dim_v) > 128:
         if min(columns, columns_v) < 64:

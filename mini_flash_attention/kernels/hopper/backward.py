@@ -31,7 +31,7 @@ from ..tma import ANY, LAST, WRAP, Launches, TmaBox, TmaLaunch, sequence_box
 from . import backward_roles as roles
 from .backward_dkdv import dkdv_hopper_kernel
 from .backward_dq import dq_hopper_kernel
-from .backward_work import Config
+from .backward_work import Config, piece_columns
 from .pipeline import barriers
 
 
@@ -102,15 +102,16 @@ def launches(
     if plan.dq is None:
         needed = {"dq_accum": rows * D} | ({"turns": rows} if ordered else {})
     first = preprocess(p, given, plan.preprocess, -1 / scale, cleared=tuple(needed))
-    q, do = sequence_box("q", p.q, M, D), sequence_box("dout", given.dout, M, D_V)
-    k, v = sequence_box("k", p.k, 64, D), sequence_box("v", p.v, 64, D_V)
-    dk, dv = sequence_box("dk", given.dk, 64, D), sequence_box("dv", given.dv, 64, D_V)
+    W, W_V = piece_columns(D), piece_columns(D_V)
+    q, do = sequence_box("q", p.q, M, W), sequence_box("dout", given.dout, M, W_V)
+    k, v = sequence_box("k", p.k, 64, W), sequence_box("v", p.v, 64, W_V)
+    dk, dv = sequence_box("dk", given.dk, 64, W), sequence_box("dv", given.dv, 64, W_V)
     keys = (p.batch, p.k.shape[-2], plan.work.num_blocks, plan.work.l2_group, *constants)
     if plan.dq is not None:
         # What falls back takes the LSE in another form, and the next launch wants this one.
         instead = Launches(*fallback, first)
         queries = (p.batch, nheads, plan.dq.num_blocks, plan.dq.l2_group, *constants)
-        dq = sequence_box("dq", given.dq, 64, D)
+        dq = sequence_box("dq", given.dq, 64, W)
         of_keys = TmaLaunch(
             dkdv_hopper_kernel, plan.work.programs, pointers, keys, 4,
             boxes=[q, k, v, do, dk, dv], fallback=instead, combine_launch=None,

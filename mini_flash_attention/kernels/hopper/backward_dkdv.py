@@ -20,7 +20,6 @@ from ..gluon import (
     gluon,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )  # fmt: skip
 from ..launch import SIZES
@@ -71,7 +70,7 @@ def weights(
         named_barrier("sync", P_EMPTY + stage, 256)
     tiles.p.index(stage).store(p)
     named_barrier("arrive", P_FULL + stage, 256)
-    return gl.convert_layout(p, gl.DotOperandLayout(0, accumulator(C.D_V), 2))
+    return gl.convert_layout(p, gl.DotOperandLayout(0, accumulator(jobs.piece(C.D_V)), 2))
 
 
 @gluon.jit
@@ -80,7 +79,7 @@ def add_dv(n, p, dv, shared, C: gl.constexpr):
     _, tiles, full = shared
     stage = n % roles.STAGES
     mbarrier.wait(full.do.index(stage), n // roles.STAGES & 1)
-    return warpgroup_mma(p, tiles.do.index(stage).reshape([C.BLOCK_M, C.D_V]), dv, is_async=True)
+    return jobs.multiply_add(p, tiles.do, stage, dv, C.D_V, C.BLOCK_M)
 
 
 @gluon.jit
@@ -89,8 +88,7 @@ def scores(n, shared, C: gl.constexpr):
     _, tiles, full = shared
     stage = n % roles.STAGES
     mbarrier.wait(full.q.index(stage), n // roles.STAGES & 1)
-    q = tiles.q.index(stage).reshape([C.BLOCK_M, C.D])
-    return roles.product(tiles.k.index(0).reshape([64, C.D]), q, tiles.lse.index(stage), C.BLOCK_M)
+    return roles.product(tiles.k, 0, tiles.q, stage, tiles.lse.index(stage), C.D, C.BLOCK_M)
 
 
 @gluon.jit
@@ -98,13 +96,13 @@ def step_dv(n, p, dv, job, left, right, scale_log2, shared, PARTIAL: gl.constexp
     """Block n - 1 is added to dV, whose weights are p. Those of block n, and dV."""
     s = scores(n, shared, C)
     dv = add_dv(n - 1, p, dv, shared, C)
-    s = warpgroup_mma_wait(1, deps=[s])
+    s = warpgroup_mma_wait(jobs.num_pieces(C.D_V), deps=[s])
     named_barrier("arrive", roles.Q_EMPTY + n % roles.STAGES, roles.READERS)
     row = 0
     if PARTIAL:
         row = jobs.partial_block(n, job, C)[1]
     following = weights(n, s, row, job, left, right, scale_log2, shared, PARTIAL, C)
-    dv, p = warpgroup_mma_wait(0, deps=[dv, p])
+    dv = jobs.wait_for(dv, p)
     named_barrier("arrive", roles.DO_EMPTY + (n - 1) % roles.STAGES, roles.READERS)
     return following, dv
 
@@ -115,7 +113,7 @@ def consume_dv(lengths, table, left, right, scales, shared, C: gl.constexpr):
     descs, tiles, full = shared
     scale_log2, _ = scales
     job = jobs.work_of(gl.program_id(0), lengths, table, left, right, C)
-    dv = gl.zeros([64, C.D_V], gl.float32, accumulator(C.D_V))
+    dv = jobs.zeros(C.D_V)
     all_partial, total = C.GROUP * job.num_partial, jobs.num_blocks(job, C)
     if total > 0:
         mbarrier.wait(full.kv.index(0), 0)
@@ -128,9 +126,9 @@ def consume_dv(lengths, table, left, right, scales, shared, C: gl.constexpr):
         for n in range(gl.maximum(all_partial, 1), total):
             p, dv = step_dv(n, p, dv, job, left, right, scale_log2, shared, False, C)
         dv = add_dv(total - 1, p, dv, shared, C)
-        dv, p = warpgroup_mma_wait(0, deps=[dv, p])
+        dv = jobs.wait_for(dv, p)
     named_barrier("sync", roles.BOTH_CONSUMERS, 256)  # the other one has read V
-    store_keys(dv, descs.dv, tiles.v, lengths, table, left, right, C)
+    store_keys(dv, 1.0, descs.dv, tiles.v, lengths, table, left, right, C.D_V, C)
 
 
 @gluon.jit
@@ -141,12 +139,15 @@ def score_gradients(n, dp, row, job, left, right, shared, PARTIAL: gl.constexpr,
     named_barrier("sync", P_FULL + stage, 256)
     p = tiles.p.index(stage).load(accumulator(C.BLOCK_M))
     named_barrier("arrive", P_EMPTY + stage, 256)
-    dp = warpgroup_mma_wait(1, deps=[dp])
+    # With D_V 128 ptxas wants registers that nothing uses, or it serialises all products (C7512).
+    LATER: gl.constexpr = jobs.num_pieces(C.D) if C.D == C.D_V else 1
+    dp = warpgroup_mma_wait(LATER, deps=[dp])
     named_barrier("arrive", roles.DO_EMPTY + stage, roles.READERS)
     ds = p.to(gl.float32) * dp
     if PARTIAL:
         ds = roles.hide(ds, job, 0, row, left, right, C.BLOCK_M)
-    return gl.convert_layout(convert_p(ds, tiles.q), gl.DotOperandLayout(0, accumulator(C.D), 2))
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator(jobs.piece(C.D)), 2)
+    return gl.convert_layout(convert_p(ds, tiles.q), operand)
 
 
 @gluon.jit
@@ -155,7 +156,7 @@ def add_dk(n, ds, dk, shared, C: gl.constexpr):
     _, tiles, full = shared
     stage = n % roles.STAGES
     mbarrier.wait(full.q.index(stage), n // roles.STAGES & 1)
-    return warpgroup_mma(ds, tiles.q.index(stage).reshape([C.BLOCK_M, C.D]), dk, is_async=True)
+    return jobs.multiply_add(ds, tiles.q, stage, dk, C.D, C.BLOCK_M)
 
 
 @gluon.jit
@@ -164,9 +165,7 @@ def weight_gradients(n, shared, C: gl.constexpr):
     _, tiles, full = shared
     stage = n % roles.STAGES
     mbarrier.wait(full.do.index(stage), n // roles.STAGES & 1)
-    do = tiles.do.index(stage).reshape([C.BLOCK_M, C.D_V])
-    v = tiles.v.index(0).reshape([64, C.D_V])
-    return roles.product(v, do, tiles.delta.index(stage), C.BLOCK_M)
+    return roles.product(tiles.v, 0, tiles.do, stage, tiles.delta.index(stage), C.D_V, C.BLOCK_M)
 
 
 @gluon.jit
@@ -178,7 +177,7 @@ def step_dk(n, ds, dk, job, left, right, shared, PARTIAL: gl.constexpr, C: gl.co
     if PARTIAL:
         row = jobs.partial_block(n, job, C)[1]
     following = score_gradients(n, dp, row, job, left, right, shared, PARTIAL, C)
-    dk, ds = warpgroup_mma_wait(0, deps=[dk, ds])
+    dk = jobs.wait_for(dk, ds)
     named_barrier("arrive", roles.Q_EMPTY + (n - 1) % roles.STAGES, roles.READERS)
     return following, dk
 
@@ -189,7 +188,7 @@ def consume_dk(lengths, table, left, right, scales, shared, C: gl.constexpr):
     descs, tiles, full = shared
     _, softmax_scale = scales
     job = jobs.work_of(gl.program_id(0), lengths, table, left, right, C)
-    dk = gl.zeros([64, C.D], gl.float32, accumulator(C.D))
+    dk = jobs.zeros(C.D)
     all_partial, total = C.GROUP * job.num_partial, jobs.num_blocks(job, C)
     if total > 0:
         mbarrier.wait(full.kv.index(1), 0)
@@ -201,21 +200,20 @@ def consume_dk(lengths, table, left, right, scales, shared, C: gl.constexpr):
         for n in range(gl.maximum(all_partial, 1), total):
             ds, dk = step_dk(n, ds, dk, job, left, right, shared, False, C)
         dk = add_dk(total - 1, ds, dk, shared, C)
-        dk, ds = warpgroup_mma_wait(0, deps=[dk, ds])
+        dk = jobs.wait_for(dk, ds)
     named_barrier("sync", roles.BOTH_CONSUMERS, 256)  # the other one has read K
-    store_keys(dk * softmax_scale, descs.dk, tiles.k, lengths, table, left, right, C)
+    store_keys(dk, softmax_scale, descs.dk, tiles.k, lengths, table, left, right, C.D, C)
 
 
 @gluon.jit
-def store_keys(x, desc, tiles, lengths, table, left, right, C: gl.constexpr):
-    """Write dK or dV [64, columns] through a tile: zeros in rows that are not in use."""
+def store_keys(
+    x, factor, desc, tiles, lengths, table, left, right, COLUMNS: gl.constexpr, C: gl.constexpr
+):
+    """Write dK or dV, times a factor, through a tile: zeros in rows that are not in use."""
     job = jobs.work_of(no_hoist(gl.program_id(0)), lengths, table, left, right, C)
-    key = job.n_row + gl.arange(0, 64, gl.SliceLayout(1, x.type.layout))
-    x = gl.where(gl.expand_dims(key < job.keys.count, 1), x, 0.0)
-    tiles.index(0).reshape(x.shape).store(x.to(tiles.dtype))
-    fence_async_shared()
+    jobs.fill(x, factor, tiles, 0, job.keys.count - job.n_row, COLUMNS)
     written = jobs.Rows(job.b, job.keys.offset, job.writable)
-    jobs.store(desc, written, job.n_row, job.head_k, tiles.index(0), C.VARLEN)
+    jobs.store(desc, written, job.n_row, job.head_k, tiles, 0, COLUMNS, C.VARLEN)
     tma.store_wait(0)
 
 
@@ -229,10 +227,12 @@ def dkdv_hopper_kernel(
 ):  # fmt: skip
     M: gl.constexpr = C.BLOCK_M
     dtype: gl.constexpr = q_desc.dtype
-    q_box: gl.constexpr = [roles.STAGES] + q_desc.block_shape  # noqa: RUF005
-    do_box: gl.constexpr = [roles.STAGES] + do_desc.block_shape  # noqa: RUF005
-    k_box: gl.constexpr = [1] + k_desc.block_shape  # noqa: RUF005
-    v_box: gl.constexpr = [1] + v_desc.block_shape  # noqa: RUF005
+    COUNT: gl.constexpr = jobs.num_pieces(C.D)
+    COUNT_V: gl.constexpr = jobs.num_pieces(C.D_V)
+    q_box: gl.constexpr = [roles.STAGES * COUNT] + q_desc.block_shape  # noqa: RUF005
+    do_box: gl.constexpr = [roles.STAGES * COUNT_V] + do_desc.block_shape  # noqa: RUF005
+    k_box: gl.constexpr = [COUNT] + k_desc.block_shape  # noqa: RUF005
+    v_box: gl.constexpr = [COUNT_V] + v_desc.block_shape  # noqa: RUF005
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, M], dtype)
     row_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tiles = Tiles(

@@ -17,7 +17,6 @@ from ..gluon import (
     gluon,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )  # fmt: skip
 from ..launch import SIZES
@@ -27,8 +26,14 @@ from .pipeline import accumulator, barriers, named_barrier, no_hoist
 from .softmax import accumulator_view, convert_p, from_view
 
 N = gl.constexpr(64)  # keys of a block
-STAGES = gl.constexpr(2)  # of K; V has one
-K_EMPTY, V_EMPTY = gl.constexpr(8), gl.constexpr(10)  # named barriers; K has one for each stage
+STAGES = gl.constexpr(2)  # of K
+K_EMPTY, V_EMPTY = gl.constexpr(8), gl.constexpr(10)  # named barriers, and the next: of a stage
+
+
+@gluon.constexpr_function
+def v_stages(D, D_V):
+    """Stages of V: shared memory has room for one at head_dim 256."""
+    return 2 if D + D_V <= 384 else 1
 
 
 class Tiles(NamedTuple):
@@ -78,7 +83,10 @@ def first_key(n, job):
 def produce(lengths, table, left, right, descs, tiles, C: gl.constexpr):
     """Load Q and dO, and the keys' blocks in turn."""
     q_desc, k_desc, v_desc, do_desc = descs
-    Q_BYTES: gl.constexpr = q_desc.block_type.nbytes + do_desc.block_type.nbytes
+    COUNT: gl.constexpr = jobs.num_pieces(C.D)
+    COUNT_V: gl.constexpr = jobs.num_pieces(C.D_V)
+    V_STAGES: gl.constexpr = v_stages(C.D, C.D_V)
+    Q_BYTES: gl.constexpr = COUNT * q_desc.block_type.nbytes + COUNT_V * do_desc.block_type.nbytes
     job = job_of(gl.program_id(0), lengths, table, left, right)
     tile = job.tile
     head_k = tile.head // C.GROUP
@@ -87,30 +95,31 @@ def produce(lengths, table, left, right, descs, tiles, C: gl.constexpr):
         start, stage = first_key(n, job), n % STAGES
         if n >= STAGES:
             named_barrier("sync", K_EMPTY + stage, roles.READERS)
-        mbarrier.expect(tiles.k_full.index(stage), k_desc.block_type.nbytes)
-        jobs.load(
-            k_desc, job.keys, start, head_k, tiles.k_full.index(stage), tiles.k.index(stage),
-            C.VARLEN,
-        )  # fmt: skip
+        full = tiles.k_full.index(stage)
+        mbarrier.expect(full, COUNT * k_desc.block_type.nbytes)
+        jobs.load(k_desc, job.keys, start, head_k, full, tiles.k, stage, C.D, C.VARLEN)
         if n == 0:
             for which in gl.static_range(2):
                 full, row = tiles.q_full.index(which), tile.m_row + 64 * which
                 mbarrier.expect(full, Q_BYTES)
-                jobs.load(q_desc, queries, row, tile.head, full, tiles.q.index(which), C.VARLEN)
-                jobs.load(do_desc, queries, row, tile.head, full, tiles.do.index(which), C.VARLEN)
-        else:
-            named_barrier("sync", V_EMPTY, roles.READERS)
-        full = tiles.v_full.index(0)
-        mbarrier.expect(full, v_desc.block_type.nbytes)
-        jobs.load(v_desc, job.keys, start, head_k, full, tiles.v.index(0), C.VARLEN)
+                jobs.load(q_desc, queries, row, tile.head, full, tiles.q, which, C.D, C.VARLEN)
+                jobs.load(do_desc, queries, row, tile.head, full, tiles.do, which, C.D_V, C.VARLEN)
+        stage = n % V_STAGES
+        if n >= V_STAGES:
+            named_barrier("sync", V_EMPTY + stage, roles.READERS)
+        full = tiles.v_full.index(stage)
+        mbarrier.expect(full, COUNT_V * v_desc.block_type.nbytes)
+        jobs.load(v_desc, job.keys, start, head_k, full, tiles.v, stage, C.D_V, C.VARLEN)
 
 
 @gluon.jit
-def product(a, b, row):
-    """Begin a bᵀ [64, N], each column of it from the `row` of numbers [64]."""
+def product(a, i, b, j, row, COLUMNS: gl.constexpr):
+    """Begin a bᵀ [64, N] for the i-th tile of a and the j-th of b, each column of it from the `row`
+    of numbers [64].
+    """
     start = gl.zeros([64, N], gl.float32, accumulator(N))
     start = gl.broadcast(gl.expand_dims(row, 1), start)[0]
-    return warpgroup_mma(a, b.permute((1, 0)), start, use_acc=True, is_async=True)
+    return jobs.multiply_transposed(a, i, b, j, start, COLUMNS, 64, N)
 
 
 @gluon.jit
@@ -128,22 +137,22 @@ def scores(which: gl.constexpr, n, lse, tiles, C: gl.constexpr):
     """Begin S - L of the n-th block."""
     stage = n % STAGES
     mbarrier.wait(tiles.k_full.index(stage), n // STAGES & 1)
-    q, k = tiles.q.index(which), tiles.k.index(stage)
-    return product(q.reshape([64, C.D]), k.reshape([N, C.D]), lse)
+    return product(tiles.q, which, tiles.k, stage, lse, C.D)
 
 
 @gluon.jit
 def weight_gradients(which: gl.constexpr, n, delta, tiles, C: gl.constexpr):
     """Begin dP - delta of the n-th block."""
-    mbarrier.wait(tiles.v_full.index(0), n & 1)
-    do, v = tiles.do.index(which), tiles.v.index(0)
-    return product(do.reshape([64, C.D_V]), v.reshape([N, C.D_V]), delta)
+    V_STAGES: gl.constexpr = v_stages(C.D, C.D_V)
+    stage = n % V_STAGES
+    mbarrier.wait(tiles.v_full.index(stage), n // V_STAGES & 1)
+    return product(tiles.do, which, tiles.v, stage, delta, C.D_V)
 
 
 @gluon.jit
 def add_dq(n, ds, dq, tiles, C: gl.constexpr):
     """Begin dQ += dS K for the n-th block."""
-    return warpgroup_mma(ds, tiles.k.index(n % STAGES).reshape([N, C.D]), dq, is_async=True)
+    return jobs.multiply_add(ds, tiles.k, n % STAGES, dq, C.D, N)
 
 
 @gluon.jit
@@ -152,7 +161,8 @@ def score_gradients(p, dp, row, start, job, sides, tiles, PARTIAL: gl.constexpr,
     ds = p * dp
     if PARTIAL:
         ds = hide(ds, row, job, start, sides)
-    return gl.convert_layout(convert_p(ds, tiles.q), gl.DotOperandLayout(0, accumulator(C.D), 2))
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator(jobs.piece(C.D)), 2)
+    return gl.convert_layout(convert_p(ds, tiles.q), operand)
 
 
 @gluon.jit
@@ -174,16 +184,31 @@ def step(
     start = 0
     if PARTIAL:
         start = jobs.partial_start(n, job.blocks, N)
+    COUNT: gl.constexpr = jobs.num_pieces(C.D)
+    COUNT_V: gl.constexpr = jobs.num_pieces(C.D_V)
+    V_STAGES: gl.constexpr = v_stages(C.D, C.D_V)
     s = scores(which, n, lse, tiles, C)
-    dq = add_dq(n - 1, ds, dq, tiles, C)
-    s = warpgroup_mma_wait(1, deps=[s])
-    p = weights(s, row, start, job, sides, scale_log2, PARTIAL)
-    dp = weight_gradients(which, n, delta, tiles, C)
-    dq, ds = warpgroup_mma_wait(1, deps=[dq, ds])
-    named_barrier("arrive", K_EMPTY + (n - 1) % STAGES, roles.READERS)
-    dp = warpgroup_mma_wait(0, deps=[dp])
-    named_barrier("arrive", V_EMPTY, roles.READERS)
-    return score_gradients(p, dp, row, start, job, sides, tiles, PARTIAL, C), dq
+    if V_STAGES == 1:  # V is there later
+        dq = add_dq(n - 1, ds, dq, tiles, C)
+        s = warpgroup_mma_wait(COUNT, deps=[s])
+        p = weights(s, row, start, job, sides, scale_log2, PARTIAL)
+        dp = weight_gradients(which, n, delta, tiles, C)
+        dq = jobs.wait_for(dq, ds, COUNT_V)
+        named_barrier("arrive", K_EMPTY + (n - 1) % STAGES, roles.READERS)
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        named_barrier("arrive", V_EMPTY, roles.READERS)
+        following = score_gradients(p, dp, row, start, job, sides, tiles, PARTIAL, C)
+    else:
+        dp = weight_gradients(which, n, delta, tiles, C)
+        dq = add_dq(n - 1, ds, dq, tiles, C)
+        s = warpgroup_mma_wait(COUNT_V + COUNT, deps=[s])
+        p = weights(s, row, start, job, sides, scale_log2, PARTIAL)
+        dp = warpgroup_mma_wait(COUNT, deps=[dp])
+        named_barrier("arrive", V_EMPTY + n % V_STAGES, roles.READERS)
+        following = score_gradients(p, dp, row, start, job, sides, tiles, PARTIAL, C)
+        dq = jobs.wait_for(dq, ds)
+        named_barrier("arrive", K_EMPTY + (n - 1) % STAGES, roles.READERS)
+    return following, dq
 
 
 @gluon.jit
@@ -196,7 +221,7 @@ def consume(
     sides = (left, right)
     job = job_of(gl.program_id(0), lengths, table, left, right)
     tile, row = job.tile, job.tile.m_row + 64 * which
-    dq = gl.zeros([64, C.D], gl.float32, accumulator(C.D))
+    dq = jobs.zeros(C.D)
     if job.num_blocks > 0:
         i = row + gl.arange(0, 64, gl.SliceLayout(1, accumulator(N)))
         head = tile.head
@@ -218,16 +243,12 @@ def consume(
         for n in range(gl.maximum(job.num_partial, 1), job.num_blocks):
             ds, dq = step(which, n, ds, dq, row, job, sides, own, scale_log2, tiles, False, C)
         dq = add_dq(job.num_blocks - 1, ds, dq, tiles, C)
-        dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
+        dq = jobs.wait_for(dq, ds)
     tile = job_of(no_hoist(gl.program_id(0)), lengths, table, left, right).tile
     row = tile.m_row + 64 * which
-    in_use = row + gl.arange(0, 64, gl.SliceLayout(1, accumulator(C.D))) < tile.num_rows
-    q = tiles.q.index(which)
-    dq = gl.where(gl.expand_dims(in_use, 1), dq * softmax_scale, 0.0)
-    q.reshape([64, C.D]).store(dq.to(q.dtype))
-    fence_async_shared()
+    jobs.fill(dq, softmax_scale, tiles.q, which, tile.num_rows - row, C.D)
     written = jobs.Rows(tile.b, tile.offset_q, tile.writable)
-    jobs.store(dq_desc, written, row, tile.head, q, C.VARLEN)
+    jobs.store(dq_desc, written, row, tile.head, tiles.q, which, C.D, C.VARLEN)
     tma.store_wait(0)
 
 
@@ -240,16 +261,19 @@ def dq_hopper_kernel(
     C: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
-    q_box: gl.constexpr = [2] + q_desc.block_shape  # noqa: RUF005
-    do_box: gl.constexpr = [2] + do_desc.block_shape  # noqa: RUF005
-    k_box: gl.constexpr = [STAGES] + k_desc.block_shape  # noqa: RUF005
-    v_box: gl.constexpr = [1] + v_desc.block_shape  # noqa: RUF005
+    COUNT: gl.constexpr = jobs.num_pieces(C.D)
+    COUNT_V: gl.constexpr = jobs.num_pieces(C.D_V)
+    q_box: gl.constexpr = [2 * COUNT] + q_desc.block_shape  # noqa: RUF005
+    do_box: gl.constexpr = [2 * COUNT_V] + do_desc.block_shape  # noqa: RUF005
+    k_box: gl.constexpr = [STAGES * COUNT] + k_desc.block_shape  # noqa: RUF005
+    V_STAGES: gl.constexpr = v_stages(C.D, C.D_V)
+    v_box: gl.constexpr = [V_STAGES * COUNT_V] + v_desc.block_shape  # noqa: RUF005
     tiles = Tiles(
         gl.allocate_shared_memory(dtype, q_box, q_desc.layout),
         gl.allocate_shared_memory(dtype, do_box, do_desc.layout),
         gl.allocate_shared_memory(dtype, k_box, k_desc.layout),
         gl.allocate_shared_memory(dtype, v_box, v_desc.layout),
-        barriers(2, 1), barriers(STAGES, 1), barriers(1, 1),
+        barriers(2, 1), barriers(STAGES, 1), barriers(V_STAGES, 1),
     )  # fmt: skip
     fence_async_shared()
     descs = (q_desc, k_desc, v_desc, do_desc)

@@ -68,13 +68,22 @@ class Barriers(NamedTuple):
 
 
 @gluon.jit
-def load_keys(desc, job, barrier, tiles, VARLEN: gl.constexpr):
+def load_keys(desc, job, barrier, tiles, COLUMNS: gl.constexpr, C: gl.constexpr):
     """Load the program's keys, or values."""
-    COUNT: gl.constexpr = tiles.shape[0]
-    mbarrier.expect(barrier, COUNT * desc.block_type.nbytes)
-    for which in gl.static_range(COUNT):
+    mbarrier.expect(barrier, tiles.shape[0] * desc.block_type.nbytes)
+    for which in gl.static_range(C.BLOCK_N // 64):
         row = job.n_row + 64 * which
-        jobs.load(desc, job.keys, row, job.head_k, barrier, tiles.index(which), VARLEN)
+        jobs.load(desc, job.keys, row, job.head_k, barrier, tiles, which, COLUMNS, C.VARLEN)
+
+
+@gluon.jit
+def load_queries(
+    desc, job, row, head, barriers, tiles, stage, COLUMNS: gl.constexpr, C: gl.constexpr
+):
+    """Load a block of Q, or dO."""
+    full = barriers.index(stage)
+    mbarrier.expect(full, jobs.num_pieces(COLUMNS) * desc.block_type.nbytes)
+    jobs.load(desc, job.queries, row, head, full, tiles, stage, COLUMNS, C.VARLEN)
 
 
 @gluon.jit
@@ -82,10 +91,9 @@ def produce(lengths, table, left, right, descs, statistics, tiles, full, C: gl.c
     """Load K and V, and the queries' blocks in turn."""
     job = jobs.work_of(gl.program_id(0), lengths, table, left, right, C)
     M: gl.constexpr = C.BLOCK_M
-    VARLEN: gl.constexpr = C.VARLEN
     if jobs.num_blocks(job, C) > 0:
-        load_keys(descs.k, job, full.kv.index(0), tiles.k, VARLEN)
-        load_keys(descs.v, job, full.kv.index(1), tiles.v, VARLEN)
+        load_keys(descs.k, job, full.kv.index(0), tiles.k, C.D, C)
+        load_keys(descs.v, job, full.kv.index(1), tiles.v, C.D_V, C)
     for n in range(jobs.num_blocks(job, C)):
         stage = n % STAGES
         member, row = jobs.nth_block(n, job, C)
@@ -97,16 +105,10 @@ def produce(lengths, table, left, right, descs, statistics, tiles, full, C: gl.c
         delta = gl.load(statistics.delta + at, mask=i < job.queries.count, other=0.0)
         if n >= STAGES:
             named_barrier("sync", DO_EMPTY + stage, READERS)
-        mbarrier.expect(full.do.index(stage), descs.do.block_type.nbytes)
-        jobs.load(
-            descs.do, job.queries, row, head, full.do.index(stage), tiles.do.index(stage), VARLEN
-        )
+        load_queries(descs.do, job, row, head, full.do, tiles.do, stage, C.D_V, C)
         if n >= STAGES:
             named_barrier("sync", Q_EMPTY + stage, READERS)
-        mbarrier.expect(full.q.index(stage), descs.q.block_type.nbytes)
-        jobs.load(
-            descs.q, job.queries, row, head, full.q.index(stage), tiles.q.index(stage), VARLEN
-        )
+        load_queries(descs.q, job, row, head, full.q, tiles.q, stage, C.D, C)
         tiles.lse.index(stage).store(lse)
         mbarrier.arrive(full.q.index(stage))
         tiles.delta.index(stage).store(-delta)
@@ -153,12 +155,14 @@ def write(lengths, table, left, right, descs, tiles, turns, C: gl.constexpr):
 
 
 @gluon.jit
-def product(a, b, row, M: gl.constexpr):
-    """Begin a bᵀ [64, M], each row of it from the `row` of numbers [M]."""
+def product(a, i, b, j, row, COLUMNS: gl.constexpr, M: gl.constexpr):
+    """Begin a bᵀ [64, M] for the i-th tile of a and the j-th of b, each row of it from the `row` of
+    numbers [M].
+    """
     S: gl.constexpr = accumulator(M)
     start = gl.expand_dims(row.load(gl.SliceLayout(0, S)), 0)
     start = gl.broadcast(start, gl.zeros([64, M], gl.float32, S))[0]
-    return warpgroup_mma(a, b.permute((1, 0)), start, use_acc=True, is_async=True)
+    return jobs.multiply_transposed(a, i, b, j, start, COLUMNS, 64, M)
 
 
 @gluon.jit
@@ -183,14 +187,15 @@ def step(
     P: gl.constexpr = gl.DotOperandLayout(0, accumulator(D), 2)
     COLUMNS: gl.constexpr = D // 2 if M == 64 else D
     stage, phase = n % STAGES, n // STAGES & 1
-    k = tiles.k.index(which).reshape([64, D])
-    v = tiles.v.index(which).reshape([64, D])
     q = tiles.q.index(stage).reshape([M, D])
     do = tiles.do.index(stage).reshape([M, D])
     mbarrier.wait(full.q.index(stage), phase)
-    s = product(k, q, tiles.lse.index(stage), M)  # Sᵀ - L = K Qᵀ - L
+    # Sᵀ - L = K Qᵀ - L
+    s = product(tiles.k, which, tiles.q, stage, tiles.lse.index(stage), D, M)
     mbarrier.wait(full.do.index(stage), phase)
-    dp = product(v, do, tiles.delta.index(stage), M)  # dPᵀ - delta = V dOᵀ - delta
+    dp = product(
+        tiles.v, which, tiles.do, stage, tiles.delta.index(stage), D, M
+    )  # dPᵀ - delta = V dOᵀ - delta
     s = warpgroup_mma_wait(1, deps=[s])
     # At most 1: where scores are huge, S - L may be far above 0.
     p = gl.exp2(gl.minimum(s * scale_log2, 0.0))
@@ -260,6 +265,6 @@ def consume(which: gl.constexpr, lengths, table, left, right, scales, shared, C:
     k.store(gl.where(in_use, dk * softmax_scale, 0.0).to(k.dtype))
     fence_async_shared()
     written = jobs.Rows(job.b, job.keys.offset, job.writable)
-    jobs.store(descs.dv, written, n_row, job.head_k, tiles.v.index(which), C.VARLEN)
-    jobs.store(descs.dk, written, n_row, job.head_k, tiles.k.index(which), C.VARLEN)
+    jobs.store(descs.dv, written, n_row, job.head_k, tiles.v, which, D, C.VARLEN)
+    jobs.store(descs.dk, written, n_row, job.head_k, tiles.k, which, D, C.VARLEN)
     tma.store_wait(0)
