@@ -31,7 +31,8 @@ from ..tma import ANY, LAST, WRAP, Launches, TmaBox, TmaLaunch, sequence_box
 from . import backward_roles as roles
 from .backward_dkdv import dkdv_hopper_kernel
 from .backward_dq import dq_hopper_kernel
-from .backward_work import Config, piece_columns
+from .backward_pieces import piece_columns
+from .backward_work import Config
 from .pipeline import barriers
 
 

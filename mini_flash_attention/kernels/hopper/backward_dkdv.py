@@ -23,6 +23,7 @@ from ..gluon import (
     warpgroup_mma_wait,
 )  # fmt: skip
 from ..launch import SIZES
+from . import backward_pieces as pieces
 from . import backward_roles as roles
 from . import backward_work as jobs
 from .pipeline import accumulator, barriers, named_barrier, no_hoist
@@ -70,7 +71,7 @@ def weights(
         named_barrier("sync", P_EMPTY + stage, 256)
     tiles.p.index(stage).store(p)
     named_barrier("arrive", P_FULL + stage, 256)
-    return gl.convert_layout(p, gl.DotOperandLayout(0, accumulator(jobs.piece(C.D_V)), 2))
+    return gl.convert_layout(p, gl.DotOperandLayout(0, accumulator(pieces.piece(C.D_V)), 2))
 
 
 @gluon.jit
@@ -79,7 +80,7 @@ def add_dv(n, p, dv, shared, C: gl.constexpr):
     _, tiles, full = shared
     stage = n % roles.STAGES
     mbarrier.wait(full.do.index(stage), n // roles.STAGES & 1)
-    return jobs.multiply_add(p, tiles.do, stage, dv, C.D_V, C.BLOCK_M)
+    return pieces.multiply_add(p, tiles.do, stage, dv, C.D_V, C.BLOCK_M)
 
 
 @gluon.jit
@@ -96,13 +97,13 @@ def step_dv(n, p, dv, job, left, right, scale_log2, shared, PARTIAL: gl.constexp
     """Block n - 1 is added to dV, whose weights are p. Those of block n, and dV."""
     s = scores(n, shared, C)
     dv = add_dv(n - 1, p, dv, shared, C)
-    s = warpgroup_mma_wait(jobs.num_pieces(C.D_V), deps=[s])
+    s = warpgroup_mma_wait(pieces.num_pieces(C.D_V), deps=[s])
     named_barrier("arrive", roles.Q_EMPTY + n % roles.STAGES, roles.READERS)
     row = 0
     if PARTIAL:
         row = jobs.partial_block(n, job, C)[1]
     following = weights(n, s, row, job, left, right, scale_log2, shared, PARTIAL, C)
-    dv = jobs.wait_for(dv, p)
+    dv = pieces.wait_for(dv, p)
     named_barrier("arrive", roles.DO_EMPTY + (n - 1) % roles.STAGES, roles.READERS)
     return following, dv
 
@@ -113,7 +114,7 @@ def consume_dv(lengths, table, left, right, scales, shared, C: gl.constexpr):
     descs, tiles, full = shared
     scale_log2, _ = scales
     job = jobs.work_of(gl.program_id(0), lengths, table, left, right, C)
-    dv = jobs.zeros(C.D_V)
+    dv = pieces.zeros(C.D_V)
     all_partial, total = C.GROUP * job.num_partial, jobs.num_blocks(job, C)
     if total > 0:
         mbarrier.wait(full.kv.index(0), 0)
@@ -126,7 +127,7 @@ def consume_dv(lengths, table, left, right, scales, shared, C: gl.constexpr):
         for n in range(gl.maximum(all_partial, 1), total):
             p, dv = step_dv(n, p, dv, job, left, right, scale_log2, shared, False, C)
         dv = add_dv(total - 1, p, dv, shared, C)
-        dv = jobs.wait_for(dv, p)
+        dv = pieces.wait_for(dv, p)
     named_barrier("sync", roles.BOTH_CONSUMERS, 256)  # the other one has read V
     store_keys(dv, 1.0, descs.dv, tiles.v, lengths, table, left, right, C.D_V, C)
 
@@ -140,13 +141,13 @@ def score_gradients(n, dp, row, job, left, right, shared, PARTIAL: gl.constexpr,
     p = tiles.p.index(stage).load(accumulator(C.BLOCK_M))
     named_barrier("arrive", P_EMPTY + stage, 256)
     # With D_V 128 ptxas wants registers that nothing uses, or it serialises all products (C7512).
-    LATER: gl.constexpr = jobs.num_pieces(C.D) if C.D == C.D_V else 1
+    LATER: gl.constexpr = pieces.num_pieces(C.D) if C.D == C.D_V else 1
     dp = warpgroup_mma_wait(LATER, deps=[dp])
     named_barrier("arrive", roles.DO_EMPTY + stage, roles.READERS)
     ds = p.to(gl.float32) * dp
     if PARTIAL:
         ds = roles.hide(ds, job, 0, row, left, right, C.BLOCK_M)
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator(jobs.piece(C.D)), 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator(pieces.piece(C.D)), 2)
     return gl.convert_layout(convert_p(ds, tiles.q), operand)
 
 
@@ -156,7 +157,7 @@ def add_dk(n, ds, dk, shared, C: gl.constexpr):
     _, tiles, full = shared
     stage = n % roles.STAGES
     mbarrier.wait(full.q.index(stage), n // roles.STAGES & 1)
-    return jobs.multiply_add(ds, tiles.q, stage, dk, C.D, C.BLOCK_M)
+    return pieces.multiply_add(ds, tiles.q, stage, dk, C.D, C.BLOCK_M)
 
 
 @gluon.jit
@@ -177,7 +178,7 @@ def step_dk(n, ds, dk, job, left, right, shared, PARTIAL: gl.constexpr, C: gl.co
     if PARTIAL:
         row = jobs.partial_block(n, job, C)[1]
     following = score_gradients(n, dp, row, job, left, right, shared, PARTIAL, C)
-    dk = jobs.wait_for(dk, ds)
+    dk = pieces.wait_for(dk, ds)
     named_barrier("arrive", roles.Q_EMPTY + (n - 1) % roles.STAGES, roles.READERS)
     return following, dk
 
@@ -188,7 +189,7 @@ def consume_dk(lengths, table, left, right, scales, shared, C: gl.constexpr):
     descs, tiles, full = shared
     _, softmax_scale = scales
     job = jobs.work_of(gl.program_id(0), lengths, table, left, right, C)
-    dk = jobs.zeros(C.D)
+    dk = pieces.zeros(C.D)
     all_partial, total = C.GROUP * job.num_partial, jobs.num_blocks(job, C)
     if total > 0:
         mbarrier.wait(full.kv.index(1), 0)
@@ -200,7 +201,7 @@ def consume_dk(lengths, table, left, right, scales, shared, C: gl.constexpr):
         for n in range(gl.maximum(all_partial, 1), total):
             ds, dk = step_dk(n, ds, dk, job, left, right, shared, False, C)
         dk = add_dk(total - 1, ds, dk, shared, C)
-        dk = jobs.wait_for(dk, ds)
+        dk = pieces.wait_for(dk, ds)
     named_barrier("sync", roles.BOTH_CONSUMERS, 256)  # the other one has read K
     store_keys(dk, softmax_scale, descs.dk, tiles.k, lengths, table, left, right, C.D, C)
 
@@ -211,9 +212,9 @@ def store_keys(
 ):
     """Write dK or dV, times a factor, through a tile: zeros in rows that are not in use."""
     job = jobs.work_of(no_hoist(gl.program_id(0)), lengths, table, left, right, C)
-    jobs.fill(x, factor, tiles, 0, job.keys.count - job.n_row, COLUMNS)
+    pieces.fill(x, factor, tiles, 0, job.keys.count - job.n_row, COLUMNS)
     written = jobs.Rows(job.b, job.keys.offset, job.writable)
-    jobs.store(desc, written, job.n_row, job.head_k, tiles, 0, COLUMNS, C.VARLEN)
+    pieces.store(desc, written, job.n_row, job.head_k, tiles, 0, COLUMNS, C.VARLEN)
     tma.store_wait(0)
 
 
@@ -227,8 +228,8 @@ def dkdv_hopper_kernel(
 ):  # fmt: skip
     M: gl.constexpr = C.BLOCK_M
     dtype: gl.constexpr = q_desc.dtype
-    COUNT: gl.constexpr = jobs.num_pieces(C.D)
-    COUNT_V: gl.constexpr = jobs.num_pieces(C.D_V)
+    COUNT: gl.constexpr = pieces.num_pieces(C.D)
+    COUNT_V: gl.constexpr = pieces.num_pieces(C.D_V)
     q_box: gl.constexpr = [roles.STAGES * COUNT] + q_desc.block_shape  # noqa: RUF005
     do_box: gl.constexpr = [roles.STAGES * COUNT_V] + do_desc.block_shape  # noqa: RUF005
     k_box: gl.constexpr = [COUNT] + k_desc.block_shape  # noqa: RUF005

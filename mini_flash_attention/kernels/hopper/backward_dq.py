@@ -20,6 +20,7 @@ from ..gluon import (
     warpgroup_mma_wait,
 )  # fmt: skip
 from ..launch import SIZES
+from . import backward_pieces as pieces
 from . import backward_roles as roles
 from . import backward_work as jobs
 from .pipeline import accumulator, barriers, named_barrier, no_hoist
@@ -83,8 +84,8 @@ def first_key(n, job):
 def produce(lengths, table, left, right, descs, tiles, C: gl.constexpr):
     """Load Q and dO, and the keys' blocks in turn."""
     q_desc, k_desc, v_desc, do_desc = descs
-    COUNT: gl.constexpr = jobs.num_pieces(C.D)
-    COUNT_V: gl.constexpr = jobs.num_pieces(C.D_V)
+    COUNT: gl.constexpr = pieces.num_pieces(C.D)
+    COUNT_V: gl.constexpr = pieces.num_pieces(C.D_V)
     V_STAGES: gl.constexpr = v_stages(C.D, C.D_V)
     Q_BYTES: gl.constexpr = COUNT * q_desc.block_type.nbytes + COUNT_V * do_desc.block_type.nbytes
     job = job_of(gl.program_id(0), lengths, table, left, right)
@@ -97,19 +98,21 @@ def produce(lengths, table, left, right, descs, tiles, C: gl.constexpr):
             named_barrier("sync", K_EMPTY + stage, roles.READERS)
         full = tiles.k_full.index(stage)
         mbarrier.expect(full, COUNT * k_desc.block_type.nbytes)
-        jobs.load(k_desc, job.keys, start, head_k, full, tiles.k, stage, C.D, C.VARLEN)
+        pieces.load(k_desc, job.keys, start, head_k, full, tiles.k, stage, C.D, C.VARLEN)
         if n == 0:
             for which in gl.static_range(2):
                 full, row = tiles.q_full.index(which), tile.m_row + 64 * which
                 mbarrier.expect(full, Q_BYTES)
-                jobs.load(q_desc, queries, row, tile.head, full, tiles.q, which, C.D, C.VARLEN)
-                jobs.load(do_desc, queries, row, tile.head, full, tiles.do, which, C.D_V, C.VARLEN)
+                pieces.load(q_desc, queries, row, tile.head, full, tiles.q, which, C.D, C.VARLEN)
+                pieces.load(
+                    do_desc, queries, row, tile.head, full, tiles.do, which, C.D_V, C.VARLEN
+                )
         stage = n % V_STAGES
         if n >= V_STAGES:
             named_barrier("sync", V_EMPTY + stage, roles.READERS)
         full = tiles.v_full.index(stage)
         mbarrier.expect(full, COUNT_V * v_desc.block_type.nbytes)
-        jobs.load(v_desc, job.keys, start, head_k, full, tiles.v, stage, C.D_V, C.VARLEN)
+        pieces.load(v_desc, job.keys, start, head_k, full, tiles.v, stage, C.D_V, C.VARLEN)
 
 
 @gluon.jit
@@ -119,7 +122,7 @@ def product(a, i, b, j, row, COLUMNS: gl.constexpr):
     """
     start = gl.zeros([64, N], gl.float32, accumulator(N))
     start = gl.broadcast(gl.expand_dims(row, 1), start)[0]
-    return jobs.multiply_transposed(a, i, b, j, start, COLUMNS, 64, N)
+    return pieces.multiply_transposed(a, i, b, j, start, COLUMNS, 64, N)
 
 
 @gluon.jit
@@ -152,7 +155,7 @@ def weight_gradients(which: gl.constexpr, n, delta, tiles, C: gl.constexpr):
 @gluon.jit
 def add_dq(n, ds, dq, tiles, C: gl.constexpr):
     """Begin dQ += dS K for the n-th block."""
-    return jobs.multiply_add(ds, tiles.k, n % STAGES, dq, C.D, N)
+    return pieces.multiply_add(ds, tiles.k, n % STAGES, dq, C.D, N)
 
 
 @gluon.jit
@@ -161,7 +164,7 @@ def score_gradients(p, dp, row, start, job, sides, tiles, PARTIAL: gl.constexpr,
     ds = p * dp
     if PARTIAL:
         ds = hide(ds, row, job, start, sides)
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator(jobs.piece(C.D)), 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator(pieces.piece(C.D)), 2)
     return gl.convert_layout(convert_p(ds, tiles.q), operand)
 
 
@@ -184,8 +187,8 @@ def step(
     start = 0
     if PARTIAL:
         start = jobs.partial_start(n, job.blocks, N)
-    COUNT: gl.constexpr = jobs.num_pieces(C.D)
-    COUNT_V: gl.constexpr = jobs.num_pieces(C.D_V)
+    COUNT: gl.constexpr = pieces.num_pieces(C.D)
+    COUNT_V: gl.constexpr = pieces.num_pieces(C.D_V)
     V_STAGES: gl.constexpr = v_stages(C.D, C.D_V)
     s = scores(which, n, lse, tiles, C)
     if V_STAGES == 1:  # V is there later
@@ -193,7 +196,7 @@ def step(
         s = warpgroup_mma_wait(COUNT, deps=[s])
         p = weights(s, row, start, job, sides, scale_log2, PARTIAL)
         dp = weight_gradients(which, n, delta, tiles, C)
-        dq = jobs.wait_for(dq, ds, COUNT_V)
+        dq = pieces.wait_for(dq, ds, COUNT_V)
         named_barrier("arrive", K_EMPTY + (n - 1) % STAGES, roles.READERS)
         dp = warpgroup_mma_wait(0, deps=[dp])
         named_barrier("arrive", V_EMPTY, roles.READERS)
@@ -206,7 +209,7 @@ def step(
         dp = warpgroup_mma_wait(COUNT, deps=[dp])
         named_barrier("arrive", V_EMPTY + n % V_STAGES, roles.READERS)
         following = score_gradients(p, dp, row, start, job, sides, tiles, PARTIAL, C)
-        dq = jobs.wait_for(dq, ds)
+        dq = pieces.wait_for(dq, ds)
         named_barrier("arrive", K_EMPTY + (n - 1) % STAGES, roles.READERS)
     return following, dq
 
@@ -221,7 +224,7 @@ def consume(
     sides = (left, right)
     job = job_of(gl.program_id(0), lengths, table, left, right)
     tile, row = job.tile, job.tile.m_row + 64 * which
-    dq = jobs.zeros(C.D)
+    dq = pieces.zeros(C.D)
     if job.num_blocks > 0:
         i = row + gl.arange(0, 64, gl.SliceLayout(1, accumulator(N)))
         head = tile.head
@@ -243,12 +246,12 @@ def consume(
         for n in range(gl.maximum(job.num_partial, 1), job.num_blocks):
             ds, dq = step(which, n, ds, dq, row, job, sides, own, scale_log2, tiles, False, C)
         dq = add_dq(job.num_blocks - 1, ds, dq, tiles, C)
-        dq = jobs.wait_for(dq, ds)
+        dq = pieces.wait_for(dq, ds)
     tile = job_of(no_hoist(gl.program_id(0)), lengths, table, left, right).tile
     row = tile.m_row + 64 * which
-    jobs.fill(dq, softmax_scale, tiles.q, which, tile.num_rows - row, C.D)
+    pieces.fill(dq, softmax_scale, tiles.q, which, tile.num_rows - row, C.D)
     written = jobs.Rows(tile.b, tile.offset_q, tile.writable)
-    jobs.store(dq_desc, written, row, tile.head, tiles.q, which, C.D, C.VARLEN)
+    pieces.store(dq_desc, written, row, tile.head, tiles.q, which, C.D, C.VARLEN)
     tma.store_wait(0)
 
 
@@ -261,8 +264,8 @@ def dq_hopper_kernel(
     C: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
-    COUNT: gl.constexpr = jobs.num_pieces(C.D)
-    COUNT_V: gl.constexpr = jobs.num_pieces(C.D_V)
+    COUNT: gl.constexpr = pieces.num_pieces(C.D)
+    COUNT_V: gl.constexpr = pieces.num_pieces(C.D_V)
     q_box: gl.constexpr = [2 * COUNT] + q_desc.block_shape  # noqa: RUF005
     do_box: gl.constexpr = [2 * COUNT_V] + do_desc.block_shape  # noqa: RUF005
     k_box: gl.constexpr = [STAGES * COUNT] + k_desc.block_shape  # noqa: RUF005

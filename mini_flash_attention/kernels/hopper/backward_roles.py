@@ -13,6 +13,7 @@ from ..gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )  # fmt: skip
+from . import backward_pieces as pieces
 from . import backward_work as jobs
 from .pipeline import ONE_WARP, accumulator, named_barrier, no_hoist
 from .softmax import accumulator_view, convert_p, from_view
@@ -73,7 +74,7 @@ def load_keys(desc, job, barrier, tiles, COLUMNS: gl.constexpr, C: gl.constexpr)
     mbarrier.expect(barrier, tiles.shape[0] * desc.block_type.nbytes)
     for which in gl.static_range(C.BLOCK_N // 64):
         row = job.n_row + 64 * which
-        jobs.load(desc, job.keys, row, job.head_k, barrier, tiles, which, COLUMNS, C.VARLEN)
+        pieces.load(desc, job.keys, row, job.head_k, barrier, tiles, which, COLUMNS, C.VARLEN)
 
 
 @gluon.jit
@@ -82,8 +83,8 @@ def load_queries(
 ):
     """Load a block of Q, or dO."""
     full = barriers.index(stage)
-    mbarrier.expect(full, jobs.num_pieces(COLUMNS) * desc.block_type.nbytes)
-    jobs.load(desc, job.queries, row, head, full, tiles, stage, COLUMNS, C.VARLEN)
+    mbarrier.expect(full, pieces.num_pieces(COLUMNS) * desc.block_type.nbytes)
+    pieces.load(desc, job.queries, row, head, full, tiles, stage, COLUMNS, C.VARLEN)
 
 
 @gluon.jit
@@ -162,7 +163,7 @@ def product(a, i, b, j, row, COLUMNS: gl.constexpr, M: gl.constexpr):
     S: gl.constexpr = accumulator(M)
     start = gl.expand_dims(row.load(gl.SliceLayout(0, S)), 0)
     start = gl.broadcast(start, gl.zeros([64, M], gl.float32, S))[0]
-    return jobs.multiply_transposed(a, i, b, j, start, COLUMNS, 64, M)
+    return pieces.multiply_transposed(a, i, b, j, start, COLUMNS, 64, M)
 
 
 @gluon.jit
@@ -265,6 +266,6 @@ def consume(which: gl.constexpr, lengths, table, left, right, scales, shared, C:
     k.store(gl.where(in_use, dk * softmax_scale, 0.0).to(k.dtype))
     fence_async_shared()
     written = jobs.Rows(job.b, job.keys.offset, job.writable)
-    jobs.store(descs.dv, written, n_row, job.head_k, tiles.v, which, D, C.VARLEN)
-    jobs.store(descs.dk, written, n_row, job.head_k, tiles.k, which, D, C.VARLEN)
+    pieces.store(descs.dv, written, n_row, job.head_k, tiles.v, which, D, C.VARLEN)
+    pieces.store(descs.dk, written, n_row, job.head_k, tiles.k, which, D, C.VARLEN)
     tma.store_wait(0)
