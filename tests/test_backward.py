@@ -11,6 +11,8 @@ import mini_flash_attention as mfa
 from mini_flash_attention import cpu_backward, plan, recipes, reference, settings
 from mini_flash_attention.execution_backward import BackwardTensors
 from mini_flash_attention.plan import backward as planning
+from mini_flash_attention.plan.gpu import Gpu
+from mini_flash_attention.problem import DeviceLengths, Options, Problem, Scores
 from mini_flash_attention.validate import calls as parse
 
 triton = pytest.importorskip("triton")
@@ -316,7 +318,17 @@ def test_masks(mask, heads, lengths, place):
 
 
 HEAD_DIMS = [1, 16, 40, 64, 96, 128, 200, 256]
-UNALIKE = [(1, 16), (16, 40), (40, 16), (24, 15), (96, 64), (64, 128), (256, 64), (40, 200)]
+UNALIKE = [
+    (1, 16),
+    (16, 40),
+    (40, 16),
+    (24, 15),
+    (96, 64),
+    (64, 128),
+    (256, 64),
+    (40, 200),
+    (192, 128),
+]
 
 
 @pytest.mark.parametrize("head_dims", [*((d, d) for d in HEAD_DIMS), *UNALIKE], ids=str)
@@ -369,6 +381,54 @@ def test_two_calls_give_the_same_bits(deterministic, place):
     alike = torch.equal if deterministic else same
     assert all(alike(first[name], second[name]) for name in "qkv")
     case.check_gradients(first, *given)
+
+
+# -- which kernels, and in which order -------------------------------------------------------------
+
+
+H200 = Gpu("H200", 90, 132)
+
+
+def planned(heads, head_dims, length=4096, packed=False, left=None, right=None, **more):
+    """The plan of the Hopper kernels for a call, or None."""
+    (nheads, nheads_k), (d, d_v) = heads, head_dims
+    softcap, deterministic = more.get("softcap", 0.0), more.get("deterministic", False)
+    shapes = ((nheads, d), (nheads_k, d), (nheads_k, d_v), (nheads, d_v))
+    q, k, v, dout = (torch.empty(4, length, *shape, dtype=torch.bfloat16) for shape in shapes)
+    lengths, longest = DeviceLengths(), length
+    if packed:
+        q, k, v, dout = (x.flatten(0, 1) for x in (q, k, v, dout))
+        cu_seqlens = torch.empty(5, dtype=torch.int32)
+        lengths, longest = DeviceLengths(cu_seqlens, cu_seqlens), 3 * length
+    options = Options(d**-0.5, left, right, left is not None, True, deterministic=deterministic)
+    scores = Scores(softcap=softcap)
+    p = Problem("", q, k, v, None, 4, longest, longest, options, scores, lengths)
+    return planning.hopper(p, dout, (q, k, v), H200)
+
+
+@pytest.mark.parametrize(("head_dims", "products"), [
+    ((64, 64), 5), ((128, 128), 5), ((96, 96), 5), ((40, 40), 5),
+    ((192, 128), 7), ((136, 136), 7), ((256, 256), 7), ((64, 192), 7), ((256, 8), 7),
+    ((32, 32), None), ((59, 59), None), ((128, 64), None), ((256, 12), None),
+])  # fmt: skip
+def test_which_calls_the_hopper_kernels_take(head_dims, products):
+    """One kernel for five products, or a kernel for dK and dV and one for dQ, which take seven."""
+    for options in ({}, {"right": 0}, {"left": 100, "right": 33}, {"deterministic": True}):
+        found = planned((4, 2), head_dims, **options)
+        assert products == (found and (5 if found.dq is None else 7))
+    assert planned((4, 2), head_dims, softcap=30.0) is None
+
+
+@pytest.mark.parametrize(("found", "l2_group"), [
+    (lambda: planned((16, 16), (64, 64), 1024), 16),  # 512 KB a head, with dQ in fp32
+    (lambda: planned((16, 16), (64, 64), 16384), 1),
+    (lambda: planned((16, 16), (128, 128), right=0), 4),  # 2 in the L2 cache, of 32 blocks
+    (lambda: planned((16, 4), (128, 128), right=0), 4),
+    (lambda: planned((16, 16), (128, 128), packed=True), 2),  # by the average length
+    (lambda: planned((16, 16), (256, 256), 1024), 8),  # no dQ in fp32
+])  # fmt: skip
+def test_heads_of_a_group(found, l2_group):
+    assert found().work.l2_group == l2_group
 
 
 # -- tensors in one, and strides ------------------------------------------------------------------

@@ -115,17 +115,25 @@ def hopper(
     columns, columns_v = (192 if 128 < n <= 192 else padded(n, other) for n, other in pairs)
     preprocess = backward(p, gpu).preprocess
     if max(head_dim, head_dim_v) > 128:
-        if min(columns, columns_v) < 64:
-            return None
         tiles = Tiles(64, 64, 4, 1)
-        work = key_work(p, tiles, HOPPER_L2_BYTES)
-        dq = query_work(p, tiles._replace(block_m=128), HOPPER_L2_BYTES)
+        work = spread(p, key_work(p, tiles, HOPPER_L2_BYTES), gpu)
+        dq = spread(p, query_work(p, tiles._replace(block_m=128), HOPPER_L2_BYTES), gpu)
         return HopperBackward(preprocess, work, dq, columns, columns_v)
     if head_dim != head_dim_v or head_dim <= 32:
         return None
     tiles = Tiles(128 if columns == 64 else 64, 128, 4, 1)
-    work = key_work(p, tiles, HOPPER_L2_BYTES, accumulates=True)
+    work = spread(p, key_work(p, tiles, HOPPER_L2_BYTES, accumulates=True), gpu)
     return HopperBackward(preprocess, work, None, columns, columns_v)
+
+
+def spread(p: Problem, work: Work, gpu: Gpu) -> Work:
+    """The work with groups of enough heads that the longest programs fill the GPU, if a mask makes
+    some longer than others: the last group would end with few of them running.
+    """
+    if p.options.left is None and p.options.right is None:
+        return work
+    least = min(work.batch_heads, gpu.multiprocessors // work.num_blocks)
+    return work._replace(l2_group=max(work.l2_group, least))
 
 
 def key_work(p: Problem, tiles: Tiles, l2_bytes: int, accumulates: bool = False) -> Work:
@@ -134,15 +142,20 @@ def key_work(p: Problem, tiles: Tiles, l2_bytes: int, accumulates: bool = False)
     row = _row_bytes(p)  # of a query and its dO
     if accumulates:
         row += 4 * p.q.shape[-1]
-    group = l2_bytes // max(1, row * p.seqlen_q * p.group)
+    group = l2_bytes // max(1, row * _length(p.q, p.seqlen_q, p.batch) * p.group)
     return _work(tiles, tiles.block_n, p.k.shape[-3], packed, p.batch, p.k.shape[-2], group)
 
 
 def query_work(p: Problem, tiles: Tiles, l2_bytes: int) -> Work:
-    """Blocks of queries."""
+    """Blocks of queries. Of a head keys and values are read again and again."""
     packed = p.batch if p.lengths.cu_seqlens_q is not None else 0
-    group = l2_bytes // max(1, _row_bytes(p) * p.seqlen_k // p.group)  # keys and values
+    group = l2_bytes // max(1, _row_bytes(p) * _length(p.k, p.seqlen_k, p.batch) // p.group)
     return _work(tiles, tiles.block_m, p.q.shape[-3], packed, p.batch, p.q.shape[-2], group)
+
+
+def _length(x: torch.Tensor, longest: int, batch: int) -> int:
+    """Rows of an average sequence; those of packed ones may differ much."""
+    return longest if x.dim() == 4 else -(-x.shape[0] // batch)
 
 
 def _row_bytes(p: Problem) -> int:
