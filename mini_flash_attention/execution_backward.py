@@ -67,15 +67,15 @@ def run(entry: Entry, arguments: Arguments, keep: bool = True) -> Gradients:
 
 
 def keep_apart(arguments: Arguments) -> None:
-    """Refuse a caller's dq, dk or dv that shares memory with an input, or begins where another
-    does; they may be parts of one tensor.
+    """Refuse a caller's dq, dk or dv that shares memory with an input, or elements with another;
+    they may be parts of one tensor.
     """
     given = {name: arguments[name] for name in RESULTS if arguments[name] is not None}
     inputs = [x for name, x in arguments.items() if name not in RESULTS and torch.is_tensor(x)]
     for name, x in given.items():
         memory.refuse_overlap("backward", x, *inputs, name=name)
-        if x.numel() and sum(x.data_ptr() == y.data_ptr() for y in given.values()) > 1:
-            raise wrong_value("backward", name, "memory apart from dq, dk and dv", "the same")
+        if any(memory.share_elements(x, y) for other, y in given.items() if other != name):
+            raise wrong_value("backward", name, "elements apart from dq, dk and dv", "an overlap")
 
 
 def allocate(arguments: Arguments) -> Gradients:

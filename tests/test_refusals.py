@@ -6,6 +6,7 @@ back from the device is in `test_device_checks.py`.
 
 import inspect
 import os
+import random
 import re
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from torch.autograd import forward_ad
 
 import mini_flash_attention as mfa
 from mini_flash_attention import plan, recipes, settings
+from mini_flash_attention.validate import memory
 
 NAN = float("nan")
 
@@ -967,6 +969,7 @@ def differentiated(call):
 
 
 MEMORY = "expected memory apart from the inputs', got an overlap"
+ROOM = torch.zeros(3, 5, 2, 16, dtype=torch.float16)
 BACKWARD_REFUSED = {
     "dout-none": (dense, {"dout": None}, TypeError, f"dout: {A_TENSOR} NoneType"),
     "dout-shape": (
@@ -1025,7 +1028,11 @@ BACKWARD_REFUSED = {
     ),
     "dq-is-q": (dense, {"dq": lambda a: a["q"]}, ValueError, f"dq: {MEMORY}"),
     "dk-is-v": (varlen, {"dk": lambda a: a["v"]}, ValueError, f"dk: {MEMORY}"),
-    "dv-is-dk": (dense, {"dv": lambda a: a["dk"]}, ValueError, "d[kv]: expected memory apart"),
+    "dv-is-dk": (dense, {"dv": lambda a: a["dk"]}, ValueError, "d[kv]: expected elements apart"),
+    "dv-begins-inside-dk": (
+        dense, {"dk": lambda a: ROOM[:-1], "dv": lambda a: ROOM[1:]}, ValueError,
+        "dk: expected elements apart from dq, dk and dv, got an overlap",
+    ),
     "score-mod-alone": (
         dense, {"score_mod": at_it}, NotImplementedError,
         "backward: not implemented for a score_mod without score_mod_bwd",
@@ -1054,6 +1061,24 @@ def test_backward_refused(name):
         mfa.backward(**arguments | bad)
     after = [arguments[x] for x in ("dq", "dk", "dv", "q", "k", "v")]
     assert all(map(torch.equal, before, after)), "nothing was written"
+
+
+def test_which_parts_of_a_tensor_share_elements():
+    """Slices of one tensor against the elements that they hold; so slices with other strides."""
+    number = random.Random(0)
+    room = torch.arange(4 * 5 * 6).view(4, 5, 6)
+    shared = 0
+    for _ in range(1000):
+        x, y = (
+            room[tuple(slice(number.randrange(3), number.randint(2, n)) for n in room.shape)]
+            for _ in "xy"
+        )
+        alike = bool(set(x.flatten().tolist()) & set(y.flatten().tolist()))
+        assert memory.share_elements(x, y) == memory.share_elements(y, x) == alike
+        shared += alike
+    assert 100 < shared < 900
+    assert memory.share_elements(room[0, :2, ::2], room[0, :2, 1:4]), "not known to be apart"
+    assert not memory.share_elements(room[0], room[1, :, ::2])
 
 
 @pytest.mark.parametrize("call", [dense, varlen], ids=lambda call: call.__name__)

@@ -39,6 +39,32 @@ def extent(x: torch.Tensor) -> tuple[int, int]:
     return start, start + span * x.element_size() * (x.numel() > 0)
 
 
+def share_elements(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether x and y, of one dtype, have an element in common. With unlike strides: whether one
+    begins before the other ends.
+    """
+    (first, end), (y_first, y_end) = extent(x), extent(y)
+    if end <= y_first or y_end <= first or not (x.numel() and y.numel()):
+        return False
+    steps = []
+    for stride, y_stride, n, m in zip(x.stride(), y.stride(), x.shape, y.shape, strict=True):
+        if n > 1 and m > 1 and stride != y_stride:
+            return True
+        steps.append((max(1, stride if n > 1 else y_stride), 1 - m, n - 1))
+    distance, rest = divmod(y_first - first, x.element_size())
+    return rest != 0 or _reached(distance, sorted(steps, reverse=True))
+
+
+def _reached(distance: int, steps: list[tuple[int, int, int]]) -> bool:
+    """Whether a distance is a sum of steps (length, least number, largest number)."""
+    if not steps:
+        return distance == 0
+    (step, low, high), *others = steps
+    least, most = (sum(length * n[i] for length, *n in others) for i in (0, 1))
+    low, high = max(low, -((most - distance) // step)), min(high, (distance - least) // step)
+    return any(_reached(distance - n * step, others) for n in range(low, high + 1))
+
+
 def out(function: str, out: Any, q: torch.Tensor, head_dim: int) -> None:
     if out is None:
         return
