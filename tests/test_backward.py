@@ -654,6 +654,26 @@ def blind(score, batch, head, q_idx, kv_idx):
     return tl.where(batch == 1, float("-inf"), score)
 
 
+@pytest.mark.parametrize("lengths", [([100], [128]), ([150, 0, 150], [100] * 3)], ids=str)
+def test_tiles_after_the_end_of_a_sequence(lengths, place):
+    """Tiles are dealt out as if every sequence had one more: this one would see some queries."""
+    device, dtype, head_dim, _ = place
+    check(varlen(0, *lengths, 0, 2, 1, head_dim, dtype, device, causal=True))
+
+
+def test_keys_past_the_end_of_a_tile_are_no_keys(place):
+    """Where there is no key a score of 0 would have a gradient that fp16 cannot hold."""
+    device, *_ = place
+    q, k, v = (torch.zeros(1, n, 1, 64, dtype=torch.float16, device=device) for n in (128, 1, 1))
+    q[..., 0], k[..., 0] = -20.0, 8.0  # the score is -20, its weight 1
+    v += 4.0
+    dout = torch.full_like(q, 300.0)  # delta is 64 * 4 * 300
+    out, lse, _ = mfa.flash_attn_func(q, k, v, return_attn_probs=True)
+    dq, dk, dv = mfa.backward(dout, q, k, v, out, lse)
+    assert torch.equal(dq, torch.zeros_like(q)) and torch.equal(dk, torch.zeros_like(k))
+    assert torch.equal(dv, torch.full_like(v, 128 * 300.0))
+
+
 def test_a_sequence_that_sees_nothing(place):
     device, dtype, head_dim, n = place
     meaning = {"score_mod": blind, "score_mod_bwd": passed_on} | features("sinks", device, dtype)

@@ -51,7 +51,7 @@ class Backward(NamedTuple):
 class HopperBackward(NamedTuple):
     """The plan of the Hopper backward kernels."""
 
-    preprocess: Work  # and what narrows dQ afterwards
+    preprocess: Work  # and what narrows dQ afterwards, if it has no kernel of its own
     work: Work  # blocks of keys
     dq: Work | None  # blocks of queries, where dQ has a kernel of its own
     columns: int  # of a tile of Q and K
@@ -102,7 +102,7 @@ def backward(p: Problem, gpu: Gpu) -> Backward:
 def hopper(
     p: Problem, dout: torch.Tensor, results: Sequence[torch.Tensor], gpu: Gpu
 ) -> HopperBackward | None:
-    """The plan of the Hopper backward kernel, or None where the portable kernels have to do it."""
+    """The plan of the Hopper backward kernels, or None where the portable ones have to do it."""
     head_dim, head_dim_v = p.q.shape[-1], p.v.shape[-1]
     pairs = ((head_dim, head_dim_v), (head_dim_v, head_dim))
     simple = not (p.scores.changed or p.options.dropout_p)
@@ -127,8 +127,8 @@ def hopper(
 
 
 def spread(p: Problem, work: Work, gpu: Gpu) -> Work:
-    """The work with groups of enough heads that the longest programs fill the GPU, if a mask makes
-    some longer than others: the last group would end with few of them running.
+    """The work with heads in groups large enough for the longest programs to fill the GPU, where a
+    mask makes some longer than others; otherwise few programs run at the end of the last group.
     """
     if p.options.left is None and p.options.right is None:
         return work

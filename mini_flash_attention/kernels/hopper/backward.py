@@ -1,5 +1,6 @@
 """The backward pass for Hopper: dK and dV of 128 keys a program, and dQ added up in fp32.
 
+`launches` also makes those of head_dims above 128 (`backward_dkdv.py`, `backward_dq.py`).
 The five products of a block of M queries, for the 64 keys of a consumer. Scores are transposed, so
 that P and dS are operands from registers where dV and dK want them:
 
@@ -93,7 +94,7 @@ def launches(
     M, N = tiles.block_m, tiles.block_n
     scale = p.options.softmax_scale
     ordered = p.options.deterministic
-    config = Config(D, D_V, M, N, p.group, packed, ordered)
+    config = Config(D, D_V, M, N, p.group, packed, plan.dq is None, ordered)
     constants = (
         p.seqlen_q, p.seqlen_k, total_q, total_k, scale * LOG2E, p.options.left, p.options.right,
         scale, config,
@@ -109,17 +110,18 @@ def launches(
     dk, dv = sequence_box("dk", given.dk, 64, W), sequence_box("dv", given.dv, 64, W_V)
     keys = (p.batch, p.k.shape[-2], plan.work.num_blocks, plan.work.l2_group, *constants)
     if plan.dq is not None:
-        # What falls back takes the LSE in another form, and the next launch wants this one.
-        instead = Launches(*fallback, first)
+        # Portable kernels take the LSE in another form, and the next launch wants this one.
+        prepare, portable_dkdv, portable_dq = fallback
         queries = (p.batch, nheads, plan.dq.num_blocks, plan.dq.l2_group, *constants)
         dq = sequence_box("dq", given.dq, 64, W)
         of_keys = TmaLaunch(
             dkdv_hopper_kernel, plan.work.programs, pointers, keys, 4,
-            boxes=[q, k, v, do, dk, dv], fallback=instead, combine_launch=None,
+            boxes=[q, k, v, do, dk, dv],
+            fallback=Launches(prepare, portable_dkdv, first), combine_launch=None,
         )  # fmt: skip
         of_queries = TmaLaunch(
             dq_hopper_kernel, plan.dq.programs, pointers, queries, 4,
-            boxes=[q, k, v, do, dq], fallback=instead, combine_launch=None,
+            boxes=[q, k, v, do, dq], fallback=Launches(prepare, portable_dq), combine_launch=None,
         )  # fmt: skip
         return [first, of_keys, of_queries], needed
     pointers = (*STATISTICS, "turns" if ordered else "nothing", *LENGTHS)

@@ -140,7 +140,7 @@ def score_gradients(n, dp, row, job, left, right, shared, PARTIAL: gl.constexpr,
     named_barrier("sync", P_FULL + stage, 256)
     p = tiles.p.index(stage).load(accumulator(C.BLOCK_M))
     named_barrier("arrive", P_EMPTY + stage, 256)
-    # With D_V 128 ptxas wants registers that nothing uses, or it serialises all products (C7512).
+    # With fewer columns of V ptxas finds too few registers for three products in flight (C7512).
     LATER: gl.constexpr = pieces.num_pieces(C.D) if C.D == C.D_V else 1
     dp = warpgroup_mma_wait(LATER, deps=[dp])
     named_barrier("arrive", roles.DO_EMPTY + stage, roles.READERS)

@@ -117,12 +117,15 @@ def produce(lengths, table, left, right, descs, statistics, tiles, full, C: gl.c
 
 
 @gluon.jit
-def take_turn(counter, turn):
-    """Wait until `turn` programs have been here. Not for ever: lengths may be junk."""
+def take_turn(counter, turn, patience):
+    """Wait until `turn` programs have been here. Not for ever, as lengths may be junk: at most
+    `patience` polls; returns how many the next wait has, none where this one was in vain.
+    """
     come, polls = gl.load(counter, volatile=True), 0
-    while (come < turn) & (polls < POLLS):
+    while (come < turn) & (polls < patience):
         come = gl.load(counter, volatile=True)
         polls += 1
+    return gl.where(come < turn, 0, patience)
 
 
 @gluon.jit
@@ -130,7 +133,7 @@ def end_turn(counter):
     """Say that this program's additions are done, once they are."""
     PTX: gl.constexpr = "cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
     gl.inline_asm_elementwise(PTX, "=r,r", [gl.to_tensor(0)], gl.int32, False, 1)
-    gl.atomic_add(counter, 1.0, sem="release")
+    gl.atomic_add(counter, 1, sem="release")
 
 
 @gluon.jit
@@ -139,12 +142,13 @@ def write(lengths, table, left, right, descs, tiles, turns, C: gl.constexpr):
     which the first of a block is used.
     """
     job = jobs.work_of(gl.program_id(0), lengths, table, left, right, C)
+    patience = gl.to_tensor(POLLS)
     for n in range(jobs.num_blocks(job, C)):
         member, row = jobs.nth_block(n, job, C)
         counter = turns
         if C.ORDERED:
             counter += job.first_row + member.to(gl.int64) * job.head_stride + row
-            take_turn(counter, jobs.turn_of(job, row, left, right, C))
+            patience = take_turn(counter, jobs.turn_of(job, row, left, right, C), patience)
         for which in gl.static_range(2):
             named_barrier("sync", DQ_FULL + which, WRITERS)
             jobs.add_dq(descs.dq, job, member, row, which, tiles.dq.index(which), C)
@@ -168,12 +172,16 @@ def product(a, i, b, j, row, COLUMNS: gl.constexpr, M: gl.constexpr):
 
 @gluon.jit
 def hide(x, job, which: gl.constexpr, row, left, right, M: gl.constexpr):
-    """x [64, M], of a consumer's keys, where the M queries from `row` see them; 0 elsewhere."""
+    """x [64, M], of a consumer's keys, where the M queries from `row` see them; 0 elsewhere.
+
+    0 for keys past the end too.
+    """
     view, j, shift, i = accumulator_view(x, no_hoist(row), M)
-    j = job.n_row + 64 * which + j - shift
-    length_q = job.queries.count
-    from_keys = Window(length_q - job.keys.count, right, left, None, length_q - shift)
-    return from_view(gl.where(mask.is_visible(j, i, from_keys), view, 0.0), x)
+    j = job.n_row + 64 * which + j
+    length_q, length_k = job.queries.count, job.keys.count
+    seen = gl.where(j < length_k, length_q, 0) - shift
+    from_keys = Window(length_q - length_k, right, left, None, seen)
+    return from_view(gl.where(mask.is_visible(j - shift, i, from_keys), view, 0.0), x)
 
 
 @gluon.jit
@@ -258,13 +266,8 @@ def consume(which: gl.constexpr, lengths, table, left, right, scales, shared, C:
     # Worked out once more, because it would take registers all along.
     job = jobs.work_of(no_hoist(gl.program_id(0)), lengths, table, left, right, C)
     n_row = job.n_row + 64 * which
-    key = n_row + gl.arange(0, 64, gl.SliceLayout(1, KV))
-    in_use = gl.expand_dims(key < job.keys.count, 1)
-    k = tiles.k.index(which).reshape([64, D])
-    v = tiles.v.index(which).reshape([64, D])
-    v.store(gl.where(in_use, dv, 0.0).to(v.dtype))
-    k.store(gl.where(in_use, dk * softmax_scale, 0.0).to(k.dtype))
-    fence_async_shared()
+    pieces.fill((dv,), 1.0, tiles.v, which, job.keys.count - n_row, D)
+    pieces.fill((dk,), softmax_scale, tiles.k, which, job.keys.count - n_row, D)
     written = jobs.Rows(job.b, job.keys.offset, job.writable)
     pieces.store(descs.dv, written, n_row, job.head_k, tiles.v, which, D, C.VARLEN)
     pieces.store(descs.dk, written, n_row, job.head_k, tiles.k, which, D, C.VARLEN)

@@ -1,8 +1,8 @@
-"""What a program of the Hopper backward kernel does: its keys, and the blocks of their queries."""
+"""What a program of a Hopper backward kernel does: its keys, and the blocks of their queries."""
 
 from typing import Any, NamedTuple
 
-from ...rules import work
+from ...rules import mask, work
 from ...rules.window import Window
 from ..gluon import gl, gluon, tma_add
 from ..launch import CompileTime
@@ -18,7 +18,8 @@ class Facts(NamedTuple):
     BLOCK_N: Any
     GROUP: Any  # query heads of a KV head
     VARLEN: Any  # whether queries and keys are packed sequences
-    ORDERED: Any  # whether programs add to dQ in a fixed order
+    ADDS_DQ: Any  # whether programs of keys add to dQ
+    ORDERED: Any  # in a fixed order
 
 
 class Config(CompileTime, Facts):
@@ -67,6 +68,18 @@ def work_of(program, lengths, table, left, right, C: gl.constexpr):
     offset_q, length_q = work.key_span(tile.b, lengths, 0)
     from_keys = Window(length_q - tile.num_rows, right, left, None, length_q)
     blocks = work.n_block_range(tile.m_row, tile.num_rows, from_keys, BLOCK_N, BLOCK_M)
+    # A tile after a packed sequence's end has no blocks, but may have a full_begin after their end.
+    full_begin, full_end = gl.minimum(blocks.full_begin, blocks.end), blocks.full_end
+    if C.ADDS_DQ:
+        # With keys past the end no block is full: their dS may be infinite in fp16, and is hidden.
+        masked = tile.m_row + BLOCK_N > tile.num_rows
+        if C.ORDERED and left is not None:
+            # Blocks in their order, the partial ones of both of the window's ends among them. Else
+            # a program would come to the last of them, where others wait for it, first.
+            masked = masked | True
+        full_begin = gl.where(masked, blocks.end, full_begin)
+        full_end = gl.where(masked, blocks.end, full_end)
+    blocks = mask.KeyBlocks(blocks.begin, full_begin, full_end, blocks.end)
     num_full = (blocks.full_end - blocks.full_begin) // BLOCK_M
     num_partial = (blocks.end - blocks.begin) // BLOCK_M - num_full
     total_q = lengths.total_k

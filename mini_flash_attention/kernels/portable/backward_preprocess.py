@@ -46,7 +46,7 @@ def preprocess_kernel(
     tl.store(lse_log2 + at, tl.where(empty, 0.0, top * lse_factor), mask=real)
     tl.store(delta + at, tl.where(empty, 0.0, d), mask=real)
     if turns is not None:
-        tl.store(turns + at, 0.0, mask=real)
+        tl.store(turns + at, 0, mask=real)
     if dq_accum is not None:
         columns = tl.arange(0, C.D)
         rows = dq_accum + at[:, None] * C.D + columns[None, :]
