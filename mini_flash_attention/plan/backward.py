@@ -66,7 +66,7 @@ class Choice(NamedTuple):
 
 
 # HOPPER is measured on an H200 (bench/NOTES.md). SMALL fits the 99 KB of shared memory of SM 86, 89
-# and 120, of which none has run it; with four warps dq spills up to 128 bytes a thread there.
+# and 120, of which none has run it; with four warps dq would spill up to 128 bytes a thread.
 HOPPER = {
     64: Choice(Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 3)),
     128: Choice(Tiles(64, 128, 8, 3), Tiles(128, 64, 8, 3)),
@@ -104,7 +104,6 @@ def hopper(
 ) -> HopperBackward | None:
     """The plan of the Hopper backward kernels, or None where the portable ones have to do it."""
     head_dim, head_dim_v = p.q.shape[-1], p.v.shape[-1]
-    pairs = ((head_dim, head_dim_v), (head_dim_v, head_dim))
     simple = not (p.scores.changed or p.options.dropout_p)
     simple &= abs(p.options.softmax_scale) > 1e-20  # the LSE is divided by it
     fits = head_dim % 8 == 0 and head_dim_v % 8 == 0 and dout.numel() < 2**31
@@ -112,7 +111,7 @@ def hopper(
         return None
     if not all(map(tma, (p.q, p.k, p.v, dout, *results))):
         return None
-    columns, columns_v = (192 if 128 < n <= 192 else padded(n, other) for n, other in pairs)
+    columns, columns_v = _columns(head_dim, head_dim_v), _columns(head_dim_v, head_dim)
     preprocess = backward(p, gpu).preprocess
     if max(head_dim, head_dim_v) > 128:
         tiles = Tiles(64, 64, 4, 1)
@@ -124,6 +123,11 @@ def hopper(
     tiles = Tiles(128 if columns == 64 else 64, 128, 4, 1)
     work = spread(p, key_work(p, tiles, HOPPER_L2_BYTES, accumulates=True), gpu)
     return HopperBackward(preprocess, work, None, columns, columns_v)
+
+
+def _columns(head_dim: int, other: int) -> int:
+    """Columns of a tile: 192 lie in pieces (`kernels/hopper/backward_pieces.py`)."""
+    return 192 if 128 < head_dim <= 192 else padded(head_dim, other)
 
 
 def spread(p: Problem, work: Work, gpu: Gpu) -> Work:
@@ -147,7 +151,7 @@ def key_work(p: Problem, tiles: Tiles, l2_bytes: int, accumulates: bool = False)
 
 
 def query_work(p: Problem, tiles: Tiles, l2_bytes: int) -> Work:
-    """Blocks of queries. Of a head keys and values are read again and again."""
+    """Blocks of queries. All of a head's share its keys and values."""
     packed = p.batch if p.lengths.cu_seqlens_q is not None else 0
     group = l2_bytes // max(1, _row_bytes(p) * _length(p.k, p.seqlen_k, p.batch) // p.group)
     return _work(tiles, tiles.block_m, p.q.shape[-3], packed, p.batch, p.q.shape[-2], group)

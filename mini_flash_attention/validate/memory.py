@@ -40,8 +40,8 @@ def extent(x: torch.Tensor) -> tuple[int, int]:
 
 
 def share_elements(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether x and y, of one dtype, have an element in common. With unlike strides: whether one
-    begins before the other ends.
+    """Whether x and y, of one dtype, have an element in common. With unlike strides: whether the
+    ranges of memory that they span overlap.
     """
     (first, end), (y_first, y_end) = extent(x), extent(y)
     if end <= y_first or y_end <= first or not (x.numel() and y.numel()):

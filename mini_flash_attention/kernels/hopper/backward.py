@@ -1,6 +1,5 @@
 """The backward pass for Hopper: dK and dV of 128 keys a program, and dQ added up in fp32.
 
-`launches` also makes those of head_dims above 128 (`backward_dkdv.py`, `backward_dq.py`).
 The five products of a block of M queries, for the 64 keys of a consumer. Scores are transposed, so
 that P and dS are operands from registers where dV and dK want them:
 
@@ -16,7 +15,8 @@ The accumulators of S and dP begin at -L / scale and -delta, which saves a subtr
     writer                                        dQ -> fp32  (TMA, reduce-add)
 
 `preprocess_kernel` runs before it, for L (the LSE), delta and a dQ of zeros; `postprocess_kernel`
-scales dQ and narrows it.
+scales dQ and narrows it. Head_dims above 128 have two kernels, `backward_dkdv.py` and
+`backward_dq.py`; `launches` launches either kind.
 
 Source: FlashAttention-3 (arXiv:2407.08608), section 3, and its backward for SM 90.
 """

@@ -57,7 +57,7 @@ class Descriptors(NamedTuple):
 
 
 @gluon.jit
-def weights(
+def compute_p(
     n, s, row, job, left, right, scale_log2, shared, PARTIAL: gl.constexpr, C: gl.constexpr
 ):
     """Pᵀ of the n-th block from its scores, for the other consumer too. row: its first query."""
@@ -75,7 +75,7 @@ def weights(
 
 
 @gluon.jit
-def add_dv(n, p, dv, shared, C: gl.constexpr):
+def issue_dv(n, p, dv, shared, C: gl.constexpr):
     """Begin dV += Pᵀ dO for the n-th block."""
     _, tiles, full = shared
     stage = n % roles.STAGES
@@ -84,7 +84,7 @@ def add_dv(n, p, dv, shared, C: gl.constexpr):
 
 
 @gluon.jit
-def scores(n, shared, C: gl.constexpr):
+def issue_qk(n, shared, C: gl.constexpr):
     """Begin Sᵀ - L of the n-th block."""
     _, tiles, full = shared
     stage = n % roles.STAGES
@@ -95,14 +95,14 @@ def scores(n, shared, C: gl.constexpr):
 @gluon.jit
 def step_dv(n, p, dv, job, left, right, scale_log2, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
     """Block n - 1 is added to dV, whose weights are p. Those of block n, and dV."""
-    s = scores(n, shared, C)
-    dv = add_dv(n - 1, p, dv, shared, C)
+    s = issue_qk(n, shared, C)
+    dv = issue_dv(n - 1, p, dv, shared, C)
     s = warpgroup_mma_wait(pieces.num_pieces(C.D_V), deps=[s])
     named_barrier("arrive", roles.Q_EMPTY + n % roles.STAGES, roles.READERS)
     row = 0
     if PARTIAL:
         row = jobs.partial_block(n, job, C)[1]
-    following = weights(n, s, row, job, left, right, scale_log2, shared, PARTIAL, C)
+    following = compute_p(n, s, row, job, left, right, scale_log2, shared, PARTIAL, C)
     dv = pieces.wait_for(dv, p)
     named_barrier("arrive", roles.DO_EMPTY + (n - 1) % roles.STAGES, roles.READERS)
     return following, dv
@@ -118,22 +118,22 @@ def consume_dv(lengths, table, left, right, scales, shared, C: gl.constexpr):
     all_partial, total = C.GROUP * job.num_partial, jobs.num_blocks(job, C)
     if total > 0:
         mbarrier.wait(full.kv.index(0), 0)
-        s = warpgroup_mma_wait(0, deps=[scores(0, shared, C)])
+        s = warpgroup_mma_wait(0, deps=[issue_qk(0, shared, C)])
         named_barrier("arrive", roles.Q_EMPTY, roles.READERS)
         row = jobs.nth_block(0, job, C)[1]
-        p = weights(0, s, row, job, left, right, scale_log2, shared, True, C)
+        p = compute_p(0, s, row, job, left, right, scale_log2, shared, True, C)
         for n in range(1, all_partial):
             p, dv = step_dv(n, p, dv, job, left, right, scale_log2, shared, True, C)
         for n in range(gl.maximum(all_partial, 1), total):
             p, dv = step_dv(n, p, dv, job, left, right, scale_log2, shared, False, C)
-        dv = add_dv(total - 1, p, dv, shared, C)
+        dv = issue_dv(total - 1, p, dv, shared, C)
         dv = pieces.wait_for(dv, p)
     named_barrier("sync", roles.BOTH_CONSUMERS, 256)  # the other one has read V
     store_keys(dv, 1.0, descs.dv, tiles.v, lengths, table, left, right, C.D_V, C)
 
 
 @gluon.jit
-def score_gradients(n, dp, row, job, left, right, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
+def compute_ds(n, dp, row, job, left, right, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
     """dSᵀ of the n-th block from dPᵀ - delta and the other consumer's Pᵀ. row: its first query."""
     _, tiles, _ = shared
     stage = n % roles.STAGES
@@ -152,7 +152,7 @@ def score_gradients(n, dp, row, job, left, right, shared, PARTIAL: gl.constexpr,
 
 
 @gluon.jit
-def add_dk(n, ds, dk, shared, C: gl.constexpr):
+def issue_dk(n, ds, dk, shared, C: gl.constexpr):
     """Begin dK += dSᵀ Q for the n-th block."""
     _, tiles, full = shared
     stage = n % roles.STAGES
@@ -161,7 +161,7 @@ def add_dk(n, ds, dk, shared, C: gl.constexpr):
 
 
 @gluon.jit
-def weight_gradients(n, shared, C: gl.constexpr):
+def issue_dp(n, shared, C: gl.constexpr):
     """Begin dPᵀ - delta of the n-th block."""
     _, tiles, full = shared
     stage = n % roles.STAGES
@@ -172,12 +172,12 @@ def weight_gradients(n, shared, C: gl.constexpr):
 @gluon.jit
 def step_dk(n, ds, dk, job, left, right, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
     """Block n - 1 is added to dK, whose dS is ds. That of block n, and dK."""
-    dp = weight_gradients(n, shared, C)
-    dk = add_dk(n - 1, ds, dk, shared, C)
+    dp = issue_dp(n, shared, C)
+    dk = issue_dk(n - 1, ds, dk, shared, C)
     row = 0
     if PARTIAL:
         row = jobs.partial_block(n, job, C)[1]
-    following = score_gradients(n, dp, row, job, left, right, shared, PARTIAL, C)
+    following = compute_ds(n, dp, row, job, left, right, shared, PARTIAL, C)
     dk = pieces.wait_for(dk, ds)
     named_barrier("arrive", roles.Q_EMPTY + (n - 1) % roles.STAGES, roles.READERS)
     return following, dk
@@ -193,14 +193,14 @@ def consume_dk(lengths, table, left, right, scales, shared, C: gl.constexpr):
     all_partial, total = C.GROUP * job.num_partial, jobs.num_blocks(job, C)
     if total > 0:
         mbarrier.wait(full.kv.index(1), 0)
-        dp = warpgroup_mma_wait(0, deps=[weight_gradients(0, shared, C)])
+        dp = warpgroup_mma_wait(0, deps=[issue_dp(0, shared, C)])
         row = jobs.nth_block(0, job, C)[1]
-        ds = score_gradients(0, dp, row, job, left, right, shared, True, C)
+        ds = compute_ds(0, dp, row, job, left, right, shared, True, C)
         for n in range(1, all_partial):
             ds, dk = step_dk(n, ds, dk, job, left, right, shared, True, C)
         for n in range(gl.maximum(all_partial, 1), total):
             ds, dk = step_dk(n, ds, dk, job, left, right, shared, False, C)
-        dk = add_dk(total - 1, ds, dk, shared, C)
+        dk = issue_dk(total - 1, ds, dk, shared, C)
         dk = pieces.wait_for(dk, ds)
     named_barrier("sync", roles.BOTH_CONSUMERS, 256)  # the other one has read K
     store_keys(dk, softmax_scale, descs.dk, tiles.k, lengths, table, left, right, C.D, C)

@@ -136,7 +136,7 @@ def hide(x, row, job, start, sides):
 
 
 @gluon.jit
-def scores(which: gl.constexpr, n, lse, tiles, C: gl.constexpr):
+def issue_qk(which: gl.constexpr, n, lse, tiles, C: gl.constexpr):
     """Begin S - L of the n-th block."""
     stage = n % STAGES
     mbarrier.wait(tiles.k_full.index(stage), n // STAGES & 1)
@@ -144,7 +144,7 @@ def scores(which: gl.constexpr, n, lse, tiles, C: gl.constexpr):
 
 
 @gluon.jit
-def weight_gradients(which: gl.constexpr, n, delta, tiles, C: gl.constexpr):
+def issue_dp(which: gl.constexpr, n, delta, tiles, C: gl.constexpr):
     """Begin dP - delta of the n-th block."""
     V_STAGES: gl.constexpr = v_stages(C.D, C.D_V)
     stage = n % V_STAGES
@@ -153,13 +153,13 @@ def weight_gradients(which: gl.constexpr, n, delta, tiles, C: gl.constexpr):
 
 
 @gluon.jit
-def add_dq(n, ds, dq, tiles, C: gl.constexpr):
+def issue_dq(n, ds, dq, tiles, C: gl.constexpr):
     """Begin dQ += dS K for the n-th block."""
     return pieces.multiply_add(ds, tiles.k, n % STAGES, dq, C.D, N)
 
 
 @gluon.jit
-def score_gradients(p, dp, row, start, job, sides, tiles, PARTIAL: gl.constexpr, C: gl.constexpr):
+def compute_ds(p, dp, row, start, job, sides, tiles, PARTIAL: gl.constexpr, C: gl.constexpr):
     """dS of a block, as an operand."""
     ds = p * dp
     if PARTIAL:
@@ -169,7 +169,7 @@ def score_gradients(p, dp, row, start, job, sides, tiles, PARTIAL: gl.constexpr,
 
 
 @gluon.jit
-def weights(s, row, start, job, sides, scale_log2, PARTIAL: gl.constexpr):
+def compute_p(s, row, start, job, sides, scale_log2, PARTIAL: gl.constexpr):
     """P of a block."""
     p = gl.exp2(gl.minimum(s * scale_log2, 0.0))
     if PARTIAL:
@@ -190,25 +190,25 @@ def step(
     COUNT: gl.constexpr = pieces.num_pieces(C.D)
     COUNT_V: gl.constexpr = pieces.num_pieces(C.D_V)
     V_STAGES: gl.constexpr = v_stages(C.D, C.D_V)
-    s = scores(which, n, lse, tiles, C)
+    s = issue_qk(which, n, lse, tiles, C)
     if V_STAGES == 1:  # V is there later
-        dq = add_dq(n - 1, ds, dq, tiles, C)
+        dq = issue_dq(n - 1, ds, dq, tiles, C)
         s = warpgroup_mma_wait(COUNT, deps=[s])
-        p = weights(s, row, start, job, sides, scale_log2, PARTIAL)
-        dp = weight_gradients(which, n, delta, tiles, C)
+        p = compute_p(s, row, start, job, sides, scale_log2, PARTIAL)
+        dp = issue_dp(which, n, delta, tiles, C)
         dq = pieces.wait_for(dq, ds, COUNT_V)
         named_barrier("arrive", K_EMPTY + (n - 1) % STAGES, roles.READERS)
         dp = warpgroup_mma_wait(0, deps=[dp])
         named_barrier("arrive", V_EMPTY, roles.READERS)
-        following = score_gradients(p, dp, row, start, job, sides, tiles, PARTIAL, C)
+        following = compute_ds(p, dp, row, start, job, sides, tiles, PARTIAL, C)
     else:
-        dp = weight_gradients(which, n, delta, tiles, C)
-        dq = add_dq(n - 1, ds, dq, tiles, C)
+        dp = issue_dp(which, n, delta, tiles, C)
+        dq = issue_dq(n - 1, ds, dq, tiles, C)
         s = warpgroup_mma_wait(COUNT_V + COUNT, deps=[s])
-        p = weights(s, row, start, job, sides, scale_log2, PARTIAL)
+        p = compute_p(s, row, start, job, sides, scale_log2, PARTIAL)
         dp = warpgroup_mma_wait(COUNT, deps=[dp])
         named_barrier("arrive", V_EMPTY + n % V_STAGES, roles.READERS)
-        following = score_gradients(p, dp, row, start, job, sides, tiles, PARTIAL, C)
+        following = compute_ds(p, dp, row, start, job, sides, tiles, PARTIAL, C)
         dq = pieces.wait_for(dq, ds)
         named_barrier("arrive", K_EMPTY + (n - 1) % STAGES, roles.READERS)
     return following, dq
@@ -235,17 +235,17 @@ def consume(
         delta = -gl.load(statistics.delta + at, mask=i < tile.num_rows, other=0.0)
         mbarrier.wait(tiles.q_full.index(which), 0)
         start = first_key(0, job)
-        s = warpgroup_mma_wait(0, deps=[scores(which, 0, lse, tiles, C)])
-        p = weights(s, row, start, job, sides, scale_log2, True)
-        dp = warpgroup_mma_wait(0, deps=[weight_gradients(which, 0, delta, tiles, C)])
+        s = warpgroup_mma_wait(0, deps=[issue_qk(which, 0, lse, tiles, C)])
+        p = compute_p(s, row, start, job, sides, scale_log2, True)
+        dp = warpgroup_mma_wait(0, deps=[issue_dp(which, 0, delta, tiles, C)])
         named_barrier("arrive", V_EMPTY, roles.READERS)
-        ds = score_gradients(p, dp, row, start, job, sides, tiles, True, C)
+        ds = compute_ds(p, dp, row, start, job, sides, tiles, True, C)
         own = (lse, delta)
         for n in range(1, job.num_partial):
             ds, dq = step(which, n, ds, dq, row, job, sides, own, scale_log2, tiles, True, C)
         for n in range(gl.maximum(job.num_partial, 1), job.num_blocks):
             ds, dq = step(which, n, ds, dq, row, job, sides, own, scale_log2, tiles, False, C)
-        dq = add_dq(job.num_blocks - 1, ds, dq, tiles, C)
+        dq = issue_dq(job.num_blocks - 1, ds, dq, tiles, C)
         dq = pieces.wait_for(dq, ds)
     tile = job_of(no_hoist(gl.program_id(0)), lengths, table, left, right).tile
     row = tile.m_row + 64 * which
