@@ -19,11 +19,13 @@ from .pipeline import ONE_WARP, accumulator, named_barrier, no_hoist
 from .softmax import accumulator_view, convert_p, from_view
 
 STAGES = gl.constexpr(2)  # of Q and of dO
-# Named barriers; Triton takes 0 to 6 itself.
-BOTH_CONSUMERS = gl.constexpr(7)  # dS of both is in shared memory
+# Named barriers; with these roles Triton takes 0 to 2 itself.
+DS_FULL = gl.constexpr(5)  # and the next: a consumer's dS is in shared memory
+BOTH_CONSUMERS = gl.constexpr(7)  # at the beginning and the end of a program
 Q_EMPTY, DO_EMPTY = gl.constexpr(8), gl.constexpr(10)  # and the next: a stage is empty
 DQ_FULL, DQ_EMPTY = gl.constexpr(12), gl.constexpr(14)  # and the next: a consumer's dQ
-READERS = gl.constexpr(2 * 128 + 32)  # threads of both consumers and the producer
+CONSUMERS = gl.constexpr(2 * 128)  # threads of both
+READERS = gl.constexpr(2 * 128 + 32)  # of both and the producer
 WRITERS = gl.constexpr(128 + 32)  # of a consumer and the writer
 POLLS = gl.constexpr(1 << 20)  # about a second
 
@@ -139,7 +141,7 @@ def end_turn(counter):
 @gluon.jit
 def write(lengths, table, left, right, descs, tiles, turns, C: gl.constexpr):
     """Add the consumers' blocks of dQ to the fp32 copy. turns: a counter for each of its rows, of
-    which the first of a block is used.
+    which the first of a block is used. Consumer 1 is done with a block before consumer 0.
     """
     job = jobs.work_of(gl.program_id(0), lengths, table, left, right, C)
     patience = gl.to_tensor(POLLS)
@@ -149,11 +151,10 @@ def write(lengths, table, left, right, descs, tiles, turns, C: gl.constexpr):
         if C.ORDERED:
             counter += job.first_row + member.to(gl.int64) * job.head_stride + row
             patience = take_turn(counter, jobs.turn_of(job, row, left, right, C), patience)
-        for which in gl.static_range(2):
+        for which in gl.static_range(1, -1, -1):
             named_barrier("sync", DQ_FULL + which, WRITERS)
             jobs.add_dq(descs.dq, job, member, row, which, tiles.dq.index(which), C)
-        for which in gl.static_range(2):
-            tma.store_wait(1 - which)
+            tma.store_wait(0)
             named_barrier("arrive", DQ_EMPTY + which, WRITERS)
         if C.ORDERED:
             end_turn(counter)
@@ -185,16 +186,55 @@ def hide(x, job, which: gl.constexpr, row, left, right, M: gl.constexpr):
 
 
 @gluon.jit
+def issue_dq(which: gl.constexpr, n, tiles, C: gl.constexpr):
+    """Begin a consumer's half of dQ = dS K for the n-th block: 64 rows, or half of the columns."""
+    D: gl.constexpr = C.D
+    M: gl.constexpr = C.BLOCK_M
+    COLUMNS: gl.constexpr = D // 2 if M == 64 else D
+    dq = gl.zeros([64, COLUMNS], gl.float32, accumulator(COLUMNS))
+    for other in gl.static_range(2):
+        ds_t = tiles.ds.index(n % STAGES * 2 + other)
+        keys = tiles.k.index(other).reshape([64, D])
+        if M == 64:
+            keys = keys.slice(COLUMNS * which, COLUMNS, 1)
+        else:
+            ds_t = ds_t.slice(64 * which, 64, 1)
+        dq = warpgroup_mma(ds_t.permute((1, 0)), keys, dq, use_acc=other > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def hand_over(which: gl.constexpr, dq, n, tiles, C: gl.constexpr):
+    """Give the n-th block's dQ to the writer. There is none before the first.
+
+    Column 32 a + 16 b + 8 c + 2 d + e goes to 32 a + 8 d + 4 b + 2 c + e: a thread stores 16 bytes
+    at a time, without bank conflicts. `postprocess_kernel` puts columns back.
+    """
+    COLUMNS: gl.constexpr = C.D // 2 if C.BLOCK_M == 64 else C.D
+    if n >= 0:
+        if n > 0:
+            named_barrier("sync", DQ_EMPTY + which, WRITERS)
+        x = gl.reshape(dq, [64, COLUMNS // 32, 2, 2, 4, 2])
+        x = gl.permute(x, (0, 1, 4, 2, 3, 5))
+        tiles.dq.index(which).reshape([64, COLUMNS]).store(gl.reshape(x, [64, COLUMNS]))
+        fence_async_shared()
+        named_barrier("arrive", DQ_FULL + which, WRITERS)
+
+
+@gluon.jit
 def step(
     which: gl.constexpr, n, dk, dv, job, left, right, scale_log2, shared, PARTIAL: gl.constexpr,
     C: gl.constexpr,
 ):  # fmt: skip
-    """The n-th block of queries. PARTIAL: it may need a mask."""
+    """The n-th block of queries. PARTIAL: it may need a mask.
+
+    Consumer 0 is ahead, and computes its half of dQ one block later.
+    """
     _, tiles, full = shared
     D: gl.constexpr = C.D
     M: gl.constexpr = C.BLOCK_M
     P: gl.constexpr = gl.DotOperandLayout(0, accumulator(D), 2)
-    COLUMNS: gl.constexpr = D // 2 if M == 64 else D
+    LAG: gl.constexpr = 1 - which  # of dQ, in blocks
     stage, phase = n % STAGES, n // STAGES & 1
     q = tiles.q.index(stage).reshape([M, D])
     do = tiles.do.index(stage).reshape([M, D])
@@ -208,6 +248,9 @@ def step(
     s = warpgroup_mma_wait(1, deps=[s])
     # At most 1: where scores are huge, S - L may be far above 0.
     p = gl.exp2(gl.minimum(s * scale_log2, 0.0))
+    if which == 0:
+        if n == 0:
+            named_barrier("arrive", BOTH_CONSUMERS, CONSUMERS)
     if PARTIAL:
         p = hide(p, job, which, jobs.partial_block(n, job, C)[1], left, right, M)
     p_operand = gl.convert_layout(convert_p(p, q), P)
@@ -216,28 +259,22 @@ def step(
     if PARTIAL:
         ds = hide(ds, job, which, jobs.partial_block(n, job, C)[1], left, right, M)
     ds = convert_p(ds, q)
+    # The other's dS is there: consumer 0's of this block, consumer 1's of the one before. So it has
+    # read the stage's last one, too.
+    if which == 1:
+        named_barrier("sync", DS_FULL, CONSUMERS)
+    elif n > 0:
+        named_barrier("sync", DS_FULL + 1, CONSUMERS)
     tiles.ds.index(stage * 2 + which).store(ds)
     dv = warpgroup_mma(p_operand, do, dv, is_async=True)  # dV += Pᵀ dO
     fence_async_shared()
-    named_barrier("sync", BOTH_CONSUMERS, 256)
-    dq = gl.zeros([64, COLUMNS], gl.float32, accumulator(COLUMNS))
-    for other in gl.static_range(2):  # dQ = dS K: 64 rows, or half of the columns
-        ds_t = tiles.ds.index(stage * 2 + other)
-        keys = tiles.k.index(other).reshape([64, D])
-        if M == 64:
-            keys = keys.slice(COLUMNS * which, COLUMNS, 1)
-        else:
-            ds_t = ds_t.slice(64 * which, 64, 1)
-        dq = warpgroup_mma(ds_t.permute((1, 0)), keys, dq, use_acc=other > 0, is_async=True)
+    named_barrier("arrive", DS_FULL + which, CONSUMERS)
+    dq = issue_dq(which, n + LAG, tiles, C)  # n - LAG, of the same stage
     ds_operand = gl.convert_layout(ds, P)
     dk = warpgroup_mma(ds_operand, q, dk, is_async=True)  # dK += dSᵀ Q
     dv, dq, p_operand = warpgroup_mma_wait(1, deps=[dv, dq, p_operand])
     named_barrier("arrive", DO_EMPTY + stage, READERS)
-    if n > 0:
-        named_barrier("sync", DQ_EMPTY + which, WRITERS)
-    tiles.dq.index(which).reshape([64, COLUMNS]).store(dq)
-    fence_async_shared()
-    named_barrier("arrive", DQ_FULL + which, WRITERS)
+    hand_over(which, dq, n - LAG, tiles, C)
     dk, ds_operand = warpgroup_mma_wait(0, deps=[dk, ds_operand])
     named_barrier("arrive", Q_EMPTY + stage, READERS)
     return dk, dv
@@ -256,13 +293,20 @@ def consume(which: gl.constexpr, lengths, table, left, right, scales, shared, C:
     all_partial, total = C.GROUP * job.num_partial, jobs.num_blocks(job, C)
     mbarrier.wait(full.kv.index(0), 0, pred=total > 0)
     mbarrier.wait(full.kv.index(1), 0, pred=total > 0)
+    if which == 1:
+        if total > 0:
+            named_barrier("sync", BOTH_CONSUMERS, CONSUMERS)
     for n in range(all_partial):
         dk, dv = step(which, n, dk, dv, job, left, right, scale_log2, shared, True, C)
     for n in range(all_partial, total):
         dk, dv = step(which, n, dk, dv, job, left, right, scale_log2, shared, False, C)
     if total > 0:
+        if which == 0:
+            named_barrier("sync", DS_FULL + 1, CONSUMERS)
+            dq = warpgroup_mma_wait(0, deps=[issue_dq(which, total - 1, tiles, C)])
+            hand_over(which, dq, total - 1, tiles, C)
         named_barrier("sync", DQ_EMPTY + which, WRITERS)
-    named_barrier("sync", BOTH_CONSUMERS, 256)  # both have read K
+    named_barrier("sync", BOTH_CONSUMERS, CONSUMERS)  # both have read K
     # Worked out once more, because it would take registers all along.
     job = jobs.work_of(no_hoist(gl.program_id(0)), lengths, table, left, right, C)
     n_row = job.n_row + 64 * which

@@ -59,13 +59,18 @@ def postprocess_kernel(
     softmax_scale,
     C: tl.constexpr,
 ):  # fmt: skip
-    """dQ in its own dtype from the fp32 copy, times the softmax scale."""
+    """dQ in its own dtype from the fp32 copy, times the softmax scale. The copy's columns are in the
+    order in which a Hopper consumer stores them (`hand_over` in `hopper/backward_roles.py`).
+    """
     dq = tensor(dq, stride_dq_b, stride_dq_t, stride_dq_h, C.DIVISIBLE_BY_8 & 1)
     start = tl.program_id(0) % num_m_blocks * C.BLOCK_M
     batch_head = tl.program_id(0) // num_m_blocks
     b, head = batch_head // nheads, batch_head % nheads
-    rows = dq_accum + batch_head.to(tl.int64) * seqlen_q * C.D
-    x = load_block(rows, C.D, start, seqlen_q, C.BLOCK_M, C.HEAD_DIM, C) * softmax_scale
+    i = start + tl.arange(0, C.BLOCK_M)
+    rows = dq_accum + (batch_head.to(tl.int64) * seqlen_q + i)[:, None] * C.D
+    x = tl.load(rows + tl.arange(0, C.D)[None, :], mask=(i < seqlen_q)[:, None], other=0.0)
+    x = tl.reshape(x * softmax_scale, [C.BLOCK_M, C.D // 32, 4, 2, 2, 2])
+    x = tl.reshape(tl.permute(x, (0, 1, 3, 4, 2, 5)), [C.BLOCK_M, C.D])
     at = head_of(dq, b, 0, head)
     store_block(at, dq.stride_t, start, x, seqlen_q, seqlen_q, C.HEAD_DIM)
 
