@@ -165,7 +165,7 @@ def run_backward(options: argparse.Namespace) -> int:
 
     from bench import backward, report
 
-    names = options.impl.split(",") if options.impl else ["mini", "portable", "cudnn", "fa2"]
+    names = options.impl.split(",") if options.impl else backward.NAMES
     jobs = min(options.jobs, os.cpu_count() or 1)
     print("TFLOP/s; in brackets a peer's time over ours, above 1 ours is faster")
     rows = backward.run(names, options.rounds, jobs, options.only)

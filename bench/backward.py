@@ -1,4 +1,5 @@
-"""``python -m bench backward``: gradients of q, k and v, ours beside PyTorch's back ends.
+"""``python -m bench backward``: gradients of q, k and v, ours beside PyTorch's back ends and
+FlashAttention-3.
 
 Timed is the backward pass alone, all of its kernels, in one process: contenders take turns, round
 by round, in rotated order. Before each stretch the GPU is kept busy, so that the CPU's side of the
@@ -20,11 +21,14 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from bench import report
-from bench.implementations import only, portable
+from bench.implementations import missing, only, portable
 
 TOKENS = 16384
 CALLS = 3  # in a stretch
 BUSY = 8_000_000  # clock cycles, longer than the CPU needs for those calls
+# Modules that bring the operator flash_attn_3::bwd, and what they come with.
+FA3 = ("flash_attn_3._C", "xformers.flash_attn_3._C")
+NAMES = ("mini", "deterministic", "portable", "cudnn", "fa2", "fa3")
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
 
 
@@ -111,6 +115,29 @@ def prepare_sdpa(cell: Cell, q: Any, k: Any, v: Any, dout: Any) -> Any:
     return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
 
 
+def prepare_fa3(cell: Cell, q: Any, k: Any, v: Any, dout: Any) -> Any:
+    """FlashAttention-3's operator, for our output and LSE."""
+    import mini_flash_attention as mini
+
+    if all(map(missing, FA3)):
+        raise RuntimeError("no backward pass of FlashAttention-3 here")
+    scale, lengths = cell.head_dim**-0.5, dict[str, Any]()
+    if cell.lengths:
+        ends = [0, *itertools.accumulate(cell.lengths)]
+        cu = torch.tensor(ends, dtype=torch.int32, device=q.device)
+        longest = max(cell.lengths)
+        lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+        lengths |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        found = mini.flash_attn_varlen_func(
+            q, k, v, cu, cu, longest, longest, causal=cell.causal, return_attn_probs=True
+        )
+    else:
+        found = mini.flash_attn_func(q, k, v, causal=cell.causal, return_attn_probs=True)
+    given = (dout, q, k, v, found[0], found[1].contiguous())
+    options = {"softmax_scale": scale, "is_causal": cell.causal, **lengths}
+    return lambda: torch.ops.flash_attn_3.bwd(*given, **options)
+
+
 def prepared(cell: Cell, names: Sequence[str]) -> tuple[dict[str, Any], list[report.Row]]:
     """What to time, and a row for each that can't do the cell."""
     given, calls, failed = tensors(cell, "cuda"), dict[str, Any](), list[report.Row]()
@@ -121,6 +148,9 @@ def prepared(cell: Cell, names: Sequence[str]) -> tuple[dict[str, Any], list[rep
                     call = prepare_sdpa(cell, *given)
                     if call is not None:
                         call()
+            elif name == "fa3":
+                call = prepare_fa3(cell, *given)
+                call()
             elif name == "portable":
                 with portable():
                     call = prepare_mini(cell, *given)
@@ -167,7 +197,7 @@ def measure(calls: dict[str, Any], rounds: int) -> dict[str, float]:
 def compile_cell(number: int) -> None:
     """Compile what a cell needs, in a process of its own."""
     torch.set_grad_enabled(True)
-    prepared(cells()[number], ("mini", "portable"))
+    prepared(cells()[number], NAMES[:3])
 
 
 def run(names: Sequence[str], rounds: int, jobs: int, pattern: str | None) -> list[report.Row]:

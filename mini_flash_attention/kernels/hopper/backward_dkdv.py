@@ -62,7 +62,7 @@ def compute_p(
 ):
     """Pᵀ of the n-th block from its scores, for the other consumer too. row: its first query."""
     _, tiles, _ = shared
-    p = gl.exp2(gl.minimum(s * scale_log2, 0.0))
+    p = roles.exp2_of_scores(s, None, scale_log2, C.BLOCK_M)
     if PARTIAL:
         p = roles.hide(p, job, 0, row, left, right, C.BLOCK_M)
     p = convert_p(p, tiles.q)

@@ -162,13 +162,30 @@ def write(lengths, table, left, right, descs, tiles, turns, C: gl.constexpr):
 
 @gluon.jit
 def product(a, i, b, j, row, COLUMNS: gl.constexpr, M: gl.constexpr):
-    """Begin a bᵀ [64, M] for the i-th tile of a and the j-th of b, each row of it from the `row` of
-    numbers [M].
+    """Begin a bᵀ + row [64, M] for the i-th tile of a and the j-th of b. row: M numbers in shared
+    memory, at which the accumulators begin if M is 64; otherwise `add_row` adds them.
     """
     S: gl.constexpr = accumulator(M)
-    start = gl.expand_dims(row.load(gl.SliceLayout(0, S)), 0)
-    start = gl.broadcast(start, gl.zeros([64, M], gl.float32, S))[0]
-    return pieces.multiply_transposed(a, i, b, j, start, COLUMNS, 64, M)
+    start = gl.zeros([64, M], gl.float32, S)
+    if M == 64:
+        start = gl.broadcast(gl.expand_dims(row.load(gl.SliceLayout(0, S)), 0), start)[0]
+    return pieces.multiply_transposed(a, i, b, j, start, COLUMNS, 64, M, M == 64)
+
+
+@gluon.jit
+def add_row(x, row, factor, M: gl.constexpr):
+    """x, a multiple of a `product` by `factor`, with what that has left to be added."""
+    if M > 64:
+        x += gl.expand_dims(row.load(gl.SliceLayout(0, accumulator(M))), 0) * factor
+    return x
+
+
+@gluon.jit
+def exp2_of_scores(s, lse, scale_log2, M: gl.constexpr):
+    """P of a `product` and its LSE. At most 1: where scores are huge, S - L may be far above 0."""
+    p = gl.exp2(add_row(s * scale_log2, lse, scale_log2, M))
+    PTX: gl.constexpr = "cvt.ftz.sat.f32.f32 $0, $1;"
+    return gl.inline_asm_elementwise(PTX, "=f,f", [p], gl.float32, True, 1)
 
 
 @gluon.jit
@@ -242,12 +259,10 @@ def step(
     # Sᵀ - L = K Qᵀ - L
     s = product(tiles.k, which, tiles.q, stage, tiles.lse.index(stage), D, M)
     mbarrier.wait(full.do.index(stage), phase)
-    dp = product(
-        tiles.v, which, tiles.do, stage, tiles.delta.index(stage), D, M
-    )  # dPᵀ - delta = V dOᵀ - delta
+    # dPᵀ - delta = V dOᵀ - delta
+    dp = product(tiles.v, which, tiles.do, stage, tiles.delta.index(stage), D, M)
     s = warpgroup_mma_wait(1, deps=[s])
-    # At most 1: where scores are huge, S - L may be far above 0.
-    p = gl.exp2(gl.minimum(s * scale_log2, 0.0))
+    p = exp2_of_scores(s, tiles.lse.index(stage), scale_log2, M)
     if which == 0:
         if n == 0:
             named_barrier("arrive", BOTH_CONSUMERS, CONSUMERS)
@@ -255,7 +270,7 @@ def step(
         p = hide(p, job, which, jobs.partial_block(n, job, C)[1], left, right, M)
     p_operand = gl.convert_layout(convert_p(p, q), P)
     dp = warpgroup_mma_wait(0, deps=[dp])
-    ds = p * dp
+    ds = p * add_row(dp, tiles.delta.index(stage), 1.0, M)
     if PARTIAL:
         ds = hide(ds, job, which, jobs.partial_block(n, job, C)[1], left, right, M)
     ds = convert_p(ds, q)

@@ -59,8 +59,10 @@ def postprocess_kernel(
     softmax_scale,
     C: tl.constexpr,
 ):  # fmt: skip
-    """dQ in its own dtype from the fp32 copy, times the softmax scale. The copy's columns are in the
-    order in which a Hopper consumer stores them (`hand_over` in `hopper/backward_roles.py`).
+    """dQ in its own dtype from the fp32 copy, times the softmax scale.
+
+    The copy's columns are in the order in which a Hopper consumer stores them (`hand_over` in
+    `hopper/backward_roles.py`).
     """
     dq = tensor(dq, stride_dq_b, stride_dq_t, stride_dq_h, C.DIVISIBLE_BY_8 & 1)
     start = tl.program_id(0) % num_m_blocks * C.BLOCK_M
