@@ -93,7 +93,10 @@ def backward(p: Problem, gpu: Gpu) -> Backward:
     nheads = p.q.shape[-2]
     packed_q = p.lengths.cu_seqlens_q is not None
     rows = Tiles(PREPROCESS_ROWS[size_class(p.v.shape[-1])], 0, 4, 1)
-    dkdv, dq = key_work(p, choice.dkdv, L2_BYTES), query_work(p, choice.dq, L2_BYTES)
+    tiles = choice.dkdv
+    if p.scores.score_mod is not None or p.options.dropout_p:  # which need registers (NOTES 127)
+        tiles = tiles._replace(block_m=min(64, tiles.block_m))
+    dkdv, dq = key_work(p, tiles, L2_BYTES), query_work(p, choice.dq, L2_BYTES)
     batch_heads = nheads * (1 if packed_q else p.batch)
     preprocess = Work(rows, -(-p.q.shape[-3] // rows.block_m), batch_heads, 1)
     return Backward(preprocess, dkdv, dq)

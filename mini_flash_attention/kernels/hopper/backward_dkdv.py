@@ -4,11 +4,12 @@ There is no room for dQ beside them, so it has a kernel of its own (`backward_dq
 are computed twice. One consumer computes S, P and dV, the other dP, dS and dK. P goes from one to
 the other through shared memory, two blocks of M queries ahead at most.
 
-    producer     K V | dO Q | dO Q | ...                                         (TMA)
-    consumer 0   Sᵀ . exp2 . P -> smem | dV, the next Sᵀ . exp2 . P -> smem ...  (wgmma)
-    consumer 1   dPᵀ . P <- smem . dS  | dK, the next dPᵀ . P <- smem . dS ...   (wgmma)
+    producer     K V | dO Q | dO Q | ...                           (TMA)
+    consumer 0   Sᵀ . exp2 . P -> smem . dV | the next Sᵀ . ...    (wgmma)
+    consumer 1   dPᵀ . P <- smem . dS . dK | the next dPᵀ . ...    (wgmma)
 
-The exponentials of a block run while dV of the block before is computed, dS while dK is.
+A consumer has one product in flight at a time, and the tensor cores compute the other's meanwhile.
+So blocks of Q and dO are released early enough for the next but one to be loaded in time.
 """
 
 from typing import Any, NamedTuple
@@ -93,19 +94,17 @@ def issue_qk(n, shared, C: gl.constexpr):
 
 
 @gluon.jit
-def step_dv(n, p, dv, job, left, right, scale_log2, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
-    """Block n - 1 is added to dV, whose weights are p. Those of block n, and dV."""
-    s = issue_qk(n, shared, C)
-    dv = issue_dv(n - 1, p, dv, shared, C)
-    s = warpgroup_mma_wait(pieces.num_pieces(C.D_V), deps=[s])
+def step_dv(n, dv, job, left, right, scale_log2, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
+    """Add the n-th block to dV."""
+    s = warpgroup_mma_wait(0, deps=[issue_qk(n, shared, C)])
     named_barrier("arrive", roles.Q_EMPTY + n % roles.STAGES, roles.READERS)
     row = 0
     if PARTIAL:
         row = jobs.partial_block(n, job, C)[1]
-    following = compute_p(n, s, row, job, left, right, scale_log2, shared, PARTIAL, C)
-    dv = pieces.wait_for(dv, p)
-    named_barrier("arrive", roles.DO_EMPTY + (n - 1) % roles.STAGES, roles.READERS)
-    return following, dv
+    p = compute_p(n, s, row, job, left, right, scale_log2, shared, PARTIAL, C)
+    dv = pieces.wait_for(issue_dv(n, p, dv, shared, C), p)
+    named_barrier("arrive", roles.DO_EMPTY + n % roles.STAGES, roles.READERS)
+    return dv
 
 
 @gluon.jit
@@ -118,16 +117,10 @@ def consume_dv(lengths, table, left, right, scales, shared, C: gl.constexpr):
     all_partial, total = C.GROUP * job.num_partial, jobs.num_blocks(job, C)
     if total > 0:
         mbarrier.wait(full.kv.index(0), 0)
-        s = warpgroup_mma_wait(0, deps=[issue_qk(0, shared, C)])
-        named_barrier("arrive", roles.Q_EMPTY, roles.READERS)
-        row = jobs.nth_block(0, job, C)[1]
-        p = compute_p(0, s, row, job, left, right, scale_log2, shared, True, C)
-        for n in range(1, all_partial):
-            p, dv = step_dv(n, p, dv, job, left, right, scale_log2, shared, True, C)
-        for n in range(gl.maximum(all_partial, 1), total):
-            p, dv = step_dv(n, p, dv, job, left, right, scale_log2, shared, False, C)
-        dv = issue_dv(total - 1, p, dv, shared, C)
-        dv = pieces.wait_for(dv, p)
+        for n in range(all_partial):
+            dv = step_dv(n, dv, job, left, right, scale_log2, shared, True, C)
+        for n in range(all_partial, total):
+            dv = step_dv(n, dv, job, left, right, scale_log2, shared, False, C)
     named_barrier("sync", roles.BOTH_CONSUMERS, 256)  # the other one has read V
     store_keys(dv, 1.0, descs.dv, tiles.v, lengths, table, left, right, C.D_V, C)
 
@@ -140,9 +133,7 @@ def compute_ds(n, dp, row, job, left, right, shared, PARTIAL: gl.constexpr, C: g
     named_barrier("sync", P_FULL + stage, 256)
     p = tiles.p.index(stage).load(accumulator(C.BLOCK_M))
     named_barrier("arrive", P_EMPTY + stage, 256)
-    # With fewer columns of V ptxas finds too few registers for three products in flight (C7512).
-    LATER: gl.constexpr = pieces.num_pieces(C.D) if C.D == C.D_V else 1
-    dp = warpgroup_mma_wait(LATER, deps=[dp])
+    dp = warpgroup_mma_wait(0, deps=[dp])
     named_barrier("arrive", roles.DO_EMPTY + stage, roles.READERS)
     ds = p.to(gl.float32) * dp
     if PARTIAL:
@@ -170,17 +161,16 @@ def issue_dp(n, shared, C: gl.constexpr):
 
 
 @gluon.jit
-def step_dk(n, ds, dk, job, left, right, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
-    """Block n - 1 is added to dK, whose dS is ds. That of block n, and dK."""
+def step_dk(n, dk, job, left, right, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
+    """Add the n-th block to dK."""
     dp = issue_dp(n, shared, C)
-    dk = issue_dk(n - 1, ds, dk, shared, C)
     row = 0
     if PARTIAL:
         row = jobs.partial_block(n, job, C)[1]
-    following = compute_ds(n, dp, row, job, left, right, shared, PARTIAL, C)
-    dk = pieces.wait_for(dk, ds)
-    named_barrier("arrive", roles.Q_EMPTY + (n - 1) % roles.STAGES, roles.READERS)
-    return following, dk
+    ds = compute_ds(n, dp, row, job, left, right, shared, PARTIAL, C)
+    dk = pieces.wait_for(issue_dk(n, ds, dk, shared, C), ds)
+    named_barrier("arrive", roles.Q_EMPTY + n % roles.STAGES, roles.READERS)
+    return dk
 
 
 @gluon.jit
@@ -193,15 +183,10 @@ def consume_dk(lengths, table, left, right, scales, shared, C: gl.constexpr):
     all_partial, total = C.GROUP * job.num_partial, jobs.num_blocks(job, C)
     if total > 0:
         mbarrier.wait(full.kv.index(1), 0)
-        dp = warpgroup_mma_wait(0, deps=[issue_dp(0, shared, C)])
-        row = jobs.nth_block(0, job, C)[1]
-        ds = compute_ds(0, dp, row, job, left, right, shared, True, C)
-        for n in range(1, all_partial):
-            ds, dk = step_dk(n, ds, dk, job, left, right, shared, True, C)
-        for n in range(gl.maximum(all_partial, 1), total):
-            ds, dk = step_dk(n, ds, dk, job, left, right, shared, False, C)
-        dk = issue_dk(total - 1, ds, dk, shared, C)
-        dk = pieces.wait_for(dk, ds)
+        for n in range(all_partial):
+            dk = step_dk(n, dk, job, left, right, shared, True, C)
+        for n in range(all_partial, total):
+            dk = step_dk(n, dk, job, left, right, shared, False, C)
     named_barrier("sync", roles.BOTH_CONSUMERS, 256)  # the other one has read K
     store_keys(dk, softmax_scale, descs.dk, tiles.k, lengths, table, left, right, C.D, C)
 

@@ -1,10 +1,15 @@
 """dQ for Hopper at head_dims above 128: 128 queries a program (`backward_dkdv.py` says why).
 
-Each of two consumers has 64 queries. S of a block of 64 keys begins together with dQ += dS K of the
-block before, under which its exponentials run.
+Each of two consumers has 64 queries. Consumer 1 begins half a block later, so that the tensor cores
+compute its products while consumer 0 computes exponentials, and the other way round.
 
-    producer     Q dO | K V | K V | ...                         (TMA)
-    consumers    S . dQ of the block before . exp2 . dP . dS    (wgmma)
+    producer     Q dO | K V | K V | ...                        (TMA)
+    consumers    S, dP . exp2 . dS . dQ | the next S, dP ...   (wgmma)
+
+At head_dim 256 there are too few registers for S and dP at once. There the exponentials of a block
+run under dQ of the block before:
+
+    consumers    S, dQ of the block before . exp2 . dP . dS    (wgmma)
 """
 
 from typing import Any, NamedTuple
@@ -179,6 +184,45 @@ def compute_p(s, row, start, job, sides, scale_log2, PARTIAL: gl.constexpr):
 
 @gluon.jit
 def step(
+    which: gl.constexpr, n, dq, row, job, sides, statistics, scale_log2, tiles,
+    PARTIAL: gl.constexpr, C: gl.constexpr,
+):  # fmt: skip
+    """Add the n-th block to dQ."""
+    lse, delta = statistics
+    start = 0
+    if PARTIAL:
+        start = jobs.partial_start(n, job.blocks, N)
+    s = issue_qk(which, n, lse, tiles, C)
+    dp = issue_dp(which, n, delta, tiles, C)
+    s = warpgroup_mma_wait(pieces.num_pieces(C.D_V), deps=[s])
+    p = compute_p(s, row, start, job, sides, scale_log2, PARTIAL)
+    if which == 0:
+        if n == 0:
+            named_barrier("arrive", roles.BOTH_CONSUMERS, roles.CONSUMERS)
+    dp = warpgroup_mma_wait(0, deps=[dp])
+    named_barrier("arrive", V_EMPTY + n % v_stages(C.D, C.D_V), roles.READERS)
+    ds = compute_ds(p, dp, row, start, job, sides, tiles, PARTIAL, C)
+    dq = pieces.wait_for(issue_dq(n, ds, dq, tiles, C), ds)
+    named_barrier("arrive", K_EMPTY + n % STAGES, roles.READERS)
+    return dq
+
+
+@gluon.jit
+def add_blocks(
+    which: gl.constexpr, dq, row, job, sides, statistics, scale_log2, tiles, C: gl.constexpr
+):
+    """dQ of all blocks. Consumer 1 begins later, so that not both compute exponentials at once."""
+    if which == 1:
+        named_barrier("sync", roles.BOTH_CONSUMERS, roles.CONSUMERS)
+    for n in range(job.num_partial):
+        dq = step(which, n, dq, row, job, sides, statistics, scale_log2, tiles, True, C)
+    for n in range(job.num_partial, job.num_blocks):
+        dq = step(which, n, dq, row, job, sides, statistics, scale_log2, tiles, False, C)
+    return dq
+
+
+@gluon.jit
+def delayed_step(
     which: gl.constexpr, n, ds, dq, row, job, sides, statistics, scale_log2, tiles,
     PARTIAL: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
@@ -187,31 +231,39 @@ def step(
     start = 0
     if PARTIAL:
         start = jobs.partial_start(n, job.blocks, N)
-    COUNT: gl.constexpr = pieces.num_pieces(C.D)
-    COUNT_V: gl.constexpr = pieces.num_pieces(C.D_V)
-    V_STAGES: gl.constexpr = v_stages(C.D, C.D_V)
     s = issue_qk(which, n, lse, tiles, C)
-    if V_STAGES == 1:  # V is there later
-        dq = issue_dq(n - 1, ds, dq, tiles, C)
-        s = warpgroup_mma_wait(COUNT, deps=[s])
-        p = compute_p(s, row, start, job, sides, scale_log2, PARTIAL)
-        dp = issue_dp(which, n, delta, tiles, C)
-        dq = pieces.wait_for(dq, ds, COUNT_V)
-        named_barrier("arrive", K_EMPTY + (n - 1) % STAGES, roles.READERS)
-        dp = warpgroup_mma_wait(0, deps=[dp])
-        named_barrier("arrive", V_EMPTY, roles.READERS)
-        following = compute_ds(p, dp, row, start, job, sides, tiles, PARTIAL, C)
-    else:
-        dp = issue_dp(which, n, delta, tiles, C)
-        dq = issue_dq(n - 1, ds, dq, tiles, C)
-        s = warpgroup_mma_wait(COUNT_V + COUNT, deps=[s])
-        p = compute_p(s, row, start, job, sides, scale_log2, PARTIAL)
-        dp = warpgroup_mma_wait(COUNT, deps=[dp])
-        named_barrier("arrive", V_EMPTY + n % V_STAGES, roles.READERS)
-        following = compute_ds(p, dp, row, start, job, sides, tiles, PARTIAL, C)
-        dq = pieces.wait_for(dq, ds)
-        named_barrier("arrive", K_EMPTY + (n - 1) % STAGES, roles.READERS)
-    return following, dq
+    dq = issue_dq(n - 1, ds, dq, tiles, C)
+    s = warpgroup_mma_wait(pieces.num_pieces(C.D), deps=[s])
+    p = compute_p(s, row, start, job, sides, scale_log2, PARTIAL)
+    dp = issue_dp(which, n, delta, tiles, C)
+    dq = pieces.wait_for(dq, ds, pieces.num_pieces(C.D_V))
+    named_barrier("arrive", K_EMPTY + (n - 1) % STAGES, roles.READERS)
+    dp = warpgroup_mma_wait(0, deps=[dp])
+    named_barrier("arrive", V_EMPTY, roles.READERS)
+    return compute_ds(p, dp, row, start, job, sides, tiles, PARTIAL, C), dq
+
+
+@gluon.jit
+def add_blocks_delayed(
+    which: gl.constexpr, dq, row, job, sides, statistics, scale_log2, tiles, C: gl.constexpr
+):
+    """dQ of all blocks where V has one stage: S and dP do not begin together."""
+    lse, delta = statistics
+    start = first_key(0, job)
+    s = warpgroup_mma_wait(0, deps=[issue_qk(which, 0, lse, tiles, C)])
+    p = compute_p(s, row, start, job, sides, scale_log2, True)
+    dp = warpgroup_mma_wait(0, deps=[issue_dp(which, 0, delta, tiles, C)])
+    named_barrier("arrive", V_EMPTY, roles.READERS)
+    ds = compute_ds(p, dp, row, start, job, sides, tiles, True, C)
+    for n in range(1, job.num_partial):
+        ds, dq = delayed_step(
+            which, n, ds, dq, row, job, sides, statistics, scale_log2, tiles, True, C
+        )
+    for n in range(gl.maximum(job.num_partial, 1), job.num_blocks):
+        ds, dq = delayed_step(
+            which, n, ds, dq, row, job, sides, statistics, scale_log2, tiles, False, C
+        )
+    return pieces.wait_for(issue_dq(job.num_blocks - 1, ds, dq, tiles, C), ds)
 
 
 @gluon.jit
@@ -234,19 +286,11 @@ def consume(
         lse = gl.load(statistics.lse + at, mask=i < tile.num_rows, other=0.0)
         delta = -gl.load(statistics.delta + at, mask=i < tile.num_rows, other=0.0)
         mbarrier.wait(tiles.q_full.index(which), 0)
-        start = first_key(0, job)
-        s = warpgroup_mma_wait(0, deps=[issue_qk(which, 0, lse, tiles, C)])
-        p = compute_p(s, row, start, job, sides, scale_log2, True)
-        dp = warpgroup_mma_wait(0, deps=[issue_dp(which, 0, delta, tiles, C)])
-        named_barrier("arrive", V_EMPTY, roles.READERS)
-        ds = compute_ds(p, dp, row, start, job, sides, tiles, True, C)
         own = (lse, delta)
-        for n in range(1, job.num_partial):
-            ds, dq = step(which, n, ds, dq, row, job, sides, own, scale_log2, tiles, True, C)
-        for n in range(gl.maximum(job.num_partial, 1), job.num_blocks):
-            ds, dq = step(which, n, ds, dq, row, job, sides, own, scale_log2, tiles, False, C)
-        dq = issue_dq(job.num_blocks - 1, ds, dq, tiles, C)
-        dq = pieces.wait_for(dq, ds)
+        if v_stages(C.D, C.D_V) == 1:
+            dq = add_blocks_delayed(which, dq, row, job, sides, own, scale_log2, tiles, C)
+        else:
+            dq = add_blocks(which, dq, row, job, sides, own, scale_log2, tiles, C)
     tile = job_of(no_hoist(gl.program_id(0)), lengths, table, left, right).tile
     row = tile.m_row + 64 * which
     pieces.fill(dq, softmax_scale, tiles.q, which, tile.num_rows - row, C.D)

@@ -154,7 +154,8 @@ def write(lengths, table, left, right, descs, tiles, turns, C: gl.constexpr):
         for which in gl.static_range(1, -1, -1):
             named_barrier("sync", DQ_FULL + which, WRITERS)
             jobs.add_dq(descs.dq, job, member, row, which, tiles.dq.index(which), C)
-            tma.store_wait(0)
+        for which in gl.static_range(1, -1, -1):
+            tma.store_wait(which)
             named_barrier("arrive", DQ_EMPTY + which, WRITERS)
         if C.ORDERED:
             end_turn(counter)
