@@ -7,12 +7,13 @@ that P and dS are operands from registers where dV and dK want them:
 
 dQ needs the dS of both consumers, so that goes through shared memory. Each consumer then computes a
 half of dQ's block, and TMA adds it to an fp32 copy of dQ, to which the programs of all keys add.
-The accumulators of S and dP begin at -L / scale and -delta, which saves a subtraction a score.
+Consumer 0 is half a block ahead: it has computed dS when consumer 1 needs it, and takes consumer
+1's of block n - 1 when it is done with its own of block n.
 
-    producer     K V | Q L | dO delta | Q L | dO delta | ...                     (TMA)
-    consumer 0   Sᵀ dPᵀ . exp2 . dS -> smem | dV . dQ -> smem | dK | Sᵀ ...      (wgmma)
-    consumer 1   the same for the other 64 keys, and the other half of dQ
-    writer                                        dQ -> fp32  (TMA, reduce-add)
+    producer     K V | dO delta | Q L | dO delta | Q L | ...                              (TMA)
+    consumer 0   Sᵀ dPᵀ . exp2 . dS -> smem | dV . dQ of block n - 1 -> smem | dK         (wgmma)
+    consumer 1   later, for the other 64 keys and the other half of dQ, but of block n
+    writer       both halves of dQ -> fp32                                    (TMA, reduce-add)
 
 `preprocess_kernel` runs before it, for L (the LSE), delta and a dQ of zeros; `postprocess_kernel`
 scales dQ and narrows it. Head_dims above 128 have two kernels, `backward_dkdv.py` and

@@ -21,7 +21,7 @@ from .softmax import accumulator_view, convert_p, from_view
 STAGES = gl.constexpr(2)  # of Q and of dO
 # Named barriers; with these roles Triton takes 0 to 2 itself.
 DS_FULL = gl.constexpr(5)  # and the next: a consumer's dS is in shared memory
-BOTH_CONSUMERS = gl.constexpr(7)  # at the beginning and the end of a program
+BOTH_CONSUMERS = gl.constexpr(7)  # consumer 1 begins; both have read K
 Q_EMPTY, DO_EMPTY = gl.constexpr(8), gl.constexpr(10)  # and the next: a stage is empty
 DQ_FULL, DQ_EMPTY = gl.constexpr(12), gl.constexpr(14)  # and the next: a consumer's dQ
 CONSUMERS = gl.constexpr(2 * 128)  # threads of both
@@ -155,36 +155,38 @@ def write(lengths, table, left, right, descs, tiles, turns, C: gl.constexpr):
             named_barrier("sync", DQ_FULL + which, WRITERS)
             jobs.add_dq(descs.dq, job, member, row, which, tiles.dq.index(which), C)
         for which in gl.static_range(1, -1, -1):
-            tma.store_wait(which)
+            tma.store_wait(which)  # consumer 0's half may still be read after consumer 1's
             named_barrier("arrive", DQ_EMPTY + which, WRITERS)
         if C.ORDERED:
             end_turn(counter)
 
 
 @gluon.jit
-def product(a, i, b, j, row, COLUMNS: gl.constexpr, M: gl.constexpr):
+def product(a, i, b, j, row, COLUMNS: gl.constexpr, M: gl.constexpr, EARLY: gl.constexpr = True):
     """Begin a bᵀ + row [64, M] for the i-th tile of a and the j-th of b. row: M numbers in shared
-    memory, at which the accumulators begin if M is 64; otherwise `add_row` adds them.
+    memory, at which the accumulators begin if EARLY; otherwise `add_row` adds them afterwards.
     """
     S: gl.constexpr = accumulator(M)
     start = gl.zeros([64, M], gl.float32, S)
-    if M == 64:
+    if EARLY:
         start = gl.broadcast(gl.expand_dims(row.load(gl.SliceLayout(0, S)), 0), start)[0]
-    return pieces.multiply_transposed(a, i, b, j, start, COLUMNS, 64, M, M == 64)
+    return pieces.multiply_transposed(a, i, b, j, start, COLUMNS, 64, M, EARLY)
 
 
 @gluon.jit
-def add_row(x, row, factor, M: gl.constexpr):
-    """x, a multiple of a `product` by `factor`, with what that has left to be added."""
-    if M > 64:
+def add_row(x, row, factor, M: gl.constexpr, EARLY: gl.constexpr):
+    """x, the result of `product` times `factor`, with the row that it has not been added yet."""
+    if not EARLY:
         x += gl.expand_dims(row.load(gl.SliceLayout(0, accumulator(M))), 0) * factor
     return x
 
 
 @gluon.jit
-def exp2_of_scores(s, lse, scale_log2, M: gl.constexpr):
-    """P of a `product` and its LSE. At most 1: where scores are huge, S - L may be far above 0."""
-    p = gl.exp2(add_row(s * scale_log2, lse, scale_log2, M))
+def exp2_of_scores(s, lse, scale_log2, M: gl.constexpr, EARLY: gl.constexpr = True):
+    """P of a `product` and its LSE. Saturated to at most 1: where scores are huge, S - L may be far
+    above 0. NaN becomes 0; delta is NaN in such a row, and with it dQ and dK, but not dV.
+    """
+    p = gl.exp2(add_row(s * scale_log2, lse, scale_log2, M, EARLY))
     PTX: gl.constexpr = "cvt.ftz.sat.f32.f32 $0, $1;"
     return gl.inline_asm_elementwise(PTX, "=f,f", [p], gl.float32, True, 1)
 
@@ -253,17 +255,21 @@ def step(
     M: gl.constexpr = C.BLOCK_M
     P: gl.constexpr = gl.DotOperandLayout(0, accumulator(D), 2)
     LAG: gl.constexpr = 1 - which  # of dQ, in blocks
+    # L and delta go into the accumulators. With 128 queries adding them later is faster, but takes
+    # registers, which a mask needs.
+    EARLY: gl.constexpr = M == 64 or PARTIAL
     stage, phase = n % STAGES, n // STAGES & 1
     q = tiles.q.index(stage).reshape([M, D])
     do = tiles.do.index(stage).reshape([M, D])
+    lse, delta = tiles.lse.index(stage), tiles.delta.index(stage)
     mbarrier.wait(full.q.index(stage), phase)
     # Sᵀ - L = K Qᵀ - L
-    s = product(tiles.k, which, tiles.q, stage, tiles.lse.index(stage), D, M)
+    s = product(tiles.k, which, tiles.q, stage, lse, D, M, EARLY)
     mbarrier.wait(full.do.index(stage), phase)
     # dPᵀ - delta = V dOᵀ - delta
-    dp = product(tiles.v, which, tiles.do, stage, tiles.delta.index(stage), D, M)
+    dp = product(tiles.v, which, tiles.do, stage, delta, D, M, EARLY)
     s = warpgroup_mma_wait(1, deps=[s])
-    p = exp2_of_scores(s, tiles.lse.index(stage), scale_log2, M)
+    p = exp2_of_scores(s, lse, scale_log2, M, EARLY)
     if which == 0:
         if n == 0:
             named_barrier("arrive", BOTH_CONSUMERS, CONSUMERS)
@@ -271,12 +277,12 @@ def step(
         p = hide(p, job, which, jobs.partial_block(n, job, C)[1], left, right, M)
     p_operand = gl.convert_layout(convert_p(p, q), P)
     dp = warpgroup_mma_wait(0, deps=[dp])
-    ds = p * add_row(dp, tiles.delta.index(stage), 1.0, M)
+    ds = p * add_row(dp, delta, 1.0, M, EARLY)
     if PARTIAL:
         ds = hide(ds, job, which, jobs.partial_block(n, job, C)[1], left, right, M)
     ds = convert_p(ds, q)
-    # The other's dS is there: consumer 0's of this block, consumer 1's of the one before. So it has
-    # read the stage's last one, too.
+    # Wait for the dS of the other consumer: consumer 0's of this block, consumer 1's of the one
+    # before. Whoever has arrived there has read the dS that was in this stage before.
     if which == 1:
         named_barrier("sync", DS_FULL, CONSUMERS)
     elif n > 0:
@@ -284,7 +290,9 @@ def step(
     tiles.ds.index(stage * 2 + which).store(ds)
     dv = warpgroup_mma(p_operand, do, dv, is_async=True)  # dV += Pᵀ dO
     fence_async_shared()
+    # The compiler synchronises a consumer's own four warps before the product that reads this dS.
     named_barrier("arrive", DS_FULL + which, CONSUMERS)
+    # Of block n - LAG; the first of consumer 0, before there is dS, is dropped.
     dq = issue_dq(which, n + LAG, tiles, C)  # n - LAG, of the same stage
     ds_operand = gl.convert_layout(ds, P)
     dk = warpgroup_mma(ds_operand, q, dk, is_async=True)  # dK += dSᵀ Q
@@ -310,7 +318,9 @@ def consume(which: gl.constexpr, lengths, table, left, right, scales, shared, C:
     mbarrier.wait(full.kv.index(0), 0, pred=total > 0)
     mbarrier.wait(full.kv.index(1), 0, pred=total > 0)
     if which == 1:
-        if total > 0:
+        if (
+            total > 0
+        ):  # half a block after consumer 0, so that not both compute exponentials at once
             named_barrier("sync", BOTH_CONSUMERS, CONSUMERS)
     for n in range(all_partial):
         dk, dv = step(which, n, dk, dv, job, left, right, scale_log2, shared, True, C)

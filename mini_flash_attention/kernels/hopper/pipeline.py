@@ -6,7 +6,7 @@ from ...rules import paging
 from ..gluon import fence_async_shared, gl, gluon, mbarrier, tma_load
 
 STAGES = gl.constexpr(2)  # of a pipeline
-# The hardware has 16 named barriers. Triton takes the first few itself, 8 to 15 are free.
+# The hardware has 16 named barriers. Triton takes the first few itself.
 K_EMPTY, V_EMPTY = gl.constexpr(8), gl.constexpr(10)  # and the next: a stage is empty
 WARP_SCHEDULER_BARRIER = gl.constexpr(12)  # and those after: a consumer may issue
 ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
