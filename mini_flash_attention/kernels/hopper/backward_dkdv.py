@@ -58,13 +58,12 @@ class Descriptors(NamedTuple):
 
 
 @gluon.jit
-def compute_p(
-    n, s, row, job, left, right, scale_log2, shared, PARTIAL: gl.constexpr, C: gl.constexpr
-):
-    """Pᵀ of the n-th block from its scores, for the other consumer too. row: its first query."""
+def compute_p(n, s, job, left, right, scale_log2, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
+    """Pᵀ of the n-th block from its scores, for the other consumer too."""
     _, tiles, _ = shared
     p = roles.exp2_of_scores(s, None, scale_log2, C.BLOCK_M)
     if PARTIAL:
+        row = jobs.partial_block(n, job, C)[1]
         p = roles.hide(p, job, 0, row, left, right, C.BLOCK_M)
     p = convert_p(p, tiles.q)
     stage = n % roles.STAGES
@@ -98,10 +97,7 @@ def step_dv(n, dv, job, left, right, scale_log2, shared, PARTIAL: gl.constexpr, 
     """Add the n-th block to dV."""
     s = warpgroup_mma_wait(0, deps=[issue_qk(n, shared, C)])
     named_barrier("arrive", roles.Q_EMPTY + n % roles.STAGES, roles.READERS)
-    row = 0
-    if PARTIAL:
-        row = jobs.partial_block(n, job, C)[1]
-    p = compute_p(n, s, row, job, left, right, scale_log2, shared, PARTIAL, C)
+    p = compute_p(n, s, job, left, right, scale_log2, shared, PARTIAL, C)
     dv = pieces.wait_for(issue_dv(n, p, dv, shared, C), p)
     named_barrier("arrive", roles.DO_EMPTY + n % roles.STAGES, roles.READERS)
     return dv
@@ -126,8 +122,8 @@ def consume_dv(lengths, table, left, right, scales, shared, C: gl.constexpr):
 
 
 @gluon.jit
-def compute_ds(n, dp, row, job, left, right, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
-    """dSᵀ of the n-th block from dPᵀ - delta and the other consumer's Pᵀ. row: its first query."""
+def compute_ds(n, dp, job, left, right, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
+    """dSᵀ of the n-th block from dPᵀ - delta and the other consumer's Pᵀ."""
     _, tiles, _ = shared
     stage = n % roles.STAGES
     named_barrier("sync", P_FULL + stage, 256)
@@ -137,6 +133,7 @@ def compute_ds(n, dp, row, job, left, right, shared, PARTIAL: gl.constexpr, C: g
     named_barrier("arrive", roles.DO_EMPTY + stage, roles.READERS)
     ds = p.to(gl.float32) * dp
     if PARTIAL:
+        row = jobs.partial_block(n, job, C)[1]
         ds = roles.hide(ds, job, 0, row, left, right, C.BLOCK_M)
     operand: gl.constexpr = gl.DotOperandLayout(0, accumulator(pieces.piece(C.D)), 2)
     return gl.convert_layout(convert_p(ds, tiles.q), operand)
@@ -164,10 +161,7 @@ def issue_dp(n, shared, C: gl.constexpr):
 def step_dk(n, dk, job, left, right, shared, PARTIAL: gl.constexpr, C: gl.constexpr):
     """Add the n-th block to dK."""
     dp = issue_dp(n, shared, C)
-    row = 0
-    if PARTIAL:
-        row = jobs.partial_block(n, job, C)[1]
-    ds = compute_ds(n, dp, row, job, left, right, shared, PARTIAL, C)
+    ds = compute_ds(n, dp, job, left, right, shared, PARTIAL, C)
     dk = pieces.wait_for(issue_dk(n, ds, dk, shared, C), ds)
     named_barrier("arrive", roles.Q_EMPTY + n % roles.STAGES, roles.READERS)
     return dk
