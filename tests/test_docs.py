@@ -210,13 +210,16 @@ def test_the_summary_tells_the_losses(tmp_path):
 
 @pytest.mark.skipif(not RESULTS.is_dir(), reason="no results of the benchmark are here")
 def test_the_drawing_is_of_what_was_measured(tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "plot_prefill.py")]
+    command = [sys.executable, str(ROOT / "tools" / "plot_results.py")]
     assert subprocess.run([*command, "--check"], timeout=60).returncode == 0
-    (tmp_path / "prefill.json").write_text((RESULTS / "prefill.json").read_text())
+    lines = {"prefill": 24, "backward": 24}
+    for suite in lines:
+        (tmp_path / f"{suite}.json").write_text((RESULTS / f"{suite}.json").read_text())
     options = ["--results", str(tmp_path)]
     assert subprocess.run([*command, *options, "--check"], timeout=60).returncode == 1
     subprocess.run([*command, *options], timeout=60, check=True)
-    assert (tmp_path / "prefill.svg").read_text().count("<polyline") == 24
+    for suite, count in lines.items():
+        assert (tmp_path / f"{suite}.svg").read_text().count("<polyline") == count
 
 
 def anchors(path):

@@ -22,13 +22,14 @@ from statistics import geometric_mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ("prefill", "varlen", "portable", "decode", "chunked", "features", "host")
+SUITES = ("prefill", "backward", "varlen", "portable", "decode", "chunked", "features", "host")
 BEGIN = "<!-- numbers, {}: written by tools/readme_numbers.py, not by hand -->"
 END = "<!-- end of numbers -->"
 
 # What the columns are called; others appear under their own name, after these.
 NAMES = {
     "mini": "this package",
+    "deterministic": "deterministic",
     "fa2": "FA2 (SDPA)",
     "cudnn": "cuDNN (SDPA)",
     "sdpa": "SDPA",
@@ -37,7 +38,7 @@ NAMES = {
     "flashinfer": "FlashInfer",
     "flex": "FlexAttention",
 }
-MASKS = {"none": "–", "causal": "causal"}
+MASKS = {"none": "–", "full": "–", "causal": "causal"}
 MOST_DECODE_ROWS = 16  # a suite with more workloads gets a line for each group of them
 
 Row = dict[str, Any]
@@ -101,8 +102,8 @@ def read(file: Path) -> dict[str, Any]:
 def tables(results: Results) -> str:
     """The block of the results page: every table, by suite."""
     writers = {
-        "prefill": hopper, "varlen": layouts, "portable": prefill, "decode": decode,
-        "chunked": chunked, "features": features, "host": host,
+        "prefill": hopper, "backward": backward, "varlen": layouts, "portable": prefill,
+        "decode": decode, "chunked": chunked, "features": features, "host": host,
     }  # fmt: skip
     parts: list[str] = []
     origin = ""
@@ -162,6 +163,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -
 
 SUMMARY = {
     "prefill": "prefill",
+    "backward": "gradients",
     "varlen": "packed and paged prefill",
     "decode": "decoding",
     "chunked": "16 to 512 queries beside a cache",
@@ -259,25 +261,11 @@ def shares_of_plain(rows: Rows, feature: str) -> list[float]:
 def hopper(result: Mapping[str, Any], rows: Rows) -> list[str]:
     """Dense calls, ours and the peers', and the geometric means of their ratios."""
     columns = implementations(rows)
-    workloads = list(dict.fromkeys(workload for workload, _ in rows))
-    cells = [m for w in workloads if (m := re.fullmatch(r"prefill/d(\d+)/(\w+)/s(\d+)", w))]
-    lines = []
-    for cell in cells:
-        head_dim, mask, tokens = cell.groups()
-        line = [head_dim, MASKS.get(mask, mask), f"{int(tokens):,}"]
-        line += [figure(rows, cell.string, n) for n in columns]
-        ours = rate(rows, cell.string, "mini")
-        lines.append([*line, ratio(ours, rate(rows, cell.string, "fa3"))])
-    head = ["head_dim", "mask", "tokens", *map(name, columns), "ours / FA3"]
-    others = [w for w in workloads if not w.startswith("prefill/")]
-    more = [[OTHERS.get(w.split("/")[0], w), w.rpartition("/s")[2]] for w in others]
-    for line, workload in zip(more, others, strict=True):
-        line += [figure(rows, workload, n) for n in columns]
-        line.append(ratio(rate(rows, workload, "mini"), rate(rows, workload, "fa3")))
+    cells, others = dense_cells(rows, r"prefill/d(\d+)/(\w+)/s(\d+)")
     return [
         "**Forward pass on Hopper, TFLOP/s** (bf16, batch × tokens = 16,384, heads × head_dim = "
         "2,048):",
-        table(head, lines, words=3),
+        dense_table(rows, columns, cells),
         means(rows, [cell.string for cell in cells], columns),
         means(
             rows,
@@ -286,7 +274,7 @@ def hopper(result: Mapping[str, Any], rows: Rows) -> list[str]:
             " (2,048 tokens and more, where CPU launch time does not matter)",
         ),
         "Other dense calls at head_dim 128:",
-        table(["call", "tokens", *map(name, columns), "ours / FA3"], more, words=1),
+        other_table(rows, columns, {w: OTHERS.get(w.split("/")[0], w) for w in others}),
     ]
 
 
@@ -294,6 +282,60 @@ OTHERS = {
     "table": "batch 48, 24 heads of fp16, no mask",
     "gqa": "32 query heads, 8 KV heads, causal",
     "window": "causal, a window of 4,096",
+}
+
+
+def dense_cells(rows: Rows, pattern: str) -> tuple[list[re.Match[str]], list[str]]:
+    """Workloads whose names give head_dim, mask and tokens, and the others."""
+    workloads = list(dict.fromkeys(workload for workload, _ in rows))
+    cells = [m for w in workloads if (m := re.fullmatch(pattern, w))]
+    return cells, [w for w in workloads if not re.fullmatch(pattern, w)]
+
+
+def dense_table(rows: Rows, columns: Sequence[str], cells: Sequence[re.Match[str]]) -> str:
+    lines = []
+    for cell in cells:
+        head_dim, mask, tokens = cell.groups()
+        line = [head_dim, MASKS.get(mask, mask), f"{int(tokens):,}"]
+        line += [figure(rows, cell.string, n) for n in columns]
+        ours = rate(rows, cell.string, "mini")
+        lines.append([*line, ratio(ours, rate(rows, cell.string, "fa3"))])
+    head = ["head_dim", "mask", "tokens", *map(name, columns), "ours / FA3"]
+    return table(head, lines, words=3)
+
+
+def other_table(rows: Rows, columns: Sequence[str], others: Mapping[str, str]) -> str:
+    """others: what each workload is called. Its name ends with the tokens, if it has one length."""
+    lines = []
+    for workload, words in others.items():
+        tokens = re.search(r"/s?(\d+)$", workload)
+        line = [words, tokens[1] if tokens else "", *(figure(rows, workload, n) for n in columns)]
+        lines.append([*line, ratio(rate(rows, workload, "mini"), rate(rows, workload, "fa3"))])
+    return table(["call", "tokens", *map(name, columns), "ours / FA3"], lines, words=1)
+
+
+def backward(result: Mapping[str, Any], rows: Rows) -> list[str]:
+    """Gradients of q, k and v, ours and the peers'."""
+    columns = implementations(rows)
+    cells, others = dense_cells(rows, r"d(\d+)/(\w+)/(\d+)")
+    names = {w: BACKWARD.get(w.split("/")[0], w) for w in others}
+    names = {w: f"{words}{', causal' * ('/causal' in w)}" for w, words in names.items()}
+    return [
+        "**Gradients on Hopper, TFLOP/s** (bf16, batch × tokens = 16,384, heads × head_dim = "
+        "2,048; five products of the definition, half of them under a causal mask):",
+        dense_table(rows, columns, cells),
+        means(rows, [cell.string for cell in cells], columns),
+        "Other calls:",
+        other_table(rows, columns, names),
+    ]
+
+
+BACKWARD = {
+    "gqa": "head_dim 128, 32 query heads, 8 KV heads",
+    "packed": "head_dim 128, packed, log-normal lengths to 8,192",
+    "packed-gqa": "the same, 32 query heads, 8 KV heads",
+    "mla": "head_dim 192, v of 128",
+    "short": "head_dim 128",
 }
 
 

@@ -1,9 +1,9 @@
-"""Draws bench/results/h200/prefill.json: TFLOP/s of the forward pass over the sequence length.
+"""Draws the results of the suites prefill and backward: TFLOP/s over the sequence length.
 
-    python tools/plot_prefill.py [--results FOLDER] [--check]
+    python tools/plot_results.py [--results FOLDER] [--check]
 
-Writes prefill.svg beside the results; with --check nothing is written, and the exit status is 1 if
-the drawing is out of date. Only the standard library is needed.
+Reads bench/results/h200/<suite>.json and writes <suite>.svg beside it. With --check nothing is
+written, and the exit status is 1 if a drawing is out of date. Only the standard library is needed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# Head_dim, mask and tokens of a dense workload.
+DENSE = {"prefill": r"prefill/d(\d+)/(\w+)/s(\d+)", "backward": r"d(\d+)/(\w+)/(\d+)"}
 FOLDER = Path(__file__).resolve().parent.parent / "bench" / "results" / "h200"
 # Lines, the last on top: name, colour, width.
 LINES = {
@@ -30,11 +32,11 @@ MOST = 800  # TFLOP/s at the top of a panel
 Panel = dict[str, list[tuple[int, float]]]  # by implementation: (tokens, TFLOP/s)
 
 
-def panels(result: dict[str, Any]) -> dict[tuple[int, str], Panel]:
-    """By head_dim and mask."""
+def panels(result: dict[str, Any], dense: str) -> dict[tuple[int, str], Panel]:
+    """By head_dim and mask: `dense` finds them in a workload's name."""
     found: dict[tuple[int, str], Panel] = {}
     for row in result["rows"]:
-        cell = re.fullmatch(r"prefill/d(\d+)/(\w+)/s(\d+)", row["workload"])
+        cell = re.fullmatch(dense, row["workload"])
         if cell and row["implementation"] in LINES and "tflops" in row:
             panel = found.setdefault((int(cell[1]), cell[2]), {})
             panel.setdefault(row["implementation"], []).append((int(cell[3]), row["tflops"]))
@@ -68,9 +70,9 @@ def drawn(panel: Panel, title: str, x0: float, y0: float) -> Iterator[str]:
         yield f'<polyline points="{points}" {style}/>'
 
 
-def svg(result: dict[str, Any]) -> str:
-    found = panels(result)
-    dims, masks = sorted({d for d, _ in found}), ["none", "causal"]
+def svg(result: dict[str, Any], dense: str) -> str:
+    found = panels(result, dense)
+    dims, masks = sorted({d for d, _ in found}), sorted({m for _, m in found}, reverse=True)
     width = LEFT + len(dims) * (WIDTH + GAP + 10)
     height = TOP + len(masks) * (HEIGHT + GAP + 20)
     parts = ['<rect width="100%" height="100%" fill="white"/>']
@@ -94,12 +96,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=FOLDER)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
     options = parser.parse_args(argv)
-    fresh = svg(json.loads((options.results / "prefill.json").read_text()))
-    drawing = options.results / "prefill.svg"
-    if options.check:
-        return int(not drawing.is_file() or drawing.read_text() != fresh)
-    drawing.write_text(fresh)
-    return 0
+    outdated = 0
+    for suite, dense in DENSE.items():
+        results, drawing = options.results / f"{suite}.json", options.results / f"{suite}.svg"
+        if not results.is_file():
+            continue
+        fresh = svg(json.loads(results.read_text()), dense)
+        if not drawing.is_file() or drawing.read_text() != fresh:
+            outdated += 1
+            if not options.check:
+                drawing.write_text(fresh)
+    return int(options.check and outdated > 0)
 
 
 if __name__ == "__main__":
