@@ -857,6 +857,7 @@ def test_transforms_of_a_packed_call(place):
     case = varlen(1, [5, 9], [12, 9], 0, NHEADS, NHEADS_K, head_dim, dtype, device, s_aux=sink)
     dout, dlse = case.dresults()
     wanted = case.differentiate(dout, dlse)
+    case.check_gradients(wanted, dout, dlse)
     given = {x: case.arguments[x] for x in ("q", "k", "v", "s_aux")}
     _, pull = torch.func.vjp(lambda given: case.run(**given), given)
     (found,) = pull((dout, dlse))
@@ -973,6 +974,7 @@ def test_some_gradients(wanted, place):
     case = dense(1, BATCH, 17 * n, 33 * n, NHEADS, NHEADS_K, head_dim, dtype, device, **meaning)
     (dout, _) = case.dresults()
     every = case.differentiate(dout)
+    case.check_gradients(every, dout)
     given = {x: case.arguments[x].detach().clone().requires_grad_(x[0] in wanted) for x in every}
     case.run(**given)[0].backward(dout)
     for name, x in given.items():
