@@ -11,7 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.workloads import SUITES, Workload
+from bench.suites import SUITES
+from bench.workloads import Workload
 
 if TYPE_CHECKING:
     from bench.implementations import Implementation

@@ -13,7 +13,7 @@ import torch
 
 from bench.workloads import Tensors, Workload
 
-ENTRIES = 4  # batch entries sampled
+ENTRIES = 5  # batch entries sampled
 ROWS = 16  # query rows sampled in each
 
 
@@ -54,10 +54,15 @@ def attention_rows(
 
 
 def sample(workload: Workload) -> list[tuple[int, int, list[int]]]:
-    """(entry, head, rows): the first and last entry, the longest, a random one; ends and middle."""
+    """(entry, head, rows): the first and last entry, those with the most keys and the most queries,
+    a random one; ends and middle.
+    """
     chance = random.Random(workload.name)
-    longest = max(range(workload.batch), key=lambda entry: workload.seqlens_k[entry])
-    entries = {0, workload.batch - 1, longest, chance.randrange(workload.batch)}
+    longest, largest = (
+        max(range(workload.batch), key=lengths.__getitem__)
+        for lengths in (workload.seqlens_k, workload.seqlens_q)
+    )
+    entries = {0, workload.batch - 1, longest, largest, chance.randrange(workload.batch)}
     picks = []
     for entry in sorted(entries)[:ENTRIES]:
         seqlen = workload.seqlens_q[entry]
@@ -89,8 +94,9 @@ class Checker:
 
     def problem(self, output: torch.Tensor) -> str | None:
         """What is wrong with ``output``, or None."""
-        if output.shape != self.tensors.q.shape:
-            return f"output has shape {tuple(output.shape)}, q {tuple(self.tensors.q.shape)}"
+        shape = self.tensors.out_shape
+        if output.shape != shape:
+            return f"output has shape {tuple(output.shape)}, expected {shape}"
         if not torch.isfinite(output).all():
             return "output holds NaN or Inf, or was not written everywhere"
         worst = 0.0
@@ -102,9 +108,9 @@ class Checker:
         return None
 
 
-def poison(like: torch.Tensor) -> None:
-    """Leave NaN in the memory that the allocator hands out next for tensors of this size."""
+def poison(like: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Leave NaN in the memory that the allocator hands out next for tensors of this shape."""
     if like.is_cuda:
         torch.cuda.empty_cache()
-    blocks = [torch.full_like(like, torch.nan) for _ in range(4)]
+    blocks = [like.new_full(shape, torch.nan) for _ in range(4)]
     del blocks

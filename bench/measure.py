@@ -78,9 +78,9 @@ def cells(workloads: Sequence[Workload]) -> Iterator[list[Workload]]:
 
 
 def input_sets(workload: Workload, device: torch.device) -> list[Tensors]:
-    """Decoding gets enough sets that the L2 holds none of the next one; prefill one."""
+    """A cache gets enough sets that the L2 holds none of the next one; other keys one."""
     copies = 1
-    if workload.kind == "decode" and device.type == "cuda":
+    if workload.cold and device.type == "cuda":
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         copies = min(COPIES, math.ceil(COLD * l2_bytes / workload.kv_bytes))
     return [workload.tensors(device, copy) for copy in range(copies)]
@@ -110,7 +110,7 @@ def contender(
         kept = [*sets, *prepared]  # a peer's workspace hangs on its call
         entrant = Contender(workload, implementation.name, implementation.context, calls, kept=kept)
         with implementation.context():
-            poison(sets[0].q)
+            poison(sets[0].q, sets[0].out_shape)
             result = calls[0]()
             attends = implementation.attends
             problem = checker.problem(prepared[0].output(result)) if attends else None

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from itertools import product
+from functools import cached_property
+from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -26,19 +26,25 @@ WIDTH = 2048  # heads * head_dim of every prefill cell
 SPARE_PAGES = 8  # pages of the pool that no sequence owns
 
 
-@cache
 def visible_area(seqlen_q: int, seqlen_k: int, causal: bool, window: Window = EVERYTHING) -> int:
     """Pairs (query, key) that see each other: causal and windows align to the bottom right."""
     left, right = window
     if causal:
         right = 0
-    area = 0
-    for query in range(seqlen_q):
-        diagonal = query + seqlen_k - seqlen_q
-        first = max(0, diagonal - left) if left >= 0 else 0
-        last = min(seqlen_k - 1, diagonal + right) if right >= 0 else seqlen_k - 1
-        area += max(0, last - first + 1)
-    return area
+
+    def positive(n: int) -> int:  # the sum of the positive integers below n
+        return n * (n - 1) // 2 if n > 0 else 0
+
+    def up_to(distance: int) -> int:  # pairs whose key stands at most so far after the query
+        # The first query has so many keys up to there, each one after it one more, and none has
+        # more than seqlen_k.
+        keys = seqlen_k - seqlen_q + distance + 1
+        over = keys - seqlen_k
+        counted = positive(keys + seqlen_q) - positive(keys)
+        return counted - (positive(over + seqlen_q) - positive(over))
+
+    area = up_to(right) if right >= 0 else seqlen_q * seqlen_k
+    return area - (up_to(-left - 1) if left >= 0 else 0)
 
 
 def visible_keys(seqlen_q: int, seqlen_k: int, causal: bool, window: Window = EVERYTHING) -> int:
@@ -59,8 +65,15 @@ class Tensors:
     v: torch.Tensor
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_k: torch.Tensor | None
-    seqlens_k: torch.Tensor  # (batch,) int32, on the device
+    seqlens_k: torch.Tensor  # (batch,) int32, on the device: where the keys end
     block_table: torch.Tensor | None
+    cache_batch_idx: torch.Tensor | None = None  # (batch,) int32: rows of the cache
+    leftpads: torch.Tensor | None = None  # (batch,) int32: where the keys begin
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """That of q, with v's head_dim."""
+        return (*self.q.shape[:-1], self.v.shape[-1])
 
     def of_queries(
         self, workload: Workload, entry: int, packed_or_dense: torch.Tensor
@@ -81,7 +94,9 @@ class Tensors:
         if self.cu_seqlens_k is not None:
             start = sum(workload.seqlens_k[:entry])
             return keys_or_values[start : start + length]
-        return keys_or_values[entry, :length]
+        row = entry if self.cache_batch_idx is None else int(self.cache_batch_idx[entry])
+        start = workload.leftpads[entry] if workload.leftpads else 0
+        return keys_or_values[row, start : start + length]
 
 
 @dataclass(frozen=True)
@@ -90,7 +105,8 @@ class Workload:
 
     ``dense``: q, k, v (batch, seqlen, heads, head_dim). ``varlen``: tokens packed, cu_seqlens.
     ``paged``: queries packed, keys in pages behind a block table. ``decode``: queries dense,
-    keys in a cache, dense or (with ``page_size``) paged.
+    keys in a cache, dense or (with ``page_size``) paged. A dense cache may have more rows than
+    the batch has sequences, and keys may begin behind some slots that are not in use.
     """
 
     name: str
@@ -109,6 +125,10 @@ class Workload:
     feature: str = (
         ""  # what becomes of scores: softcap, alibi, sinks, score_mod (which does nothing)
     )
+    head_dim_v: int = 0  # 0: as head_dim
+    cache_rows: int = 0  # of a dense cache, from which cache_batch_idx picks; 0: one a sequence
+    leftpads: tuple[int, ...] = ()  # slots before the first of seqlens_k keys; (): none
+    num_splits: int | None = None  # None: what each implementation does unasked
 
     def __post_init__(self) -> None:
         if len(self.seqlens_q) != len(self.seqlens_k) or not self.seqlens_q:
@@ -121,6 +141,12 @@ class Workload:
             raise ValueError(f"{self.name}: dense keys have one length")
         if (self.page_size is not None) != (self.kind == "paged" or self.decodes_pages):
             raise ValueError(f"{self.name}: page_size goes with paged keys")
+        if (self.cache_rows or self.leftpads) and (self.kind != "decode" or self.decodes_pages):
+            raise ValueError(f"{self.name}: cache_rows and leftpads go with a dense cache")
+        if self.cache_rows and self.cache_rows < self.batch:
+            raise ValueError(f"{self.name}: cache_rows must be at least one a sequence")
+        if self.leftpads and len(self.leftpads) != self.batch:
+            raise ValueError(f"{self.name}: leftpads need one a sequence")
 
     @property
     def decodes_pages(self) -> bool:
@@ -135,6 +161,26 @@ class Workload:
         return len(set(self.seqlens_q)) == len(set(self.seqlens_k)) == 1
 
     @property
+    def d_v(self) -> int:
+        return self.head_dim_v or self.head_dim
+
+    @property
+    def rearranged(self) -> bool:
+        """Whether the cache's rows or first slots are not those of a plain cache."""
+        return bool(self.cache_rows or self.leftpads)
+
+    @property
+    def cold(self) -> bool:
+        """Whether keys lie in a cache, which no call may find in the L2."""
+        return self.kind == "decode" or (self.graph and self.seqlens_q != self.seqlens_k)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Where each sequence's keys end, counted from its first slot."""
+        pads = self.leftpads or (0,) * self.batch
+        return tuple(pad + length for pad, length in zip(pads, self.seqlens_k, strict=True))
+
+    @property
     def group(self) -> str:
         """The name without its last part: what a geometric mean runs over."""
         return self.name.rpartition("/")[0]
@@ -147,6 +193,7 @@ class Workload:
         return (
             *(self.kind, self.head_dim, self.causal, window),
             *(self.dtype, self.page_size, shared_heads, self.feature),
+            *(self.d_v, self.cache_rows > 0, bool(self.leftpads), self.num_splits),
         )
 
     @cached_property
@@ -156,7 +203,7 @@ class Workload:
             visible_area(q, k, self.causal, self.window)
             for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True)
         )
-        return 4 * area * self.heads * self.head_dim
+        return 2 * area * self.heads * (self.head_dim + self.d_v)
 
     @cached_property
     def kv_bytes(self) -> int:
@@ -165,7 +212,7 @@ class Workload:
             visible_keys(q, k, self.causal, self.window)
             for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True)
         )
-        return 2 * keys * self.heads_k * self.head_dim * self.itemsize
+        return keys * self.heads_k * (self.head_dim + self.d_v) * self.itemsize
 
     @property
     def itemsize(self) -> int:
@@ -174,9 +221,12 @@ class Workload:
     @property
     def tensor_bytes(self) -> int:
         """About how much memory one set of inputs takes."""
-        rows = self.batch * max(self.seqlens_k) if self.kind == "decode" else sum(self.seqlens_k)
-        keys_and_values = 2 * rows * self.heads_k
-        return (keys_and_values + sum(self.seqlens_q) * self.heads) * self.head_dim * self.itemsize
+        rows = sum(self.seqlens_k)
+        if self.kind == "decode":
+            rows = (self.cache_rows or self.batch) * max(self.ends)
+        keys_and_values = rows * self.heads_k * (self.head_dim + self.d_v)
+        queries = sum(self.seqlens_q) * self.heads * self.head_dim
+        return (keys_and_values + queries) * self.itemsize
 
     @property
     def unit(self) -> Literal["tflops", "gigabytes_per_second"]:
@@ -211,38 +261,55 @@ class Workload:
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
-        def int32(values: list[int] | tuple[int, ...]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        def offsets(lengths: tuple[int, ...]) -> torch.Tensor:
-            return int32([sum(lengths[:i]) for i in range(len(lengths) + 1)])
-
         packed = self.kind in ("varlen", "paged")
         rows_q = (sum(self.seqlens_q),) if packed else (self.batch, self.seqlens_q[0])
-        block_table = None
+        block_table = batch_idx = None
         rows_k: tuple[int, ...]
         if self.page_size is not None:
             counts = [-(-length // self.page_size) for length in self.seqlens_k]
             pages = sum(counts) + SPARE_PAGES
             shuffled = torch.randperm(pages, generator=generator, device=device).int()
-            block_table = torch.zeros((self.batch, max(counts)), dtype=torch.int32, device=device)
-            for entry, count in enumerate(counts):
-                start = sum(counts[:entry])
-                block_table[entry, :count] = shuffled[start : start + count]
+            block_table = block_table_of(counts, shuffled)
             rows_k = (pages, self.page_size)
         elif packed:
             rows_k = (sum(self.seqlens_k),)
         else:
-            rows_k = (self.batch, max(self.seqlens_k))
+            rows_k = (self.cache_rows or self.batch, max(self.ends))
+        if self.cache_rows:
+            chosen = torch.randperm(self.cache_rows, generator=generator, device=device)
+            batch_idx = chosen[: self.batch].int()
         return Tensors(
             q=normal(*rows_q, self.heads, self.head_dim),
             k=normal(*rows_k, self.heads_k, self.head_dim),
-            v=normal(*rows_k, self.heads_k, self.head_dim),
-            cu_seqlens_q=offsets(self.seqlens_q) if packed else None,
-            cu_seqlens_k=offsets(self.seqlens_k) if packed else None,
-            seqlens_k=int32(self.seqlens_k),
+            v=normal(*rows_k, self.heads_k, self.d_v),
+            cu_seqlens_q=offsets(self.seqlens_q, device) if packed else None,
+            cu_seqlens_k=offsets(self.seqlens_k, device) if packed else None,
+            seqlens_k=int32(self.ends, device),
             block_table=block_table,
+            cache_batch_idx=batch_idx,
+            leftpads=int32(self.leftpads, device) if self.leftpads else None,
         )
+
+
+def int32(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    import torch
+
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """cu_seqlens of sequences with these lengths."""
+    return int32([0, *accumulate(lengths)], device)
+
+
+def block_table_of(counts: Sequence[int], pages: torch.Tensor) -> torch.Tensor:
+    """Pages dealt out in their order, so many to each sequence; 0 where a row has no more."""
+    import torch
+
+    owned = torch.tensor(counts, device=pages.device)[:, None]
+    column = torch.arange(max(counts), device=pages.device)[None]
+    dealt = (owned.cumsum(0) - owned + column).clamp(max=len(pages) - 1)
+    return torch.where(column < owned, pages[dealt], 0)
 
 
 def ragged_lengths(total: int, count: int, seed: int = 1) -> tuple[int, ...]:
@@ -465,6 +532,13 @@ SMOKE = (
     small("smoke/decode-graph", "decode", (100, 100), graph=True),
     small("smoke/decode-ragged", "decode", (1, 37, 100)),
     small("smoke/decode-paged", "decode", (1, 37, 100), page_size=16, graph=True),
+    small("smoke/mixed", "paged", (20, 37, 100), seqlens_q=(20, 1, 3), page_size=16, graph=True),
+    small("smoke/one-split", "paged", (20, 100), seqlens_q=(20, 1), page_size=16, num_splits=1),
+    small("smoke/varlen-window", "varlen", (1, 37, 100), window=(30, 0)),
+    small("smoke/head-dim-v", "dense", (100, 100), head_dim=192, head_dim_v=128),
+    small("smoke/varlen-head-dim-v", "varlen", (1, 37, 100), head_dim=192, head_dim_v=128),
+    small("smoke/cache-batch-idx", "decode", (37, 100), seqlens_q=(20, 20), cache_rows=5),
+    small("smoke/cache-leftpad", "decode", (37, 100), seqlens_q=(20, 20), leftpads=(63, 5)),
 )
 
 # Calls so small that only the CPU's side of them takes time.
@@ -502,13 +576,3 @@ FEATURES = tuple(
     )
     for workload in with_features(plain)
 )
-
-SUITES: dict[str, tuple[Workload, ...]] = {
-    "portable": PORTABLE,
-    "decode": DECODE,
-    "prefill": PREFILL,
-    "varlen": VARLEN,
-    "features": FEATURES,
-    "chunked": CHUNKED,
-    "smoke": SMOKE,
-}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
+import sys
+import types
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -13,15 +16,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import measure, report, warm
+from bench import everyday, implementations, measure, report, warm
 from bench.__main__ import main, with_the_usual
 from bench.check import Checker
 from bench.implementations import IMPLEMENTATIONS, Implementation, Prepared
+from bench.suites import SUITES
 from bench.workloads import (
     HOST,
     PORTABLE,
     SMOKE,
-    SUITES,
     Tensors,
     Workload,
     prefill_cell,
@@ -34,6 +37,15 @@ from bench.workloads import (
 CPU = torch.device("cpu")
 LENGTH = st.integers(0, 40)
 EDGE = st.integers(-1, 45)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Calls are so small that on a busy machine threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def visible(seqlen_q: int, seqlen_k: int, causal: bool, window: tuple[int, int]) -> torch.Tensor:
@@ -76,6 +88,17 @@ def test_flops_and_bytes_of_known_workloads():
     assert (full.unit, decode.unit) == ("tflops", "gigabytes_per_second")
 
 
+@pytest.mark.parametrize("workload", SMOKE, ids=lambda workload: workload.name)
+def test_flops_and_bytes_count_what_is_seen(workload):
+    lengths = zip(workload.seqlens_q, workload.seqlens_k, strict=True)
+    seen = [visible(q, k, workload.causal, workload.window) for q, k in lengths]
+    # A multiply and an add for each element of q's rows and of v's.
+    elements = workload.head_dim + (workload.head_dim_v or workload.head_dim)
+    assert workload.flops == sum(int(s.sum()) for s in seen) * workload.heads * 2 * elements
+    keys = sum(int(s.any(dim=0).sum()) for s in seen)
+    assert workload.kv_bytes == keys * workload.heads_k * elements * 2
+
+
 def test_every_workload_has_a_name_of_its_own():
     everything = [workload.name for suite in (*SUITES.values(), HOST) for workload in suite]
     assert [name for name, count in Counter(everything).items() if count > 1] == []
@@ -107,6 +130,10 @@ def test_ragged_lengths_add_up(total, count, seed):
         {"kind": "varlen", "lengths": (3, 4), "page_size": 16},
         {"kind": "dense", "lengths": (3,), "heads": 3},
         {"kind": "varlen", "lengths": (3, 4), "seqlens_q": (3,)},
+        {"kind": "decode", "lengths": (3, 4), "leftpads": (1,)},
+        {"kind": "decode", "lengths": (3, 4), "leftpads": (1, 2), "page_size": 16},
+        {"kind": "decode", "lengths": (3, 4), "cache_rows": 1},
+        {"kind": "varlen", "lengths": (3, 4), "cache_rows": 2},
     ],
 )
 def test_workloads_that_make_no_sense_are_refused(wrong):
@@ -152,7 +179,7 @@ def test_warm_up_gives_each_workload_alone_to_what_compiles_for_each():
 
 def attention(workload: Workload, tensors: Tensors) -> torch.Tensor:
     """All rows, in float32, from a mask that is counted pair by pair."""
-    out = torch.full_like(tensors.q, torch.nan)
+    out = tensors.q.new_full(tensors.out_shape, torch.nan)
     group = workload.heads // workload.heads_k
     lengths = zip(workload.seqlens_q, workload.seqlens_k, strict=True)
     for entry, (seqlen_q, seqlen_k) in enumerate(lengths):
@@ -191,23 +218,289 @@ def test_the_same_name_gives_the_same_tensors_and_copies_differ():
     assert max(pages) < one.k.shape[0]
 
 
+def named(name: str) -> Workload:
+    return next(workload for workload in SMOKE if workload.name == f"smoke/{name}")
+
+
+def test_a_cache_with_rows_to_pick_and_slots_to_pass_over():
+    rows = named("cache-batch-idx").tensors(CPU)
+    assert (rows.k.shape, rows.v.shape) == ((5, 100, 2, 64),) * 2
+    assert rows.cache_batch_idx is not None
+    assert rows.cache_batch_idx.dtype == torch.int32
+    first, second = rows.cache_batch_idx.tolist()
+    assert first != second and {first, second} <= set(range(5))
+    assert rows.seqlens_k.tolist() == [37, 100]
+    assert torch.equal(rows.of_keys(named("cache-batch-idx"), 0, rows.v), rows.v[first, :37])
+    padded = named("cache-leftpad").tensors(CPU)
+    assert padded.leftpads is not None
+    assert (padded.leftpads.tolist(), padded.seqlens_k.tolist()) == ([63, 5], [100, 105])
+    assert padded.k.shape == (2, 105, 2, 64)
+    assert torch.equal(padded.of_keys(named("cache-leftpad"), 1, padded.k), padded.k[1, 5:105])
+
+
+@pytest.mark.parametrize("name", ["cache-batch-idx", "cache-leftpad"])
+def test_the_check_sees_keys_of_another_row_or_slot(name):
+    workload = named(name)
+    tensors = workload.tensors(CPU)
+    plain = replace(workload, leftpads=(), seqlens_k=workload.ends)
+    wrong = attention(plain, replace(tensors, cache_batch_idx=None))
+    assert "off by" in (Checker(workload, tensors).problem(wrong) or "")
+
+
+def test_values_with_a_head_dim_of_their_own():
+    for name in ("head-dim-v", "varlen-head-dim-v"):
+        tensors = named(name).tensors(CPU)
+        assert (tensors.q.shape[-1], tensors.k.shape[-1], tensors.v.shape[-1]) == (192, 192, 128)
+        assert tensors.out_shape == (*tensors.q.shape[:-1], 128)
+
+
+def test_a_mixed_batch_has_pages_and_offsets_of_its_own():
+    workload = named("mixed")
+    tensors = workload.tensors(CPU)
+    assert tensors.cu_seqlens_q is not None and tensors.block_table is not None
+    assert tensors.cu_seqlens_q.tolist() == [0, 20, 21, 24]
+    assert tensors.q.shape == (24, 8, 64)
+    assert (tensors.block_table.dtype, tensors.block_table.shape) == (torch.int32, (3, 7))
+    table = tensors.block_table.tolist()
+    used = [page for row, count in zip(table, (2, 3, 7), strict=True) for page in row[:count]]
+    assert len(set(used)) == len(used)
+    assert table[0][2:] == [0] * 5
+    assert workload.cold and not named("paged").cold
+
+
 # -- adapters ----------------------------------------------------------------------------------
 
+# What an implementation leaves out of SMOKE and HOST.
+NO_DENSE_CALL = {
+    *("smoke/varlen", "smoke/paged", "smoke/prefix", "smoke/decode-ragged", "smoke/decode-paged"),
+    *("smoke/mixed", "smoke/one-split", "smoke/varlen-window", "smoke/varlen-head-dim-v"),
+    *("smoke/cache-batch-idx", "smoke/cache-leftpad"),
+    *("host/varlen", "host/paged", "host/decode-paged"),
+}
+CANNOT = {
+    "mini": set[str](),
+    "cudnn": {*NO_DENSE_CALL, "smoke/window"},
+    "fa2": NO_DENSE_CALL - {"smoke/varlen", "smoke/varlen-window"} | {"smoke/head-dim-v"},
+    "fa3": set[str](),
+    "flashinfer": {
+        *("smoke/dense", "smoke/window", "smoke/head-dim-v", "smoke/one-split"),
+        *("smoke/cache-batch-idx", "smoke/cache-leftpad", "smoke/decode", "smoke/decode-graph"),
+        "smoke/decode-ragged",  # a dense cache of 100 slots is no whole pages
+    },
+    "two": {w.name for w in SMOKE} - {"smoke/mixed", "smoke/one-split", "smoke/prefix"},
+}
 
-@pytest.mark.parametrize("workload", [*SMOKE, *HOST], ids=lambda workload: workload.name)
-@pytest.mark.parametrize("name", ["mini", "sdpa"])
-def test_adapters_compute_the_workload(name, workload):
-    """On the CPU: our adapter, and the one that both SDPA back ends share."""
-    adapters = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
-    implementation = adapters["cudnn" if name == "sdpa" else name]
-    if name == "mini" and implementation.available():
-        pytest.skip(f"mini: {implementation.available()}")
-    tensors = workload.tensors(CPU)
-    prepared = implementation.prepare(workload, tensors)
-    if prepared is None:
-        pytest.skip(f"{name} does not do this workload")
-    output = prepared.output(prepared.call())
-    assert Checker(workload, tensors).problem(output) is None
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Peers that need a GPU, with our own functions inside: are they told the right things?"""
+    mini = pytest.importorskip("mini_flash_attention")
+
+    def forward(q, k, v, cu_q, cu_k, longest_q, longest_k, dropout, causal, debug, **window):
+        edges = (window.get("window_size_left", -1), window.get("window_size_right", -1))
+        mask = {"causal": causal, "window_size": edges}
+        if cu_q is None:
+            return mini.flash_attn_func(q, k, v, **mask), None
+        return mini.flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest_q, longest_k, **mask), None
+
+    class Paged:
+        def __init__(self, room, layout, backend="auto", use_tensor_cores=False):
+            assert layout == "NHD"
+
+        def plan(
+            self, queries, starts, used, last, heads, heads_k, head_dim, page_size,
+            q_data_type=None, kv_data_type=None, causal=False, window_left=-1,
+        ):  # fmt: skip
+            lengths = (starts.diff() - 1) * page_size + last
+            rows = used.split(starts.diff().tolist())
+            table = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            self.arguments = (queries.int(), None, int(queries.diff().max()), int(lengths.max()))
+            self.options = {"seqused_k": lengths.int(), "block_table": table, "causal": causal}
+            self.options["window_size"] = (window_left, -1)
+            assert (q_data_type, kv_data_type) == (torch.bfloat16,) * 2
+            self.shape = (heads, heads_k, head_dim, page_size)
+
+        def run(self, q, pages, out):
+            k, v = pages
+            assert self.shape == (q.shape[1], k.shape[2], q.shape[2], k.shape[1])
+            out.copy_(mini.flash_attn_varlen_func(q, k, v, *self.arguments, **self.options))
+
+    class Decode(Paged):
+        def plan(self, starts, *layout, **options):
+            super().plan(torch.arange(len(starts)), starts, *layout, causal=True, **options)
+
+    class Ragged:
+        def __init__(self, room, layout):
+            pass
+
+        def plan(self, queries, keys, heads, heads_k, d, d_v, **options):
+            self.lengths = (queries, keys, int(queries.diff().max()), int(keys.diff().max()))
+            self.shape = (heads, heads_k, d, d_v)
+            window = (options.get("window_left", -1), -1)
+            self.options = {"causal": options["causal"], "window_size": window}
+
+        def run(self, q, k, v, out):
+            assert self.shape == (q.shape[1], k.shape[1], q.shape[2], v.shape[2])
+            out.copy_(mini.flash_attn_varlen_func(q, k, v, *self.lengths, **self.options))
+
+    flashinfer = types.SimpleNamespace(
+        BatchPrefillWithPagedKVCacheWrapper=Paged,
+        BatchDecodeWithPagedKVCacheWrapper=Decode,
+        BatchPrefillWithRaggedKVCacheWrapper=Ragged,
+    )
+    monkeypatch.setattr(implementations, "flashinfer_workspace", lambda device: torch.empty(0))
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
+    monkeypatch.setitem(sys.modules, "flashinfer", flashinfer)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", mini)
+
+
+ADAPTERS = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_adapters_compute_the_workload(name, stand_ins):
+    """On the CPU, or that they leave it out."""
+    left_out = set()
+    for workload in [*SMOKE, *(HOST if name in ("mini", "cudnn") else ())]:
+        tensors = workload.tensors(CPU)
+        prepared = ADAPTERS[name].prepare(workload, tensors)
+        if prepared is None:
+            left_out.add(workload.name)
+            continue
+        output = prepared.output(prepared.call())
+        assert Checker(workload, tensors).problem(output) is None, workload.name
+    assert left_out == {other for other in CANNOT[name] if name == "cudnn" or "smoke" in other}
+
+
+@pytest.mark.parametrize(
+    ("name", "unasked"), [("prefix", 1), ("varlen", None), ("decode", None), ("mixed", 1)]
+)
+def test_splits_of_keys_are_passed_on(name, unasked, monkeypatch):
+    """FlashAttention-3's varlen function does not split, its function for caches does."""
+    told = []
+    functions = ("flash_attn_varlen_func", "flash_attn_with_kvcache")
+    peer = {name: lambda *given, **options: told.append(options) for name in functions}
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", types.SimpleNamespace(**peer))
+    monkeypatch.setitem(sys.modules, "mini_flash_attention", types.SimpleNamespace(**peer))
+    workload, tensors = named(name), named(name).tensors(CPU)
+    for asked in (None, 0, 1):
+        for adapter in ("fa3", "mini"):
+            ADAPTERS[adapter].prepare(replace(workload, num_splits=asked), tensors).call()
+    splits = [options.get("num_splits") for options in told]
+    assert splits == [unasked, None, 0, 0, 1, 1]
+
+
+def test_what_peers_have_no_kernel_for_is_left_out():
+    many = small("x/many", "varlen", (1,) * 65536, heads=1, heads_k=1, head_dim=8)
+    assert ADAPTERS["fa2"].prepare(many, many.tensors(CPU)) is None  # above 65,535 in a grid
+    for name in ("fa3", "flashinfer"):
+        for shape in ({"head_dim": 44}, {"head_dim": 96, "head_dim_v": 64}):
+            workload = small("x/head-dim", "varlen", (20,), **shape)
+            assert ADAPTERS[name].prepare(workload, workload.tensors(CPU)) is None
+    for name in ("varlen", "mixed", "cache-batch-idx", "cache-leftpad"):
+        assert ADAPTERS["flex"].prepare(named(name), named(name).tensors(CPU)) is None
+    rows = small("x/rows", "decode", (2**20,), heads_k=1, head_dim=8, cache_rows=2)
+    assert ADAPTERS["read"].prepare(rows, named("decode").tensors(CPU)) is None
+
+
+# -- serving, short and shapes -----------------------------------------------------------------
+
+EVERYDAY = {name: SUITES[name] for name in ("serving", "short", "shapes")}
+MOST_BYTES = 40e9
+L2_BYTES = 64e6
+
+# Of the first cells of each suite: those stay, whatever is added behind them.
+CHECKSUMS = {
+    "serving": (82, "e6915f71c93a38f5"),
+    "short": (28, "1622b6b68aa2ca9e"),
+    "shapes": (71, "3a18c4b577e3553c"),
+}
+
+
+def checksum(workloads) -> str:
+    """Of all that makes a call what it is, and of its name."""
+    facts = [
+        (
+            *(w.name, w.kind, w.seqlens_q, w.seqlens_k, w.heads, w.heads_k, w.head_dim, w.d_v),
+            *(w.causal, w.window, w.dtype, w.page_size, w.graph, w.feature),
+            *(w.cache_rows, w.leftpads, w.num_splits),
+        )
+        for w in workloads
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("suite", EVERYDAY)
+def test_no_cell_is_changed_or_removed(suite):
+    count, expected = CHECKSUMS[suite]
+    assert len(EVERYDAY[suite]) >= count
+    assert checksum(EVERYDAY[suite][:count]) == expected
+
+
+def test_sixty_cells_are_drawn_from_distributions_that_say_what_they_stand_for():
+    families = Counter(workload.group for suite in EVERYDAY.values() for workload in suite)
+    distributions = {
+        "serving": ("chat", "completion", "retrieval", "speculative", "answers"),
+        "short": ("texts", "crops"),
+        "shapes": ("odd_head_dims", "odd_lengths", "model_heads"),
+    }
+    total = 0
+    for suite, names in distributions.items():
+        for name in names:
+            distribution = getattr(everyday, name)
+            assert distribution.__doc__
+            count = families[f"{suite}/{name}"]
+            total += count
+            # One more leaves those before it as they are.
+            again = list(everyday.drawn(suite, distribution, count + 1))
+            assert set(again[:count]) <= set(EVERYDAY[suite])
+    assert total == 60
+
+
+@pytest.mark.parametrize("suite", EVERYDAY)
+def test_a_cell_fits_into_memory_and_is_timed_as_a_graph(suite):
+    for cell in measure.cells(EVERYDAY[suite]):
+        assert all(workload.graph for workload in cell)
+        total = 0.0
+        for w in cell:
+            sets = min(measure.COPIES, -(-measure.COLD * L2_BYTES // w.kv_bytes)) if w.cold else 1
+            # An output and a graph's for each contender.
+            outputs = 16 * sum(w.seqlens_q) * w.heads * w.d_v * w.itemsize
+            total += sets * w.tensor_bytes + outputs
+        assert total < MOST_BYTES, cell[0].name
+
+
+def shrunk(workload: Workload) -> Workload:
+    """The same call with few and short sequences."""
+    entries = sorted({0, workload.batch // 2, workload.batch - 1})
+    lengths = [(workload.seqlens_q[entry], workload.seqlens_k[entry]) for entry in entries]
+    new = [q if q < 8 else 8 + q % 8 + q // 4096 for q, _ in lengths]
+    left, right = workload.window
+    return replace(
+        workload,
+        seqlens_q=tuple(new),
+        seqlens_k=tuple(n + (k - q) // 1024 for n, (q, k) in zip(new, lengths, strict=True)),
+        page_size=workload.page_size and 16,
+        window=(left // 32, right) if left > 0 else workload.window,
+        cache_rows=workload.cache_rows and 5,
+        leftpads=tuple(
+            workload.leftpads[entry] // 64 for entry in entries[: len(workload.leftpads)]
+        ),
+    )
+
+
+@pytest.mark.parametrize("suite", EVERYDAY)
+def test_our_call_computes_small_versions_of_every_cell(suite):
+    seen = set()
+    for workload in map(shrunk, EVERYDAY[suite]):
+        if workload.variant in seen:
+            continue
+        seen.add(workload.variant)
+        tensors = workload.tensors(CPU)
+        prepared = ADAPTERS["mini"].prepare(workload, tensors)
+        assert prepared is not None
+        output = prepared.output(prepared.call())
+        assert Checker(workload, tensors).problem(output) is None, workload.name
 
 
 # -- a run with a fake clock -------------------------------------------------------------------
@@ -312,7 +605,7 @@ def test_what_a_graph_reads_outlives_it(cell):
 
 @pytest.mark.parametrize(
     ("names", "whole"),
-    [(None, True), ("mini,fa3", False), ("mini,portable,fa2,cudnn,fa3,read,flashinfer", True)],
+    [(None, True), ("mini,fa3", False), ("mini,portable,two,fa2,cudnn,fa3,read,flashinfer", True)],
 )
 def test_a_whole_run_has_all_the_usual_implementations(names, whole):
     assert with_the_usual(names) is whole
