@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,7 +27,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--list", action="store_true", help="list suites and workloads, and stop")
     add("--host", action="store_true", help="measure the CPU's side of small calls instead")
     add("--only", metavar="PATTERN", help="workloads whose name contains this (* and ? allowed)")
-    add("--impl", metavar="A,B", help="implementations, by name (default: not flex, flashinfer)")
+    add(
+        "--impl",
+        metavar="A,B",
+        help="implementations, by name (default: all but those on request)",
+    )
     add("--rounds", type=int, default=10, help="rounds of a cell (default 10)")
     add("--seconds", type=float, help="begin no further cell after this many seconds")
     add("--jobs", type=int, default=14, help="processes that compile beforehand (default 14)")
@@ -51,6 +56,16 @@ def list_suites() -> None:
 
 def chosen(suite: str, pattern: str | None) -> tuple[Workload, ...]:
     return tuple(w for w in SUITES[suite] if fnmatch(w.name, f"*{pattern or ''}*"))
+
+
+def possible(workloads: Sequence[Workload]) -> tuple[Workload, ...]:
+    """Those whose data are here; for the others, a line that says why."""
+    from bench import data
+
+    reasons = [data.missing(workload) for workload in workloads]
+    for reason, count in Counter(filter(None, reasons)).items():
+        print(f"{count} workloads skipped: {reason}")
+    return tuple(w for w, reason in zip(workloads, reasons, strict=True) if reason is None)
 
 
 def present(names: str | None) -> list[Implementation]:
@@ -101,18 +116,20 @@ def run_suite(options: argparse.Namespace) -> int:
 
     from bench import measure, report, warm
 
-    workloads = chosen(options.suite, options.only)
-    if not workloads:
+    matching = chosen(options.suite, options.only)
+    if not matching:
         sys.exit(f"bench {options.suite}: no workload matches {options.only!r} (see --list)")
+    workloads = possible(matching)
     began = time.monotonic()
     implementations = present(options.impl)
     gpu = torch.cuda.get_device_name()
     head = report.heading(gpu, options.commit or report.commit())
     folder = options.out / report.gpu_folder(gpu)
     partial = folder / f"{options.suite}.partial.json"
-    if any(implementation.name == "mini" for implementation in implementations):
+    ours = [i.name for i in implementations if i.name in warm.OURS]
+    if ours:
         each = [i.name for i in implementations if i.compiles]
-        warm.compile_all(workloads, min(options.jobs, os.cpu_count() or 1), each)
+        warm.compile_all(workloads, min(options.jobs, os.cpu_count() or 1), ours, each)
 
     rows: list[report.Row] = []
     cells = list(measure.cells(workloads))
@@ -134,11 +151,14 @@ def run_suite(options: argparse.Namespace) -> int:
     if not rows:
         sys.exit(f"bench {options.suite}: nothing was measured")
     path = partial
-    if done == len(cells) and not options.only and with_the_usual(options.impl):
+    whole = workloads == SUITES[options.suite] and done == len(cells)
+    if whole and with_the_usual(options.impl):
         path = partial.rename(folder / f"{options.suite}.json")
     comparison = report.Comparison(workloads, rows)
     unit = "TFLOP/s; decoding GB/s; in brackets mini / peer, above 1 mini is faster"
     print(f"\n{gpu}, {head['commit']}, {unit}\n{comparison.table()}\n\n{comparison.means()}")
+    if shares := comparison.shares():
+        print(f"\n{shares}")
     print("\n".join(["", *comparison.errors(), f"{time.monotonic() - began:.0f} s, {path}"]))
     return int(any("error" in row for row in rows if row["implementation"] == "mini"))
 

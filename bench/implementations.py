@@ -124,6 +124,30 @@ def portable_available() -> str | None:
     return missing("mini_flash_attention")
 
 
+_all_maxima: dict[Any, Any] = {}  # calls that `maxima` remembers
+
+
+@contextmanager
+def maxima() -> Iterator[None]:
+    """Ours with a Hopper kernel that follows the maximum of every block.
+
+    A remembered call is not planned again, so the calls of each plan are remembered apart.
+    """
+    planning: Any = importlib.import_module("mini_flash_attention.plan.hopper")
+    recipes: Any = importlib.import_module("mini_flash_attention.recipes")
+    choose, remembered = planning.hopper, recipes._recipes
+
+    def hopper(*call: Any) -> Any:
+        plan = choose(*call)
+        return None if plan is None else plan._replace(skip_max=False)
+
+    planning.hopper, recipes._recipes = hopper, _all_maxima
+    try:
+        yield
+    finally:
+        planning.hopper, recipes._recipes = choose, remembered
+
+
 FEW = 16  # query tokens at most, of a sequence that decodes
 
 
@@ -474,6 +498,7 @@ def prepare_read(workload: Workload, tensors: Tensors) -> Prepared | None:
 IMPLEMENTATIONS = (
     Implementation("mini", lambda: missing("mini_flash_attention"), prepare_mini, features=True),
     Implementation("portable", portable_available, prepare_portable, portable, features=True),
+    Implementation("maxima", portable_available, prepare_portable, maxima, on_request=True),
     Implementation("two", lambda: missing("mini_flash_attention"), prepare_two),
     Implementation("fa2", fa2_available, prepare_fa2, only(SDPBackend.FLASH_ATTENTION)),
     Implementation("cudnn", cudnn_available, prepare_sdpa, only(SDPBackend.CUDNN_ATTENTION)),

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench.workloads import Workload
+from bench.workloads import NORMAL, Workload
 
 ROOT = Path(__file__).resolve().parent
 DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -182,6 +182,20 @@ class Comparison:
             line.append(mean_text([self.of_dense(workload) for workload in members]))
             lines.append(line)
         return text_table(lines)
+
+    def shares(self) -> str:
+        """What each workload on other data keeps of the speed on random normal data; or nothing."""
+        names, random = ["mini", *self.peers], dict[str, Workload]()
+        lines = [["share of random data's speed", *names]]
+        for workload in self.workloads:
+            if workload.data == NORMAL:
+                random[workload.cell] = workload
+            elif workload.cell in random:
+                base = random[workload.cell]
+                rates = [(self.rate(workload, name), self.rate(base, name)) for name in names]
+                shares = [f"{one / other:.3f}" if one and other else "-" for one, other in rates]
+                lines.append([workload.name, *shares])
+        return text_table(lines) if len(lines) > 1 else ""
 
     def errors(self) -> list[str]:
         return [

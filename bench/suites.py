@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.everyday import SERVING, SHAPES, SHORT
+from bench.scores import SCORES
 from bench.workloads import (
     CHUNKED,
     DECODE,
@@ -24,5 +25,6 @@ SUITES: dict[str, tuple[Workload, ...]] = {
     "serving": SERVING,
     "short": SHORT,
     "shapes": SHAPES,
+    "scores": SCORES,
     "smoke": SMOKE,
 }

@@ -16,17 +16,19 @@ from concurrent.futures.process import BrokenProcessPool
 
 from bench.workloads import Workload
 
-OURS = ("mini", "portable")
+OURS = ("mini", "portable", "maxima")  # each with kernels of its own
 LARGEST = 2**31  # bytes of inputs; a larger workload shares its kernels with smaller ones
 
 
 Task = tuple[Sequence[str], Sequence[Workload]]  # implementations, by name, and what they are given
 
 
-def tasks(workloads: Sequence[Workload], each: Sequence[str] = ()) -> list[Task]:
+def tasks(
+    workloads: Sequence[Workload], ours: Sequence[str], each: Sequence[str] = ()
+) -> list[Task]:
     """Workloads that may share kernels go to one worker, so that none is compiled twice.
 
-    each: implementations that share none between workloads.
+    ours: implementations that share kernels. each: those that share none between workloads.
     """
     by_variant: dict[tuple[object, ...], list[Workload]] = defaultdict(list)
     for workload in workloads:
@@ -34,7 +36,7 @@ def tasks(workloads: Sequence[Workload], each: Sequence[str] = ()) -> list[Task]
             by_variant[workload.variant].append(workload)
     groups = sorted(by_variant.values(), key=len, reverse=True)
     alone: list[Task] = [((name,), [w]) for group in groups for w in group for name in each]
-    return [*alone, *((OURS, group) for group in groups)]
+    return [*alone, *((ours, group) for group in groups)]
 
 
 def run_once(task: Task) -> list[str]:
@@ -61,8 +63,10 @@ def run_once(task: Task) -> list[str]:
     return failures
 
 
-def compile_all(workloads: Sequence[Workload], jobs: int, each: Sequence[str] = ()) -> None:
-    work = tasks(workloads, each)
+def compile_all(
+    workloads: Sequence[Workload], jobs: int, ours: Sequence[str], each: Sequence[str] = ()
+) -> None:
+    work = tasks(workloads, ours, each)
     if jobs < 2 or not work:
         return
     began = time.monotonic()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +99,18 @@ class Tensors:
         return keys_or_values[row, start : start + length]
 
 
+class Data(NamedTuple):
+    """What q and k are like, and so their scores. ``data.py`` says how each kind is made."""
+
+    kind: Literal["normal", "first", "anywhere", "recency", "model"] = "normal"
+    nats: float = 0.0  # what keys score that stand out
+    one_in: int = 1  # of so many KV heads has them
+    layer: int = 0  # of the model
+
+
+NORMAL = Data()
+
+
 @dataclass(frozen=True)
 class Workload:
     """One call, described: every kind is a list of sequences with their lengths.
@@ -129,6 +141,7 @@ class Workload:
     cache_rows: int = 0  # of a dense cache, from which cache_batch_idx picks; 0: one a sequence
     leftpads: tuple[int, ...] = ()  # slots before the first of seqlens_k keys; (): none
     num_splits: int | None = None  # None: what each implementation does unasked
+    data: Data = NORMAL
 
     def __post_init__(self) -> None:
         if len(self.seqlens_q) != len(self.seqlens_k) or not self.seqlens_q:
@@ -147,6 +160,9 @@ class Workload:
             raise ValueError(f"{self.name}: cache_rows must be at least one a sequence")
         if self.leftpads and len(self.leftpads) != self.batch:
             raise ValueError(f"{self.name}: leftpads need one a sequence")
+        plain = self.kind in ("dense", "decode") and self.uniform and not self.rearranged
+        if self.data != NORMAL and (not plain or self.page_size is not None):
+            raise ValueError(f"{self.name}: data go with dense keys of one length")
 
     @property
     def decodes_pages(self) -> bool:
@@ -251,8 +267,12 @@ class Workload:
         return arguments.get(self.feature, {})
 
     def tensors(self, device: torch.device, copy: int = 0) -> Tensors:
-        """Random normal inputs; the seed comes from the name and the number of the copy."""
+        """Random normal inputs, changed to what ``data`` says; the seed comes from the name and the
+        number of the copy.
+        """
         import torch
+
+        from bench.data import shape
 
         seed = zlib.crc32(f"{self.name}#{copy}".encode())
         generator = torch.Generator(device=device).manual_seed(seed)
@@ -278,7 +298,7 @@ class Workload:
         if self.cache_rows:
             chosen = torch.randperm(self.cache_rows, generator=generator, device=device)
             batch_idx = chosen[: self.batch].int()
-        return Tensors(
+        normal_inputs = Tensors(
             q=normal(*rows_q, self.heads, self.head_dim),
             k=normal(*rows_k, self.heads_k, self.head_dim),
             v=normal(*rows_k, self.heads_k, self.d_v),
@@ -289,6 +309,7 @@ class Workload:
             cache_batch_idx=batch_idx,
             leftpads=int32(self.leftpads, device) if self.leftpads else None,
         )
+        return shape(self, normal_inputs, generator)
 
 
 def int32(values: Sequence[int], device: torch.device) -> torch.Tensor:

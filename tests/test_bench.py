@@ -16,15 +16,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import everyday, implementations, measure, report, warm
-from bench.__main__ import main, with_the_usual
+from bench import data, everyday, implementations, measure, model_scores, report, warm
+from bench.__main__ import main, possible, with_the_usual
 from bench.check import Checker
 from bench.implementations import IMPLEMENTATIONS, Implementation, Prepared
 from bench.suites import SUITES
 from bench.workloads import (
     HOST,
+    NORMAL,
     PORTABLE,
     SMOKE,
+    Data,
     Tensors,
     Workload,
     prefill_cell,
@@ -134,6 +136,10 @@ def test_ragged_lengths_add_up(total, count, seed):
         {"kind": "decode", "lengths": (3, 4), "leftpads": (1, 2), "page_size": 16},
         {"kind": "decode", "lengths": (3, 4), "cache_rows": 1},
         {"kind": "varlen", "lengths": (3, 4), "cache_rows": 2},
+        {"kind": "varlen", "lengths": (3, 3), "data": Data("recency", 20)},
+        {"kind": "decode", "lengths": (3, 4), "data": Data("recency", 20)},
+        {"kind": "decode", "lengths": (3, 3), "data": Data("recency", 20), "page_size": 16},
+        {"kind": "decode", "lengths": (3, 3), "data": Data("recency", 20), "cache_rows": 2},
     ],
 )
 def test_workloads_that_make_no_sense_are_refused(wrong):
@@ -160,18 +166,18 @@ def test_cells_are_what_is_timed_together():
 
 def test_warm_up_gives_each_variant_to_one_worker_and_leaves_out_what_is_too_large():
     huge = small("x/huge", "decode", (2**22,) * 8)
-    work = warm.tasks([*PORTABLE, huge])
+    work = warm.tasks([*PORTABLE, huge], ("mini", "portable"))
     assert len(work) == 16  # dense, varlen, two page sizes; two head dims; two masks
     assert all(names == ("mini", "portable") for names, _ in work)
     assert sorted(w.name for _, given in work for w in given) == sorted(w.name for w in PORTABLE)
 
 
 def test_warm_up_gives_each_workload_alone_to_what_compiles_for_each():
-    work = warm.tasks(PORTABLE, ["flex"])
+    work = warm.tasks(PORTABLE, ["mini"], ["flex"])
     alone = [given for names, given in work if names == ("flex",)]
     assert sorted(w.name for given in alone for w in given) == sorted(w.name for w in PORTABLE)
     assert all(len(given) == 1 for given in alone)
-    assert len(work) == len(PORTABLE) + len(warm.tasks(PORTABLE))
+    assert len(work) == len(PORTABLE) + len(warm.tasks(PORTABLE, ["mini"]))
 
 
 # -- the check of outputs ----------------------------------------------------------------------
@@ -403,9 +409,9 @@ def test_what_peers_have_no_kernel_for_is_left_out():
     assert ADAPTERS["read"].prepare(rows, named("decode").tensors(CPU)) is None
 
 
-# -- serving, short and shapes -----------------------------------------------------------------
+# -- serving, short, shapes and scores ---------------------------------------------------------
 
-EVERYDAY = {name: SUITES[name] for name in ("serving", "short", "shapes")}
+EVERYDAY = {name: SUITES[name] for name in ("serving", "short", "shapes", "scores")}
 MOST_BYTES = 40e9
 L2_BYTES = 64e6
 
@@ -414,6 +420,7 @@ CHECKSUMS = {
     "serving": (82, "e6915f71c93a38f5"),
     "short": (28, "1622b6b68aa2ca9e"),
     "shapes": (71, "3a18c4b577e3553c"),
+    "scores": (77, "51e0fc189668cb37"),
 }
 
 
@@ -424,6 +431,7 @@ def checksum(workloads) -> str:
             *(w.name, w.kind, w.seqlens_q, w.seqlens_k, w.heads, w.heads_k, w.head_dim, w.d_v),
             *(w.causal, w.window, w.dtype, w.page_size, w.graph, w.feature),
             *(w.cache_rows, w.leftpads, w.num_splits),
+            *(w.data if w.data != NORMAL else ()),
         )
         for w in workloads
     ]
@@ -501,6 +509,161 @@ def test_our_call_computes_small_versions_of_every_cell(suite):
         assert prepared is not None
         output = prepared.output(prepared.call())
         assert Checker(workload, tensors).problem(output) is None, workload.name
+
+
+# -- what scores are like ----------------------------------------------------------------------
+
+
+def scores_of(head_dim: int, kind: Data) -> tuple[Workload, torch.Tensor]:
+    """All scores of a small workload, in float64: [batch, heads, seqlen_q, seqlen_k]."""
+    heads = {"heads": 16, "heads_k": 8, "head_dim": head_dim}
+    workload = small("x/data", "dense", (300, 300), data=kind, **heads)
+    tensors = workload.tensors(CPU)
+    k = tensors.k.double().repeat_interleave(2, dim=2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", tensors.q.double(), k) * head_dim**-0.5
+    return workload, scores
+
+
+def assert_normal(scores: torch.Tensor) -> None:
+    assert scores.mean().abs() < 0.02
+    assert scores.std() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("nats", [10, 20, 30, 60])
+def test_a_first_key_outscores_the_others_with_every_query(nats, head_dim):
+    for one_in in (1, 8):
+        _, scores = scores_of(head_dim, Data("first", nats, one_in))
+        sinks = torch.arange(16) // 2 % one_in == 0
+        first = scores[..., 0]
+        torch.testing.assert_close(
+            first[:, sinks], torch.full_like(first[:, sinks], nats), rtol=2**-9, atol=0
+        )
+        assert_normal(scores[:, sinks, :, 1:])
+        if one_in > 1:
+            assert_normal(scores[:, ~sinks])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_ten_keys_anywhere_outscore_the_others(head_dim):
+    _, scores = scores_of(head_dim, Data("anywhere", 30))
+    stands_out = (scores - 30).abs() < 30 * 2**-9
+    assert_normal(scores[~stands_out])
+    assert (stands_out.sum(-1) == 10).all()
+    places = stands_out[:, ::2, 0]  # [batch, heads_k, seqlen_k]
+    assert torch.equal(stands_out, places.repeat_interleave(2, dim=1)[:, :, None].expand_as(scores))
+    assert len({tuple(row.nonzero().flatten().tolist()) for row in places.flatten(0, 1)}) == 16
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_fall_with_distance(head_dim):
+    _, scores = scores_of(head_dim, Data("recency", 20))
+    position = torch.arange(300)
+    pattern = 20 * data.fall(position[:, None] - position, head_dim)
+    assert_normal(scores - pattern)
+    assert pattern.diagonal() == pytest.approx(20)
+    far = [20 * data.fall(torch.arange(4**n, 4 ** (n + 1)), head_dim).mean() for n in range(7)]
+    assert far == sorted(far, reverse=True) and far[0] > 14 and far[-1] < 1
+
+
+def test_a_pattern_ends_at_the_last_key_as_the_mask_does():
+    workload = small("x/data", "decode", (50,), seqlens_q=(3,), data=Data("recency", 20))
+    tensors = workload.tensors(CPU)
+    scores = torch.einsum("qd,kd->qk", tensors.q[0, :, 0, :32], tensors.k[0, :, 0, :32]) / 8
+    assert scores.argmax(-1).tolist() == [47, 48, 49]
+
+
+@pytest.mark.parametrize("kind", [Data("first", 30, 2), Data("anywhere", 30), Data("recency", 20)])
+def test_data_are_made_from_the_same_random_tensors(kind):
+    """So workloads that have none get what they always got."""
+    plain = small("x/data", "dense", (40, 40))
+    workload = replace(plain, data=kind)
+    before, one, again, other = (w.tensors(CPU, c) for w, c in (
+        (plain, 0), (workload, 0), (workload, 0), (workload, 1)
+    ))  # fmt: skip
+    assert torch.equal(one.q, again.q) and torch.equal(one.k, again.k)
+    assert not torch.equal(one.k, other.k)
+    assert torch.equal(one.v, before.v) and not torch.equal(one.q, before.q)
+    kept = slice(32, None) if kind.kind == "recency" else slice(1, None)
+    scale = 2**0.25 if kind.kind == "recency" else 1
+    assert torch.equal(one.q[..., kept], before.q[..., kept] * scale)
+    assert Checker(workload, one).problem(attention(workload, one)) is None
+
+
+@pytest.fixture
+def model_file(tmp_path, monkeypatch):
+    """Where the model's data are looked for; not there yet."""
+    monkeypatch.setattr(data, "OUT", tmp_path / "build" / "model_scores.pt")
+    data.recorded.cache_clear()
+    yield data.OUT
+    data.recorded.cache_clear()
+
+
+def test_without_the_model_its_cells_are_left_out_with_a_reason(model_file, capsys):
+    left = possible(SUITES["scores"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [w for w in SUITES["scores"] if w not in left] == [
+        w for w in SUITES["scores"] if "/layer" in w.name
+    ]
+    assert len(printed) == 1
+    assert printed[0].startswith("30 workloads skipped: no build/model_scores.pt")
+    assert "python -m bench.model_scores" in printed[0]
+
+
+def test_the_model_gives_its_layers(model_file):
+    shapes = {"q": 9, "k": 3, "v": 3}
+    layers = {n: torch.randn(2, 20, h, 64, dtype=torch.bfloat16) for n, h in shapes.items()}
+    model_file.parent.mkdir()
+    torch.save(layers, model_file)
+    assert possible(SUITES["scores"]) == SUITES["scores"]
+    heads = {"heads": 9, "heads_k": 3, "data": Data("model", layer=1)}
+    tensors = small("x/model", "dense", (20, 20), **heads).tensors(CPU)
+    for name in shapes:
+        for entry in getattr(tensors, name):
+            assert torch.equal(entry, layers[name][1])
+    with pytest.raises(ValueError, match="x/model: q of the model"):
+        small("x/model", "dense", (21, 21), **heads).tensors(CPU)
+
+
+def test_the_recorder_attends_and_keeps_what_it_was_given():
+    workload = small("x/recorder", "dense", (30,), heads=9, heads_k=3, dtype="float32")
+    tensors = workload.tensors(CPU)
+    q, k, v = tensors.q[0], tensors.k[0], tensors.v[0]
+    recorder = model_scores.Recorder(torch.arange(30), torch.arange(30), torch.tensor([29]))
+    out = recorder.attend(q, k, v, *recorder.layer(0))
+    assert Checker(workload, tensors).problem(out[None]) is None
+    assert {name: len(layers) for name, layers in recorder.heads.items()} == {
+        "q": 1,
+        "k": 1,
+        "v": 1,
+    }
+    assert torch.equal(recorder.heads["k"][0], k.bfloat16())
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(3, dim=1)) / 8
+    lead = [[s[i, 0] - s[i, 1 : i + 1].mean() for i in range(1, 30)] for s in scores]
+    expected = torch.tensor(lead).mean(1)
+    torch.testing.assert_close(model_scores.lead_of_first_key(q, k), expected, rtol=0, atol=1e-5)
+
+
+def test_maxima_changes_the_plan_and_remembers_its_calls_apart():
+    pytest.importorskip("triton")
+    from mini_flash_attention import plan, recipes
+    from mini_flash_attention.validate import calls
+
+    gpu = plan.gpu.Gpu("H200", 90, 132)
+    q = torch.empty(4, 4096, 16, 128, dtype=torch.bfloat16)
+    p = calls.dense(q, q, q, 0.0, None, True, (-1, -1), 0.0, None, False, False, None, None)
+    usual, remembered = plan.attention(p, q, gpu), recipes._recipes
+    recipes.remember("x", None)
+    for _ in range(2):
+        with implementations.maxima():
+            assert plan.attention(p, q, gpu) == usual._replace(skip_max=False) != usual
+            assert "x" not in recipes._recipes
+            recipes.remember("y", None)
+        assert plan.attention(p, q, gpu) == usual
+        assert recipes._recipes is remembered and "y" not in remembered
+        with implementations.maxima():
+            assert recipes._recipes.pop("y", "gone") is None
+    del remembered["x"]
 
 
 # -- a run with a fake clock -------------------------------------------------------------------
@@ -624,6 +787,24 @@ def test_comparison_divides_rates_and_finds_the_dense_workload(cell, rows):
     assert "ERROR" in table[1]
     assert comparison.means().splitlines()[-1].split()[:2] == ["all", "2.000"]
     assert len(comparison.errors()) == 2 * len(cell)
+
+
+def test_shares_of_the_speed_on_random_data(cell, rows):
+    assert report.Comparison(cell, rows).shares() == ""
+    plain = replace(cell[0], name="c/normal")
+    other = replace(plain, name="c/first30", data=Data("first", 30))
+    timed = [
+        report.timed_row(workload, name, milliseconds)
+        for workload, name, milliseconds in (
+            (plain, "mini", 1.0), (other, "mini", 2.0), (plain, "fa2", 4.0), (other, "fa2", 5.0),
+            (other, "fa3", 1.0),
+        )
+    ]  # fmt: skip
+    lines = [
+        line.split() for line in report.Comparison([plain, other], timed).shares().splitlines()
+    ]
+    assert lines[0][-3:] == ["mini", "fa2", "fa3"]
+    assert lines[1:] == [["c/first30", "0.500", "0.800", "-"]]
 
 
 def test_geometric_mean_and_folder_names():
