@@ -162,14 +162,9 @@ def inline_asm_elementwise(ptx, constraints, args, *_):
     operation, threads = gpu.barrier_operation(ptx)
     if operation is None:
         return args[0]
-    yield
-    barriers = now.actor.program.named_barriers
-    barrier = barriers.setdefault(args[0], NamedBarrier(threads))
-    assert 3 <= args[0] < 16 and barrier.threads == threads, "it is another's barrier"
-    phase = barrier.phase
-    barrier.arrive(now.actor)
+    new, first = NamedBarrier(threads), 3  # Triton takes those before
+    barrier, phase = yield from gpu.named_barrier(operation, args[0], new, first)
     if operation == "sync":
-        yield lambda: barrier.phase > phase
         hear(now.actor.seen, barrier.known[phase])
     return ANY
 
@@ -493,12 +488,12 @@ STEP, HAND_OVER, CONSUME = (f"backward_roles.{x}" for x in ("step", "hand_over",
 WRITE, PRODUCE, END_TURN = (f"backward_roles.{x}" for x in ("write", "produce", "end_turn"))
 SYNC_DS = """\
     if which == 1:
-        named_barrier("sync", DS_FULL, CONSUMERS)
+        named_barrier("sync", DS_FULL, CONSUMER_THREADS)
     elif n > 0:
-        named_barrier("sync", DS_FULL + 1, CONSUMERS)
+        named_barrier("sync", DS_FULL + 1, CONSUMER_THREADS)
 """
 SYNC_DQ = 'named_barrier("sync", DQ_EMPTY + which, WRITERS)'
-SYNC_BOTH = 'named_barrier("sync", BOTH_CONSUMERS, CONSUMERS)  # both have read K'
+SYNC_BOTH = 'named_barrier("sync", BOTH_CONSUMERS, CONSUMER_THREADS)  # both have read K'
 SYNC_DO = '        if n >= STAGES:\n            named_barrier("sync", DO_EMPTY'
 STORE_LSE = "        tiles.lse.index(stage).store(lse)\n"
 FENCE = "    fence_async_shared()\n"
@@ -517,7 +512,7 @@ FAULTS = {
         STEP: {FENCE: "", "    # Of block n - LAG": f"{FENCE}    # Of block n - LAG"}
     },
     "consumer 0's dQ is that of the same block": {
-        STEP: {"issue_dq(which, n + LAG": "issue_dq(which, n"}
+        STEP: {"issue_dq(which, (n + LAG)": "issue_dq(which, n"}
     },
     "dQ is written before TMA has read that of the block before": {
         HAND_OVER: {
@@ -555,12 +550,14 @@ HARMLESS = {
     # P_FULL comes after a wait for the same Q.
     "backward_dkdv.issue_dk: no mbarrier.wait(full.q.index(stage), n // roles.STAGES & 1)",
     # P is written after a wait for Q, for which the stage of Q, and so that of P, has been read.
-    'backward_dkdv.compute_ds: early named_barrier("arrive", P_EMPTY + stage, 256)',
+    'backward_dkdv.compute_ds: early named_barrier("arrive", P_EMPTY + stage, '
+    "roles.CONSUMER_THREADS)",
     # The producer waits for K_EMPTY first, where consumers arrive later than at V_EMPTY.
     'backward_dq.step: early named_barrier("arrive", V_EMPTY + n % v_stages(C.D, C.D_V), '
     "roles.READERS)",
     # This one is there for speed.
-    'backward_dq.add_blocks: no named_barrier("sync", roles.BOTH_CONSUMERS, roles.CONSUMERS)',
+    'backward_dq.add_blocks: no named_barrier("sync", roles.BOTH_CONSUMERS, '
+    "roles.CONSUMER_THREADS)",
 }
 
 

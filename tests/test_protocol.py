@@ -251,20 +251,27 @@ def barrier_operation(ptx):
     return (found[1], int(found[2])) if found else (None, 0)
 
 
+def named_barrier(operation, number, new, first):
+    """Come to a barrier, `new` if it is not in use; `first` is the first that kernels may use.
+    Returns it, and the phase in which this was.
+    """
+    yield
+    barrier = now.actor.program.named_barriers.setdefault(number, new)
+    assert first <= number < 16 and barrier.threads == new.threads, "it is another's barrier"
+    phase = barrier.phase
+    barrier.arrive(now.actor)
+    if operation == "sync":
+        yield lambda: barrier.phase > phase
+    return barrier, phase
+
+
 def inline_asm_elementwise(ptx, constraints, args, *_):
     """Of a named barrier, else a move."""
     operation, threads = barrier_operation(ptx)
     if operation is None:
         assert ptx == "mov.b32 $0, $1;"
         return args[0]
-    yield
-    barriers = now.actor.program.named_barriers
-    barrier = barriers.setdefault(args[0], NamedBarrier(threads))
-    assert 8 <= args[0] < 16 and barrier.threads == threads, "it is another's barrier"
-    phase = barrier.phase
-    barrier.arrive(now.actor)
-    if operation == "sync":
-        yield lambda: barrier.phase > phase
+    yield from named_barrier(operation, args[0], NamedBarrier(threads), 8)
     return ANY
 
 

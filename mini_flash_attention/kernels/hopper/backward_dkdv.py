@@ -68,9 +68,9 @@ def compute_p(n, s, job, left, right, scale_log2, shared, PARTIAL: gl.constexpr,
     p = convert_p(p, tiles.q)
     stage = n % roles.STAGES
     if n >= roles.STAGES:
-        named_barrier("sync", P_EMPTY + stage, 256)
+        named_barrier("sync", P_EMPTY + stage, roles.CONSUMER_THREADS)
     tiles.p.index(stage).store(p)
-    named_barrier("arrive", P_FULL + stage, 256)
+    named_barrier("arrive", P_FULL + stage, roles.CONSUMER_THREADS)
     return gl.convert_layout(p, gl.DotOperandLayout(0, accumulator(pieces.piece(C.D_V)), 2))
 
 
@@ -117,7 +117,7 @@ def consume_dv(lengths, table, left, right, scales, shared, C: gl.constexpr):
             dv = step_dv(n, dv, job, left, right, scale_log2, shared, True, C)
         for n in range(all_partial, total):
             dv = step_dv(n, dv, job, left, right, scale_log2, shared, False, C)
-    named_barrier("sync", roles.BOTH_CONSUMERS, 256)  # the other one has read V
+    named_barrier("sync", roles.BOTH_CONSUMERS, roles.CONSUMER_THREADS)  # the other one has read V
     store_keys(dv, 1.0, descs.dv, tiles.v, lengths, table, left, right, C.D_V, C)
 
 
@@ -126,9 +126,9 @@ def compute_ds(n, dp, job, left, right, shared, PARTIAL: gl.constexpr, C: gl.con
     """dSᵀ of the n-th block from dPᵀ - delta and the other consumer's Pᵀ."""
     _, tiles, _ = shared
     stage = n % roles.STAGES
-    named_barrier("sync", P_FULL + stage, 256)
+    named_barrier("sync", P_FULL + stage, roles.CONSUMER_THREADS)
     p = tiles.p.index(stage).load(accumulator(C.BLOCK_M))
-    named_barrier("arrive", P_EMPTY + stage, 256)
+    named_barrier("arrive", P_EMPTY + stage, roles.CONSUMER_THREADS)
     dp = warpgroup_mma_wait(0, deps=[dp])
     named_barrier("arrive", roles.DO_EMPTY + stage, roles.READERS)
     ds = p.to(gl.float32) * dp
@@ -181,7 +181,7 @@ def consume_dk(lengths, table, left, right, scales, shared, C: gl.constexpr):
             dk = step_dk(n, dk, job, left, right, shared, True, C)
         for n in range(all_partial, total):
             dk = step_dk(n, dk, job, left, right, shared, False, C)
-    named_barrier("sync", roles.BOTH_CONSUMERS, 256)  # the other one has read K
+    named_barrier("sync", roles.BOTH_CONSUMERS, roles.CONSUMER_THREADS)  # the other one has read K
     store_keys(dk, softmax_scale, descs.dk, tiles.k, lengths, table, left, right, C.D, C)
 
 

@@ -176,7 +176,7 @@ def compute_ds(p, dp, row, start, job, sides, tiles, PARTIAL: gl.constexpr, C: g
 @gluon.jit
 def compute_p(s, row, start, job, sides, scale_log2, PARTIAL: gl.constexpr):
     """P of a block."""
-    p = gl.exp2(gl.minimum(s * scale_log2, 0.0))
+    p = roles.exp2_of_scores(s, None, scale_log2, N)
     if PARTIAL:
         p = hide(p, row, job, start, sides)
     return p
@@ -198,7 +198,7 @@ def step(
     p = compute_p(s, row, start, job, sides, scale_log2, PARTIAL)
     if which == 0:
         if n == 0:
-            named_barrier("arrive", roles.BOTH_CONSUMERS, roles.CONSUMERS)
+            named_barrier("arrive", roles.BOTH_CONSUMERS, roles.CONSUMER_THREADS)
     dp = warpgroup_mma_wait(0, deps=[dp])
     named_barrier("arrive", V_EMPTY + n % v_stages(C.D, C.D_V), roles.READERS)
     ds = compute_ds(p, dp, row, start, job, sides, tiles, PARTIAL, C)
@@ -213,7 +213,7 @@ def add_blocks(
 ):
     """dQ of all blocks. Consumer 1 begins later, so that not both compute exponentials at once."""
     if which == 1:
-        named_barrier("sync", roles.BOTH_CONSUMERS, roles.CONSUMERS)
+        named_barrier("sync", roles.BOTH_CONSUMERS, roles.CONSUMER_THREADS)
     for n in range(job.num_partial):
         dq = step(which, n, dq, row, job, sides, statistics, scale_log2, tiles, True, C)
     for n in range(job.num_partial, job.num_blocks):

@@ -114,12 +114,12 @@ def fill(x, factor, tiles, number, rows, COLUMNS: gl.constexpr):
 @gluon.jit
 def multiply_transposed(
     a, i, b, j, start, COLUMNS: gl.constexpr, ROWS_A: gl.constexpr, ROWS_B: gl.constexpr,
-    ADDS: gl.constexpr = True,
+    USE_ACC: gl.constexpr = True,
 ):  # fmt: skip
-    """Begin start + a bᵀ for the i-th tile of a and the j-th of b; not ADDS: start is zeros."""
+    """Begin start + a bᵀ for the i-th tile of a and the j-th of b; not USE_ACC: a bᵀ."""
     COUNT: gl.constexpr = num_pieces(COLUMNS)
     for c in gl.static_range(COUNT):
         x = matrix(a, i * COUNT + c, ROWS_A, COLUMNS)
         y = matrix(b, j * COUNT + c, ROWS_B, COLUMNS)
-        start = warpgroup_mma(x, y.permute((1, 0)), start, use_acc=ADDS or c > 0, is_async=True)
+        start = warpgroup_mma(x, y.permute((1, 0)), start, use_acc=USE_ACC or c > 0, is_async=True)
     return start

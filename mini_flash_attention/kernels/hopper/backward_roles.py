@@ -24,8 +24,8 @@ DS_FULL = gl.constexpr(5)  # and the next: a consumer's dS is in shared memory
 BOTH_CONSUMERS = gl.constexpr(7)  # consumer 1 begins; both have read K
 Q_EMPTY, DO_EMPTY = gl.constexpr(8), gl.constexpr(10)  # and the next: a stage is empty
 DQ_FULL, DQ_EMPTY = gl.constexpr(12), gl.constexpr(14)  # and the next: a consumer's dQ
-CONSUMERS = gl.constexpr(2 * 128)  # threads of both
-READERS = gl.constexpr(2 * 128 + 32)  # of both and the producer
+CONSUMER_THREADS = gl.constexpr(2 * 128)  # of both consumers
+READERS = gl.constexpr(2 * 128 + 32)  # threads of both and the producer
 WRITERS = gl.constexpr(128 + 32)  # of a consumer and the writer
 POLLS = gl.constexpr(1 << 20)  # about a second
 
@@ -155,38 +155,38 @@ def write(lengths, table, left, right, descs, tiles, turns, C: gl.constexpr):
             named_barrier("sync", DQ_FULL + which, WRITERS)
             jobs.add_dq(descs.dq, job, member, row, which, tiles.dq.index(which), C)
         for which in gl.static_range(1, -1, -1):
-            tma.store_wait(which)  # consumer 0's half may still be read after consumer 1's
+            tma.store_wait(which)  # all but the last `which` of the two have been read
             named_barrier("arrive", DQ_EMPTY + which, WRITERS)
         if C.ORDERED:
             end_turn(counter)
 
 
 @gluon.jit
-def product(a, i, b, j, row, COLUMNS: gl.constexpr, M: gl.constexpr, EARLY: gl.constexpr = True):
+def product(a, i, b, j, row, COLUMNS: gl.constexpr, M: gl.constexpr, INIT_ACC: gl.constexpr = True):
     """Begin a bᵀ + row [64, M] for the i-th tile of a and the j-th of b. row: M numbers in shared
-    memory, at which the accumulators begin if EARLY; otherwise `add_row` adds them afterwards.
+    memory, at which the accumulators begin if INIT_ACC; otherwise `add_row` adds them afterwards.
     """
     S: gl.constexpr = accumulator(M)
     start = gl.zeros([64, M], gl.float32, S)
-    if EARLY:
+    if INIT_ACC:
         start = gl.broadcast(gl.expand_dims(row.load(gl.SliceLayout(0, S)), 0), start)[0]
-    return pieces.multiply_transposed(a, i, b, j, start, COLUMNS, 64, M, EARLY)
+    return pieces.multiply_transposed(a, i, b, j, start, COLUMNS, 64, M, INIT_ACC)
 
 
 @gluon.jit
-def add_row(x, row, factor, M: gl.constexpr, EARLY: gl.constexpr):
-    """x, the result of `product` times `factor`, with the row that it has not been added yet."""
-    if not EARLY:
+def add_row(x, row, factor, M: gl.constexpr, INIT_ACC: gl.constexpr):
+    """x, a `product` times `factor`, plus its `row` times `factor` unless INIT_ACC."""
+    if not INIT_ACC:
         x += gl.expand_dims(row.load(gl.SliceLayout(0, accumulator(M))), 0) * factor
     return x
 
 
 @gluon.jit
-def exp2_of_scores(s, lse, scale_log2, M: gl.constexpr, EARLY: gl.constexpr = True):
+def exp2_of_scores(s, lse, scale_log2, M: gl.constexpr, INIT_ACC: gl.constexpr = True):
     """P of a `product` and its LSE. Saturated to at most 1: where scores are huge, S - L may be far
     above 0. NaN becomes 0; delta is NaN in such a row, and with it dQ and dK, but not dV.
     """
-    p = gl.exp2(add_row(s * scale_log2, lse, scale_log2, M, EARLY))
+    p = gl.exp2(add_row(s * scale_log2, lse, scale_log2, M, INIT_ACC))
     PTX: gl.constexpr = "cvt.ftz.sat.f32.f32 $0, $1;"
     return gl.inline_asm_elementwise(PTX, "=f,f", [p], gl.float32, True, 1)
 
@@ -206,14 +206,14 @@ def hide(x, job, which: gl.constexpr, row, left, right, M: gl.constexpr):
 
 
 @gluon.jit
-def issue_dq(which: gl.constexpr, n, tiles, C: gl.constexpr):
-    """Begin a consumer's half of dQ = dS K for the n-th block: 64 rows, or half of the columns."""
+def issue_dq(which: gl.constexpr, stage, tiles, C: gl.constexpr):
+    """Begin a consumer's half of dQ = dS K for a stage's dS: 64 rows, or half of the columns."""
     D: gl.constexpr = C.D
     M: gl.constexpr = C.BLOCK_M
     COLUMNS: gl.constexpr = D // 2 if M == 64 else D
     dq = gl.zeros([64, COLUMNS], gl.float32, accumulator(COLUMNS))
     for other in gl.static_range(2):
-        ds_t = tiles.ds.index(n % STAGES * 2 + other)
+        ds_t = tiles.ds.index(stage * 2 + other)
         keys = tiles.k.index(other).reshape([64, D])
         if M == 64:
             keys = keys.slice(COLUMNS * which, COLUMNS, 1)
@@ -257,43 +257,43 @@ def step(
     LAG: gl.constexpr = 1 - which  # of dQ, in blocks
     # L and delta go into the accumulators. With 128 queries adding them later is faster, but takes
     # registers, which a mask needs.
-    EARLY: gl.constexpr = M == 64 or PARTIAL
+    INIT_ACC: gl.constexpr = M == 64 or PARTIAL
     stage, phase = n % STAGES, n // STAGES & 1
     q = tiles.q.index(stage).reshape([M, D])
     do = tiles.do.index(stage).reshape([M, D])
     lse, delta = tiles.lse.index(stage), tiles.delta.index(stage)
     mbarrier.wait(full.q.index(stage), phase)
     # Sᵀ - L = K Qᵀ - L
-    s = product(tiles.k, which, tiles.q, stage, lse, D, M, EARLY)
+    s = product(tiles.k, which, tiles.q, stage, lse, D, M, INIT_ACC)
     mbarrier.wait(full.do.index(stage), phase)
     # dPᵀ - delta = V dOᵀ - delta
-    dp = product(tiles.v, which, tiles.do, stage, delta, D, M, EARLY)
+    dp = product(tiles.v, which, tiles.do, stage, delta, D, M, INIT_ACC)
     s = warpgroup_mma_wait(1, deps=[s])
-    p = exp2_of_scores(s, lse, scale_log2, M, EARLY)
+    p = exp2_of_scores(s, lse, scale_log2, M, INIT_ACC)
     if which == 0:
         if n == 0:
-            named_barrier("arrive", BOTH_CONSUMERS, CONSUMERS)
+            named_barrier("arrive", BOTH_CONSUMERS, CONSUMER_THREADS)
     if PARTIAL:
         p = hide(p, job, which, jobs.partial_block(n, job, C)[1], left, right, M)
     p_operand = gl.convert_layout(convert_p(p, q), P)
     dp = warpgroup_mma_wait(0, deps=[dp])
-    ds = p * add_row(dp, delta, 1.0, M, EARLY)
+    ds = p * add_row(dp, delta, 1.0, M, INIT_ACC)
     if PARTIAL:
         ds = hide(ds, job, which, jobs.partial_block(n, job, C)[1], left, right, M)
     ds = convert_p(ds, q)
     # Wait for the dS of the other consumer: consumer 0's of this block, consumer 1's of the one
     # before. Whoever has arrived there has read the dS that was in this stage before.
     if which == 1:
-        named_barrier("sync", DS_FULL, CONSUMERS)
+        named_barrier("sync", DS_FULL, CONSUMER_THREADS)
     elif n > 0:
-        named_barrier("sync", DS_FULL + 1, CONSUMERS)
+        named_barrier("sync", DS_FULL + 1, CONSUMER_THREADS)
     tiles.ds.index(stage * 2 + which).store(ds)
     dv = warpgroup_mma(p_operand, do, dv, is_async=True)  # dV += Pᵀ dO
     fence_async_shared()
     # The compiler synchronises a consumer's own four warps before the product that reads this dS.
-    named_barrier("arrive", DS_FULL + which, CONSUMERS)
-    # Of block n - LAG; the first of consumer 0, before there is dS, is dropped.
-    dq = issue_dq(which, n + LAG, tiles, C)  # n - LAG, of the same stage
+    named_barrier("arrive", DS_FULL + which, CONSUMER_THREADS)
+    # Of block n - LAG. That of consumer 0 before the first block is dropped.
+    dq = issue_dq(which, (n + LAG) % STAGES, tiles, C)
     ds_operand = gl.convert_layout(ds, P)
     dk = warpgroup_mma(ds_operand, q, dk, is_async=True)  # dK += dSᵀ Q
     dv, dq, p_operand = warpgroup_mma_wait(1, deps=[dv, dq, p_operand])
@@ -318,21 +318,20 @@ def consume(which: gl.constexpr, lengths, table, left, right, scales, shared, C:
     mbarrier.wait(full.kv.index(0), 0, pred=total > 0)
     mbarrier.wait(full.kv.index(1), 0, pred=total > 0)
     if which == 1:
-        if (
-            total > 0
-        ):  # half a block after consumer 0, so that not both compute exponentials at once
-            named_barrier("sync", BOTH_CONSUMERS, CONSUMERS)
+        # Begin half a block after consumer 0, so that not both compute exponentials at once.
+        if total > 0:
+            named_barrier("sync", BOTH_CONSUMERS, CONSUMER_THREADS)
     for n in range(all_partial):
         dk, dv = step(which, n, dk, dv, job, left, right, scale_log2, shared, True, C)
     for n in range(all_partial, total):
         dk, dv = step(which, n, dk, dv, job, left, right, scale_log2, shared, False, C)
     if total > 0:
         if which == 0:
-            named_barrier("sync", DS_FULL + 1, CONSUMERS)
-            dq = warpgroup_mma_wait(0, deps=[issue_dq(which, total - 1, tiles, C)])
+            named_barrier("sync", DS_FULL + 1, CONSUMER_THREADS)
+            dq = warpgroup_mma_wait(0, deps=[issue_dq(which, (total - 1) % STAGES, tiles, C)])
             hand_over(which, dq, total - 1, tiles, C)
         named_barrier("sync", DQ_EMPTY + which, WRITERS)
-    named_barrier("sync", BOTH_CONSUMERS, CONSUMERS)  # both have read K
+    named_barrier("sync", BOTH_CONSUMERS, CONSUMER_THREADS)  # both have read K
     # Worked out once more, because it would take registers all along.
     job = jobs.work_of(no_hoist(gl.program_id(0)), lengths, table, left, right, C)
     n_row = job.n_row + 64 * which
